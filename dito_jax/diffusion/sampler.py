@@ -1,0 +1,40 @@
+"""Solvers of dz/dt = v(z, t) from noise to data."""
+
+import jax
+from jaxtyping import Array, Float
+
+from dito_jax.diffusion.guidance import Velocity
+
+
+def euler(
+    velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array, " times"]
+) -> Float[Array, "B h w c"]:
+    """z += (t' - t) v(z, t), over each pair of neighbouring `times`: one evaluation a step."""
+
+    def step(z, pair):
+        t, t_next = pair
+        return z + (t_next - t) * velocity(z, t), None
+
+    return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
+
+
+def heun(
+    velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array, " times"]
+) -> Float[Array, "B h w c"]:
+    """The trapezoid rule: z += (t' - t) (v(z, t) + v(z_euler, t')) / 2, two evaluations a step.
+
+    The last step is Euler's: at t = 1 a network's velocity is a division by a vanishing gap (EDM, arXiv 2206.00364 alg. 1).
+    """
+
+    def step(z, pair):
+        t, t_next = pair
+        v = velocity(z, t)
+        v_next = velocity(z + (t_next - t) * v, t_next)
+        return z + (t_next - t) * 0.5 * (v + v_next), None
+
+    z, _ = jax.lax.scan(step, noise, (times[:-2], times[1:-1]))
+    return euler(velocity, z, times[-2:])
+
+
+SOLVERS = {"euler": euler, "heun": heun}
+

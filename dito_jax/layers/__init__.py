@@ -1,0 +1,1 @@
+"""Layers: small NNX modules and functions. They take numbers, never a config."""

@@ -1,0 +1,1 @@
+"""Models: one a file, each with its config, its size table and its flops."""

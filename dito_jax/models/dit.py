@@ -1,0 +1,173 @@
+"""The diffusion transformer (DiT, arXiv 2212.09748), original and modern, class-conditional.
+
+    image -> patches -> [block] x depth -> patches -> image
+    block: x += gate * attention(norm(x)(1 + scale) + shift);  x += gate * mlp(norm(x)(1 + scale) + shift)
+
+scale, shift and gate come from the time and the class (adaLN), and all gates start at zero, so every block starts as the
+identity. The two presets differ in what fills the block:
+
+    original   LayerNorm   GELU MLP   fixed sine-cosine positions
+    modern     RMSNorm     SwiGLU     axial rotary positions        QK-norm
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import zeros
+from jaxtyping import Array, Float, Int
+
+from dito_jax.layers.attention import Attention
+from dito_jax.layers.embed import NUM_FREQUENCIES, ClassEmbedding, TimeEmbedding
+from dito_jax.layers.linear import linear
+from dito_jax.layers.mlp import GeluMLP, SwiGLU
+from dito_jax.layers.norm import NormKind, adaptive_norm
+from dito_jax.layers.patchify import patchify, unpatchify
+from dito_jax.layers.rope import Rotation, axial_rotation, sincos_table
+from dito_jax.sharding import constrain
+
+
+SIZES = {  # depth, width, heads (table 1 of the paper); a name is size/patch: "XL/2"
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+ORIGINAL = dict(norm="layer", mlp="gelu", positions="sincos", qk_norm=False)
+MODERN = dict(norm="rms", mlp="swiglu", positions="rope", qk_norm=True)
+MLPS = {"gelu": GeluMLP, "swiglu": SwiGLU}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Size and make of a DiT. `DiTConfig.preset("XL/2", ...)` fills in the paper's sizes."""
+
+    image_shape: tuple[int, int, int]  # h, w, c of the image or latent
+    num_classes: int
+    patch: int
+    depth: int
+    width: int
+    num_heads: int
+    num_kv_heads: int | None = None  # None: as many as num_heads
+    norm: NormKind = "rms"
+    mlp: Literal["gelu", "swiglu"] = "swiglu"
+    positions: Literal["sincos", "rope"] = "rope"
+    qk_norm: bool = True
+    learn_sigma: bool = False  # twice the output channels; the second half parametrises DDPM's variance
+    remat: bool = False  # compute each block again in the backward pass: memory for time
+
+    @classmethod
+    def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "DiTConfig":
+        """`preset("XL/2", (32, 32, 4), 1000, **ORIGINAL)`; sizes S, B, L, XL, patch sides 1 to 16."""
+        size, _, patch = name.partition("/")
+        if size not in SIZES or patch not in ("1", "2", "4", "8", "16"):
+            raise ValueError(f"no DiT named {name!r}; sizes are {', '.join(SIZES)}, patches 1 2 4 8 16: 'B/4'.")
+        depth, width, num_heads = SIZES[size]
+        return cls(image_shape, num_classes, int(patch), depth, width, num_heads, **make)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across; their product is T."""
+        return self.image_shape[0] // self.patch, self.image_shape[1] // self.patch
+
+    @property
+    def out_channels(self) -> int:
+        return self.image_shape[2] * (2 if self.learn_sigma else 1)
+
+    def problems(self) -> list[str]:
+        """What makes this config impossible, a line each."""
+        h, w, _ = self.image_shape
+        head_width = self.width // max(self.num_heads, 1)
+        rules = {
+            f"patch {self.patch} does not divide the image side(s) {h} x {w}": h % self.patch or w % self.patch,
+            f"width {self.width} is not a multiple of num_heads {self.num_heads}": self.width % self.num_heads,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}": (
+                self.num_heads % self.kv_heads
+            ),
+            f"head width {head_width} (width / num_heads) is not a multiple of 8": head_width % 8,
+            f"depth {self.depth} is not positive": self.depth < 1,
+        }
+        return [problem for problem, broken in rules.items() if broken]
+
+    def flops(self) -> int:
+        """Of one forward pass over one image, a multiply-add being 2 (the paper's "Gflops" are multiply-adds)."""
+        tokens, d = self.grid[0] * self.grid[1], self.width
+        head_width = d // self.num_heads
+        projections = 2 * d * head_width * (2 * self.num_heads + 2 * self.kv_heads)  # q, out; k, v
+        attention = 4 * tokens * d  # q k^T and p v: 2 T D each
+        block = tokens * (projections + attention + MLPS[self.mlp].flops(d)) + 2 * d * 6 * d
+        patch = self.patch**2
+        ends = 2 * tokens * d * patch * (self.image_shape[2] + self.out_channels) + 2 * d * 2 * d
+        return self.depth * block + ends + 2 * (NUM_FREQUENCIES * d + d * d)
+
+    def num_parameters(self) -> int:
+        """As the paper counts: what is trained, and the fixed position table where there is one."""
+        model = nnx.eval_shape(lambda: DiT(self, rngs=nnx.Rngs(0)))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        return trained + (self.grid[0] * self.grid[1] * self.width if self.positions == "sincos" else 0)
+
+
+class DiTBlock(nnx.Module):
+    """Attention and MLP, each behind an adaptive norm and a gate that starts at zero (adaLN-Zero)."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.norm: NormKind = config.norm
+        self.modulation = linear(config.width, (6, config.width), "D . .", init=zeros, rngs=rngs)
+        self.attention = Attention(
+            config.width, config.num_heads, config.kv_heads, qk_norm=config.qk_norm, rngs=rngs
+        )
+        self.mlp = MLPS[config.mlp](config.width, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], c: Float[Array, "B D"], rotation: Rotation | None
+    ) -> Float[Array, "B T D"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.unstack(self.modulation(c), axis=1)  # (B, D) each
+        x = x + gate1[:, None] * self.attention(adaptive_norm(x, scale1, shift1, kind=self.norm), rotation)
+        x = x + gate2[:, None] * self.mlp(adaptive_norm(x, scale2, shift2, kind=self.norm))
+        return constrain(x, "B T D")
+
+
+class DiT(nnx.Module):
+    """Predicts, from a noisy image, its time and its class, an image of the same size (see diffusion/ for what it means)."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        h, w, c = config.image_shape
+        patch = config.patch**2
+        self.patches = linear(patch * c, config.width, ". D", rngs=rngs)
+        self.time = TimeEmbedding(config.width, rngs=rngs)
+        self.label = ClassEmbedding(config.num_classes, config.width, rngs=rngs)
+        keys = jax.random.split(rngs.params(), config.depth)
+        self.blocks = jax.vmap(lambda key: DiTBlock(config, rngs=nnx.Rngs(key)))(keys)  # stacked: (L, ...)
+        self.modulation = linear(config.width, (2, config.width), "D . .", init=zeros, rngs=rngs)
+        self.out = linear(config.width, patch * config.out_channels, "D .", init=zeros, rngs=rngs)
+
+    def __call__(
+        self, image: Float[Array, "B h w c"], t: Float[Array, " B"], label: Int[Array, " B"]
+    ) -> Float[Array, "B h w c_out"]:
+        """Computes in the dtype of the parameters. t is in [0, 1]; label num_classes means "no class"."""
+        config = self.config
+        (h, w, _), head_width = config.image_shape, config.width // config.num_heads
+        x = self.patches(patchify(image.astype(self.patches.kernel.dtype), config.patch))  # (B, T, D)
+        rotation = None
+        if config.positions == "rope":
+            rotation = axial_rotation(*config.grid, head_width)
+        else:
+            x = x + jnp.asarray(sincos_table(*config.grid, config.width), x.dtype)[None]
+        c = jax.nn.silu(self.time(t) + self.label(label))
+
+        def apply(x, block):
+            return block(x, c, rotation), None
+
+        x = constrain(x, "B T D")
+        x, _ = jax.lax.scan(jax.checkpoint(apply) if config.remat else apply, x, self.blocks)
+
+        shift, scale = jnp.unstack(self.modulation(c), axis=1)
+        x = self.out(adaptive_norm(x, scale, shift, kind=config.norm))
+        return unpatchify(x, config.patch, h, w)

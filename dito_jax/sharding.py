@@ -1,0 +1,105 @@
+"""Where arrays live on the mesh: the mesh, the rules from dims to axes, and the one shard_map wrapper for kernels.
+
+Models are written for one device. They name the dims of what they hold ("D K . H") and of what they compute ("B T D"); the
+rules below say which mesh axis shards which dim. A kernel is a custom call that XLA cannot partition: it would gather the whole
+array first. So kernels meet a mesh through `on_mesh` alone, which hands each device its own piece.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dito_jax.dims import AXES
+
+
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "D": ("fsdp",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "F": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis. One axis may be -1: what the others leave over."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def resolve(self, num_devices: int) -> dict[str, int]:
+        """Axis sizes whose product is `num_devices`; raises ValueError if there is none."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        given = int(np.prod([n for n in sizes.values() if n != -1]))
+        shape = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
+        if list(sizes.values()).count(-1) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
+            raise ValueError(f"mesh: got {shape}; wanted positive sizes, at most one of them -1.")
+        if -1 in sizes.values():
+            sizes = {axis: num_devices // given if n == -1 else n for axis, n in sizes.items()}
+        if int(np.prod(list(sizes.values()))) != num_devices:
+            raise ValueError(f"mesh: {shape} does not use exactly the {num_devices} devices there are.")
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices: np.ndarray | None = None) -> jax.sharding.Mesh:
+    """A mesh of all devices, or of `devices` (which may be compile-only), with Auto axes."""
+    devices = np.array(jax.devices() if devices is None else devices)
+    sizes = config.resolve(devices.size)
+    return jax.sharding.Mesh(devices.reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def spec(dims: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> jax.P:
+    """The PartitionSpec of an array with these dims: "D F" -> P("fsdp", "tensor").
+
+    An axis shards one dim of an array at most, the first that claims it: in "B T D" the batch has fsdp, so D is whole.
+    """
+    free = [axis for axis, size in mesh.shape.items() if size > 1]
+    entries = []
+    for dim in dims.split():
+        axes = tuple(axis for axis in RULES.get(dim, ()) if axis in free)
+        free = [axis for axis in free if axis not in axes]
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return jax.P(*entries)
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+    """Pins an activation to the mesh in force by its dims; nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(dims, mesh))
+
+
+def on_mesh(function: Callable, in_dims: tuple[str, ...], out_dims: str) -> Callable:
+    """`function` run on each device's own piece: `on_mesh(flash_attention, ("B T N H", "B S K H", "B S K H"), "B T N H")`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _shards(mesh):
+        return function
+    return jax.shard_map(
+        function,
+        in_specs=tuple(spec(dims, mesh) for dims in in_dims),
+        out_specs=spec(out_dims, mesh),
+        check_vma=False,  # a kernel's outputs carry no record of the axes they vary over
+    )
+
+
+def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
+    """The sharding of each parameter, by the `dims` it was made with; stacked layers have a leading "L"."""
+
+    def sharding(variable: nnx.Variable) -> nnx.Variable:
+        dims = variable.get_metadata()["dims"]
+        if variable.ndim == len(dims.split()) + 1:
+            dims = f"L {dims}"
+        assert variable.ndim == len(dims.split()), (dims, variable.shape)
+        return variable.replace(jax.NamedSharding(mesh, spec(dims, mesh)))
+
+    return jax.tree.map(sharding, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _shards(mesh: jax.sharding.AbstractMesh) -> bool:
+    return any(size > 1 for size in mesh.shape.values())

@@ -1,0 +1,85 @@
+"""One step of training: a pure function from (state, batch) to (state, metrics)."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dito_jax.diffusion.loss import LossConfig, drop_labels, flow_matching_loss
+from dito_jax.training.ema import update_ema
+from dito_jax.training.state import TrainState
+
+
+Batch = dict[str, jax.Array]  # "image": Float[Array, "B h w c"], "label": Int[Array, " B"]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]
+ComputeDtype = Literal["float32", "bfloat16"]
+
+
+def make_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    *,
+    null_label: int,
+    decays: tuple[float, ...],
+    compute_dtype: ComputeDtype,
+    accumulation: int,
+) -> Step:
+    """The step for this model and recipe.
+
+    Parameters are kept in float32 and cast to `compute_dtype` for the network alone; loss, gradient sum and update are
+    float32. With `accumulation` > 1 the batch goes through in that many equal parts, which changes memory and not the result.
+    """
+
+    def loss_of_part(params, part):
+        network = nnx.merge(graph, jax.tree.map(lambda p: p.astype(compute_dtype), params))
+        losses = flow_matching_loss(
+            network, part["image"], part["label"], part["t"], part["noise"],
+            prediction=loss.prediction, space=loss.space,
+        )  # fmt: skip
+        return jnp.mean(losses)
+
+    def step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        drawn = _draw(key, batch, loss, null_label)
+        value, gradient = _accumulate(jax.value_and_grad(loss_of_part), state.params, drawn, accumulation)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, decays, state.step)
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
+        return TrainState(state.step + 1, params, moments, ema, state.key), metrics
+
+    return step
+
+
+def _draw(key, batch: Batch, loss: LossConfig, null_label: int) -> Batch:
+    """The batch with its noise, times and dropped labels: one draw for the whole batch, however it is cut up later."""
+    key_time, key_noise, key_drop = jax.random.split(key, 3)
+    image, label = batch["image"].astype(jnp.float32), batch["label"]
+    return {
+        "image": image,
+        "label": drop_labels(key_drop, label, rate=loss.label_dropout, null_label=null_label),
+        "t": loss.draw_times(key_time, image.shape[0]),
+        "noise": jax.random.normal(key_noise, image.shape),
+    }
+
+
+def _accumulate(value_and_grad: Callable, params: Any, batch: Batch, parts: int):
+    """Mean loss and gradient over `parts` equal parts of the batch, one after the other."""
+    if parts == 1:
+        return value_and_grad(params, batch)
+    # Part i takes every parts-th example, so that a batch sharded over devices stays where it is.
+    cut = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+
+    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+    total, _ = jax.lax.scan(add, zero, cut)
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+

@@ -1,0 +1,7 @@
+"""Accelerated operations for JAX on GPUs: each has a definition, kernels, a cost model, and named cases."""
+
+from .attention import FLASH_ATTENTION as FLASH_ATTENTION, flash_attention as flash_attention
+from .norms import MODULATED_NORM as MODULATED_NORM, modulated_norm as modulated_norm
+
+
+OPS = (FLASH_ATTENTION, MODULATED_NORM)  # what tests, bench and inspect run over

@@ -1,0 +1,57 @@
+"""What was measured: the committed results/<device>.csv, and whether they are of today's source.
+
+A row is one op, case, implementation and pass on one device. `digest` ties it to the source of its family; a row whose digest
+is not today's still ranks implementations, and `python -m kernels_pallas.bench --stale` asks for it to be measured again.
+"""
+
+import csv
+import functools
+import hashlib
+import sys
+from pathlib import Path
+
+from . import backend
+
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS: tuple[str, ...] = (
+    "op", "case", "pass", "implementation", "status", "median_us", "p20_us", "p80_us", "tflops", "gbps",
+    "of_roofline", "device", "jax", "jaxlib", "commit", "date", "digest",
+)  # fmt: skip
+
+
+@functools.cache
+def rows(device: str) -> tuple[dict[str, str], ...]:
+    """Every committed row of a device kind, e.g. "NVIDIA H200"; none if it was never measured."""
+    path = csv_path(device)
+    if not path.exists():
+        return ()
+    with path.open() as lines:
+        return tuple(csv.DictReader(lines))
+
+
+def csv_path(device: str) -> Path:
+    """results/nvidia_h200.csv for "NVIDIA H200"."""
+    return RESULTS / f"{device.lower().replace(' ', '_')}.csv"
+
+
+def digest(op) -> str:
+    """Twelve hex digits that change with any line of the op's family."""
+    family = Path(sys.modules[op.reference.__module__].__file__).parent
+    text = hashlib.sha256()
+    for path in sorted(family.glob("*.py")):
+        text.update(path.name.encode() + b"\0" + path.read_bytes())
+    return text.hexdigest()[:12]
+
+
+def fastest(op, names: list[str], arrays, static) -> str | None:
+    """Which of `names` took least time, forward and backward together, at exactly these shapes; None if not measured."""
+    device = backend.target().kind
+    if not rows(device) or (case := op.case_named(arrays, static)) is None:
+        return None
+    seconds: dict[str, dict[str, float]] = {}
+    for row in rows(device):
+        if (row["op"], row["case"], row["status"]) == (op.name, case, "ok"):
+            seconds.setdefault(row["implementation"], {})[row["pass"]] = float(row["median_us"])
+    complete = {n: sum(s.values()) for n, s in seconds.items() if n in names and len(s) == 2}
+    return min(complete, key=complete.__getitem__) if len(complete) > 1 else None
