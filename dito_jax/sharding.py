@@ -6,6 +6,7 @@ array first. So kernels meet a mesh through `on_mesh` alone, which hands each de
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from dito_jax.dims import AXES
+from dito_jax.errors import UserError
 
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -33,16 +35,16 @@ class MeshConfig:
     tensor: int = 1
 
     def resolve(self, num_devices: int) -> dict[str, int]:
-        """Axis sizes whose product is `num_devices`; raises ValueError if there is none."""
+        """Axis sizes whose product is `num_devices`; raises UserError if there are none."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        given = int(np.prod([n for n in sizes.values() if n != -1]))
+        given = math.prod(n for n in sizes.values() if n != -1)
         shape = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
         if list(sizes.values()).count(-1) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
-            raise ValueError(f"mesh: got {shape}; wanted positive sizes, at most one of them -1.")
+            raise UserError(f"mesh: got {shape}; wanted positive sizes, at most one of them -1.")
         if -1 in sizes.values():
             sizes = {axis: num_devices // given if n == -1 else n for axis, n in sizes.items()}
-        if int(np.prod(list(sizes.values()))) != num_devices:
-            raise ValueError(f"mesh: {shape} does not use exactly the {num_devices} devices there are.")
+        if math.prod(sizes.values()) != num_devices:
+            raise UserError(f"mesh: {shape} does not use exactly the {num_devices} devices there are.")
         return sizes
 
 
@@ -99,6 +101,12 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
         return variable.replace(jax.NamedSharding(mesh, spec(dims, mesh)))
 
     return jax.tree.map(sharding, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_pieces() -> int:
+    """Into how many pieces the mesh in force cuts a batch; B must be a multiple of it."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in RULES["B"])
 
 
 def _shards(mesh: jax.sharding.AbstractMesh) -> bool:

@@ -1,0 +1,58 @@
+# Every command of the project. `make train` and `make test` work on a fresh machine with Python >= 3.12 and nothing else.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+GPU := $(wildcard /dev/nvidiactl /dev/dxg)
+EXTRA := $(if $(GPU),cuda)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEVICELESS = $(shell $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless'])")
+
+.PHONY: help train test lint format gpu clean
+
+help:
+	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
+	@echo "make test     install, the whole test suite, kernels compiled for an H200 included"
+	@echo "make lint     formatting, lint, types"
+	@echo "make format   write the formatting"
+	@echo "make gpu PYTHON=python3   on a GPU host, nothing installed: GPU tests, then benchmarks"
+	@echo "make clean    remove .venv and runs/"
+
+train: .venv/installed
+	$(BIN)/python train.py configs/digits.py
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+gpu:
+	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu tests/kernels_pallas
+	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.bench
+
+clean:
+	rm -rf .venv runs
+
+.venv/installed: pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "dito_jax needs Python 3.12 or newer; found $$(python3 --version 2>&1). Install it, or: make train PYTHON=/path/to/python3.12"; \
+		exit 2; fi
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 12) else f"dito_jax needs Python 3.12 or newer; $(PYTHON) is {v[0]}.{v[1]}.")'
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable ".[$(EXTRA)]"
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev]"
+	$(PIP) --no-deps $(DEVICELESS)
+	@touch $@
+
+comma := ,

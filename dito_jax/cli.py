@@ -1,0 +1,168 @@
+"""The `dito` command: one subcommand a verb.
+
+    dito sample RUN --num 64 --seed 0 --class 3 7      a PNG grid and an npz from the last checkpoint
+    dito eval RUN                                      eval.json, report.md and samples/final.png again
+    dito digest RUN --step 500                         the last line is a hash of its parameters and averages
+    dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
+    dito doctor                                        versions, devices, what runs here and why not
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+import numpy as np
+
+from dito_jax import command_line, config as configs
+from dito_jax.config import TrainConfig
+from dito_jax.errors import UserError
+from dito_jax.evaluation.judge import judge, visible
+from dito_jax.evaluation.plots import image_grid
+from dito_jax.evaluation.sample import balanced_labels, make_sampler
+from dito_jax.planning.doctor import diagnosis
+from dito_jax.planning.hlo import page
+from dito_jax.planning.lowering import lower_step, planned_mesh
+from dito_jax.sharding import MeshConfig, make_mesh
+from dito_jax.training.checkpoint import Checkpoints, digest
+from dito_jax.training.program import Program, make_program
+from dito_jax.training.run_directory import RunDirectory
+from dito_jax.training.state import TrainState
+
+
+def main() -> None:
+    """The entry point."""
+    command_line.run(lambda: _run(sys.argv[1:]))
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Draws images from a run's last checkpoint into RUN/samples."""
+    run, config = _opened(options.run)
+    labels = options.classes or list(range(config.model.num_classes))
+    for label in labels:
+        if not 0 <= label < config.model.num_classes:
+            raise UserError(f"--class {label}: this model has the classes 0 to {config.model.num_classes - 1}.")
+    if options.num < 1:
+        raise UserError(f"--num {options.num}: wanted at least 1.")
+    program, state, step = _restored(run, config, None)
+    labels = [labels[i] for i in balanced_labels(options.num, len(labels))]
+    images = _sampler(program, config)(_average(state, config), labels, options.seed)
+    stem = run.samples / f"step_{step}_seed_{options.seed}"
+    image_grid(visible(images), stem.with_suffix(".png"))
+    np.savez(stem.with_suffix(".npz"), images=images, labels=np.array(labels, np.int32))
+    print(f"{stem}.png, {stem}.npz")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Judges a run's last checkpoint again."""
+    run, config = _opened(options.run)
+    program, state, step = _restored(run, config, None)
+    figures = judge(
+        run, _sampler(program, config), _average(state, config), config.data.open("train"), config.data.open("heldout"),
+        sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
+    )  # fmt: skip
+    for name, value in (figures or {}).items():
+        print(f"{name}: {value}")
+    print(f"step {step}: {run.report if figures else run.samples / 'final.png'}")
+
+
+def print_digest(options: argparse.Namespace) -> None:
+    """Hashes the parameters and averages of a checkpoint."""
+    run, config = _opened(options.run)
+    _, state, step = _restored(run, config, options.step)
+    print(f"{run.path}: step {step}")
+    print(digest({"params": state.params, "ema": state.ema}))
+
+
+def hlo(options: argparse.Namespace) -> None:
+    """Writes the train step of a config as text, and a page about it."""
+    config = configs.override(configs.load(options.config), options.overrides)
+    mesh = planned_mesh(config.mesh, options.gpus)
+    configs.check(config, mesh.size)
+    where = options.gpus or f"{mesh.size}x{mesh.devices.flat[0].device_kind}"
+    out = Path(options.out or f"runs/hlo/{Path(options.config).stem}_{where}")
+    with jax.set_mesh(mesh):
+        program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
+        lowered = lower_step(program, options.stage)
+    text = out / f"train_step.{options.stage}.txt"
+    out.mkdir(parents=True, exist_ok=True)
+    text.write_text(lowered.text)
+    print(text)
+    if options.stage == "optimized":
+        (out / "report.md").write_text(page(f"{Path(options.config).stem} on {where}", lowered))
+        print((out / "report.md").read_text())
+        print(out / "report.md")
+
+
+def doctor(_: argparse.Namespace) -> None:
+    """Says what this machine has and what runs on it."""
+    print(diagnosis())
+
+
+def _opened(path: str) -> tuple[RunDirectory, TrainConfig]:
+    run = RunDirectory(path)
+    if not run.config.is_file():
+        raise UserError(f"{path}: no run here (no {run.config.name}); give a directory that train.py made.")
+    return run, configs.from_json(run.config.read_text())
+
+
+def _restored(run: RunDirectory, config: TrainConfig, step: int | None) -> tuple[Program, TrainState, int]:
+    """A checkpoint on this machine's own devices, whatever it was trained on."""
+    checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
+    step = checkpoints.latest() if step is None else step
+    if step is None:
+        raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
+    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
+    program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
+    return program, checkpoints.restore(step, program.state), step
+
+
+def _sampler(program: Program, config: TrainConfig) -> Callable[..., np.ndarray]:
+    return make_sampler(program.graph, config.model, config.sample, config.loss.prediction)
+
+
+def _average(state: TrainState, config: TrainConfig):
+    return state.ema[str(config.sample.ema_decay or config.train.ema_decays[0])]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse, but a mistake is one line and names what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.rstrip('.')}. `{self.prog} --help` lists what there is.")
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "sample": sample, "eval": evaluate, "digest": print_digest, "hlo": hlo, "doctor": doctor,
+}  # fmt: skip
+
+
+def _run(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="dito", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    parsers = {
+        name: verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
+        for name, function in VERBS.items()
+    }
+    for name in ("sample", "eval", "digest"):
+        parsers[name].add_argument("run", help="a run directory, e.g. runs/digits")
+    parsers["sample"].add_argument("--num", type=int, default=64)
+    parsers["sample"].add_argument("--seed", type=int, default=0)
+    parsers["sample"].add_argument("--class", dest="classes", type=int, nargs="+", help="classes to draw; default: all")
+    parsers["digest"].add_argument("--step", type=int, help="default: the last")
+    parsers["hlo"].add_argument("config", help="a config file")
+    parsers["hlo"].add_argument("--stage", choices=("jaxpr", "stablehlo", "optimized"), default="optimized")
+    parsers["hlo"].add_argument("--gpus", help="compile for GPUs that are not here, e.g. 1xh200, 8xh100")
+    parsers["hlo"].add_argument("--out", help="directory; default runs/hlo/CONFIG_GPUS")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        near = difflib.get_close_matches(arguments[0], VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}."
+        raise UserError(f"no verb {arguments[0]!r}; {hint}")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.verb != "hlo":
+        raise UserError(f"{options.verb}: no option {rest[0]}. `dito {options.verb} --help` lists what there is.")
+    options.overrides = rest
+    VERBS[options.verb](options)

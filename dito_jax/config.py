@@ -1,0 +1,205 @@
+"""One run's configuration: frozen dataclasses, each defined beside what it configures, joined here.
+
+A config file is Python, `configs/<model>_<size>_<data>.py`, with a function `config() -> TrainConfig`. A command line may change
+any field by its dotted name: `python train.py configs/digits.py --train.steps 200`. Every mistake is one line and exit code 2.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import json
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dito_jax.data import DigitsData, ImageFolderData, LatentsData
+from dito_jax.diffusion.loss import LossConfig
+from dito_jax.errors import UserError
+from dito_jax.evaluation.evaluate import EvaluationConfig
+from dito_jax.evaluation.sample import SampleConfig
+from dito_jax.models.dit import MLPS, DiTConfig
+from dito_jax.sharding import MeshConfig
+from dito_jax.training.optimizer import OptimizerConfig
+from dito_jax.training.program import CheckpointConfig, LoopConfig
+
+
+DataConfig = DigitsData | ImageFolderData | LatentsData
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run."""
+
+    model: DiTConfig
+    data: DataConfig
+    train: LoopConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def load(path: str) -> TrainConfig:
+    """The TrainConfig of a config file."""
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(path, [str(p) for p in Path("configs").glob("*.py")], n=1, cutoff=0.3)
+        raise UserError(f"no config file {path!r}." + (f" Did you mean {near[0]}?" if near else ""))
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.config()
+    except Exception as error:  # whatever the user's own file does wrong
+        raise UserError(f"{path}: {type(error).__name__}: {error}".replace("\n", " ")) from error
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path}: config() returned {type(config).__name__}; wanted a dito_jax.config.TrainConfig.")
+    return config
+
+
+def override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    """`config` with ["--train.steps", "200", "--mesh.fsdp=8"] applied; types are those of the fields."""
+    fields = leaves(config)
+    for name, values in _grouped(arguments):
+        if name not in fields:
+            leaf = name.split(".")[-1]
+            near = difflib.get_close_matches(name, fields, n=1) or [
+                f for f in fields if difflib.get_close_matches(leaf, [f.split(".")[-1]], n=1)
+            ]
+            hint = f"did you mean --{near[0]} ({near[0].split('.')[-1]})?" if near else "--help lists all."
+            raise UserError(f"no option --{name}; {hint}")
+        config = _replaced(config, name.split("."), _parsed(name, fields[name], values))
+    return config
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Each option's dotted name and type: {"train.steps": int, ...}."""
+    found = {}
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = hints[field.name]
+    return found
+
+
+def values(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Each option's dotted name and value."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= (
+            values(value, f"{prefix}{field.name}.")
+            if dataclasses.is_dataclass(value)
+            else {prefix + field.name: value}
+        )
+    return found
+
+
+def check(config: TrainConfig, num_devices: int) -> None:
+    """Raises UserError, in one line, if the parts of the config cannot go together on this many devices."""
+    model, train = config.model, config.train
+    axes = config.mesh.resolve(num_devices)
+    batch_axes = axes["data"] * axes["fsdp"]
+    part = batch_axes * train.accumulation
+    hidden = MLPS[model.mlp].hidden(model.width)
+    rules = {
+        f"train.batch_size {train.batch_size} is not a multiple of mesh.data x mesh.fsdp x train.accumulation = {part}": (
+            train.batch_size % part
+        ),
+        f"model.num_kv_heads {model.kv_heads} is not a multiple of mesh.tensor {axes['tensor']}": (
+            model.kv_heads % axes["tensor"]
+        ),
+        f"the feed-forward width {hidden} is not a multiple of mesh.tensor {axes['tensor']}": hidden % axes["tensor"],
+        f"model.width {model.width} is not a multiple of mesh.fsdp {axes['fsdp']}": model.width % axes["fsdp"],
+        f"sample.ema_decay {config.sample.ema_decay} is not in train.ema_decays {train.ema_decays}": (
+            config.sample.ema_decay not in (None, *train.ema_decays)
+        ),
+        "train.ema_decays is empty; samples are drawn from an average, so name one, e.g. 0.999": not train.ema_decays,
+        f"sample.guidance_scale {config.sample.guidance_scale} needs loss.label_dropout > 0": (
+            config.sample.guidance_scale != 1 and config.loss.label_dropout == 0
+        ),
+    }
+    for name in ("train.steps", "train.batch_size", "train.accumulation", "train.log_every", "checkpoint.every",
+                 "checkpoint.keep", "sample.steps", "sample.batch_size"):  # fmt: skip
+        rules[f"{name} is {values(config)[name]}; it must be at least 1"] = values(config)[name] < 1
+    problems = [f"model: {p}" for p in model.problems()] + [p for p, broken in rules.items() if broken]
+    if problems:
+        raise UserError("; ".join(problems) + ".")
+
+
+def to_json(config: Any) -> str:
+    """The config as JSON; `from_json` is its inverse."""
+
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {"kind": type(value).__name__} | {
+                f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+            }
+        return list(value) if isinstance(value, tuple) else value
+
+    return json.dumps(plain(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> TrainConfig:
+    """The config that `to_json` wrote; raises UserError if it is another version's."""
+
+    def built(node):
+        if isinstance(node, list):
+            return tuple(node)
+        if not isinstance(node, dict):
+            return node
+        return _CLASSES[node["kind"]](**{name: built(value) for name, value in node.items() if name != "kind"})
+
+    try:
+        return built(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"config.json is not of this version of dito_jax: {error}.") from error
+
+
+_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        TrainConfig, DiTConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig, CheckpointConfig, SampleConfig,
+        EvaluationConfig, DigitsData, ImageFolderData, LatentsData,
+    )
+}  # fmt: skip
+
+
+def _grouped(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """--a 1 --b.c=2 3 -> [("a", ["1"]), ("b.c", ["2", "3"])]; dashes in names may stand for underscores."""
+    groups: list[tuple[str, list[str]]] = []
+    for token in arguments:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            groups.append((name.replace("-", "_"), [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(token)
+        else:
+            raise UserError(f"unexpected {token!r}; options are --name value, with the dotted name of a config field.")
+    return groups
+
+
+def _parsed(name: str, kind: Any, tokens: list[str]) -> Any:
+    """`tokens` as a value of type `kind`, read by tyro."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            return tyro.cli(kind, args=tokens)
+    except SystemExit:
+        wanted = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "")
+        raise UserError(f"--{name}: got {' '.join(tokens) or 'nothing'!r}; wanted {wanted}.") from None
+
+
+def _replaced(config: Any, path: list[str], value: Any) -> Any:
+    head, *rest = path
+    new = _replaced(getattr(config, head), rest, value) if rest else value
+    return dataclasses.replace(config, **{head: new})

@@ -1,0 +1,101 @@
+"""Judges samples against the real data of a run: eval.json and report.md, beside figures of real data as yardstick."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+from dito_jax.data import Source
+from dito_jax.evaluation.metrics import ClassAgreement, frechet_distance, memorisation_ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How much is judged, and against how much."""
+
+    num_samples: int = 500  # 0: no evaluation
+    max_reference: int = 5000  # real images of each split, the first of them, where a split has more
+    grid: int = 100  # samples shown
+
+
+def evaluate(
+    images: Float[np.ndarray, "B h w c"],
+    labels: Integer[np.ndarray, " B"],
+    train: Source,
+    heldout: Source,
+    *,
+    max_reference: int,
+) -> dict[str, Any]:
+    """Every figure of `metrics`, each beside what real images get.
+
+    Fréchet distances are between sets of one size, the largest that samples and both splits allow, for they fall with it.
+    """
+    train_images, train_labels = _first(train, max_reference)
+    heldout_images, heldout_labels = _first(heldout, max_reference)
+    images = np.clip(images, train_images.min(), train_images.max())  # as an image file would
+    agreement = ClassAgreement(train_images, train_labels)
+    size = min(len(images), len(train_images), len(heldout_images))
+    some_train = np.random.default_rng(0).permutation(len(train_images))[:size]
+    memorised = memorisation_ratio(images, train_images, heldout_images)
+    return {
+        "num_samples": len(images),
+        "class_agreement": agreement(images, labels),
+        "class_agreement_of_heldout": agreement(heldout_images, heldout_labels),
+        "frechet_distance": frechet_distance(images[:size], heldout_images[:size]),
+        "frechet_distance_of_train": frechet_distance(train_images[some_train], heldout_images[:size]),
+        "frechet_distance_set_size": size,
+        "memorisation": dataclasses.asdict(memorised),
+    }
+
+
+def report(title: str, figures: dict[str, Any], settings: dict[str, Any]) -> str:
+    """report.md: the figures, the pictures, and how the samples were drawn."""
+    memorised = figures["memorisation"]
+    rows = [
+        (
+            "class agreement",
+            figures["class_agreement"],
+            figures["class_agreement_of_heldout"],
+            "held-out data",
+        ),
+        (
+            f"Fréchet distance of pixels to held-out data, {figures['frechet_distance_set_size']} images each",
+            figures["frechet_distance"],
+            figures["frechet_distance_of_train"],
+            "training data",
+        ),
+        (
+            "distance to nearest training image / to nearest held-out image, median",
+            memorised["median"],
+            memorised["heldout_median"],
+            "held-out data",
+        ),
+        (
+            f"share of images with that ratio below {memorised['threshold']}",
+            memorised["share_below"],
+            memorised["heldout_share_below"],
+            "held-out data",
+        ),
+    ]
+    table = "\n".join(f"| {name} | {value:.4f} | {real:.4f} ({whose}) |" for name, value, real, whose in rows)
+    return f"""# {title}
+
+{figures["num_samples"]} samples. Each figure stands beside what real images get: equal is as good as real.
+
+| | samples | real |
+|---|---|---|
+{table}
+
+![samples](samples/final.png)
+
+![loss](loss.png)
+
+Drawn with `{json.dumps(settings)}`.
+"""
+
+
+def _first(source: Source, most: int) -> tuple[Float[np.ndarray, "B h w c"], Integer[np.ndarray, " B"]]:
+    examples = [source[i] for i in range(min(len(source), most))]
+    return np.stack([e["image"] for e in examples]), np.stack([e["label"] for e in examples])

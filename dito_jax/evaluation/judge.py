@@ -1,0 +1,49 @@
+"""The end of a run: samples, the loss curve, the figures, and a report that shows them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from dito_jax.data import Source
+from dito_jax.evaluation.evaluate import EvaluationConfig, evaluate, report
+from dito_jax.evaluation.plots import image_grid, loss_curve
+from dito_jax.evaluation.sample import SampleConfig, balanced_labels
+from dito_jax.training.metrics import read_metrics
+from dito_jax.training.run_directory import RunDirectory
+
+
+def judge(
+    run: RunDirectory,
+    draw: Callable[[nnx.State, Sequence[int], int], np.ndarray],
+    params: nnx.State,
+    train: Source,
+    heldout: Source,
+    *,
+    sample: SampleConfig,
+    evaluation: EvaluationConfig,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Writes samples/final.png and loss.png, and, where the config asks for an evaluation, eval.json and report.md.
+
+    Returns the figures of eval.json, or None without an evaluation.
+    """
+    labels = np.array(balanced_labels(max(evaluation.num_samples, evaluation.grid), train.num_classes))
+    images = draw(params, labels, seed)
+    image_grid(visible(images[: evaluation.grid]), run.samples / "final.png")
+    history = [row for row in read_metrics(run) if "loss" in row]
+    loss_curve([row["step"] for row in history], [row["loss"] for row in history], run.path / "loss.png")
+    if not evaluation.num_samples:
+        return None
+    figures = evaluate(images, labels, train, heldout, max_reference=evaluation.max_reference)
+    run.write_json(run.evaluation.name, figures)
+    run.write_text(run.report.name, report(run.path.name, figures, dataclasses.asdict(sample)))
+    return figures
+
+
+def visible(images: np.ndarray) -> np.ndarray:
+    """What a grid can show: grey or RGB as they are, of latents the first three channels, or the first."""
+    channels = images.shape[-1]
+    return images if channels in (1, 3) else images[..., :3] if channels > 3 else images[..., :1]

@@ -1,0 +1,78 @@
+"""Draws images from a network: noise in, images out, the same for any batch size."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dito_jax.diffusion import path
+from dito_jax.diffusion.guidance import guided
+from dito_jax.diffusion.path import Quantity
+from dito_jax.diffusion.sampler import SOLVERS
+from dito_jax.diffusion.time import schedule
+from dito_jax.models.dit import DiTConfig
+from dito_jax.sharding import batch_pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn."""
+
+    solver: Literal["euler", "heun"] = "heun"
+    steps: int = 50
+    time_shift: float = 1.0  # > 1: more steps near the noise
+    guidance_scale: float = 1.5  # 1: none
+    guidance_interval: tuple[float, float] = (0.1, 1.0)  # times, t = 1 being data
+    ema_decay: float | None = None  # which average is sampled; None: the first
+    batch_size: int = 100
+
+
+def make_sampler(
+    graph: nnx.GraphDef, model: DiTConfig, sample: SampleConfig, prediction: Quantity
+) -> Callable[[nnx.State, Sequence[int], int], np.ndarray]:
+    """`draw(params, labels, seed) -> images (len(labels), h, w, c)`, float32.
+
+    Image i depends on its label, the seed and i, not on the others it is drawn with.
+    """
+
+    @jax.jit
+    def draw_batch(params, label, key, index):
+        network = nnx.merge(graph, params)
+
+        def velocity(z, t, label):
+            times = jnp.full((z.shape[0],), t)
+            said = network(z, times, label)[..., : z.shape[-1]].astype(jnp.float32)
+            return path.convert(said, z, times, source=prediction, target="v")
+
+        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), model.image_shape))(index)
+        guided_velocity = guided(
+            velocity,
+            label,
+            null_label=model.num_classes,
+            scale=sample.guidance_scale,
+            interval=sample.guidance_interval,
+        )
+        times = schedule(sample.steps, shift=sample.time_shift)
+        return SOLVERS[sample.solver](guided_velocity, noise, times)
+
+    def draw(params, labels, seed):
+        label, index = jnp.asarray(labels, jnp.int32), jnp.arange(len(labels))
+        batches = []
+        for start in range(0, len(labels), sample.batch_size):
+            chosen = jnp.minimum(
+                start + jnp.arange(sample.batch_size), len(labels) - 1
+            )  # one shape to compile
+            images = draw_batch(params, label[chosen], jax.random.key(seed), index[chosen])
+            batches.append(np.asarray(images)[: len(labels) - start])
+        return np.concatenate(batches)
+
+    return draw
+
+
+def balanced_labels(num: int, num_classes: int) -> list[int]:
+    """0, 1, ..., num_classes - 1, 0, 1, ...: as many of each class as `num` allows."""
+    return [i % num_classes for i in range(num)]

@@ -1,0 +1,1 @@
+"""Planning: a run compiled, and looked at, before it is run."""

@@ -1,0 +1,91 @@
+"""A run made ready to compile: from a config and a mesh, without computing anything.
+
+`train.py` runs it, `dito hlo` prints it, for real devices and for compile-only ones alike.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dito_jax.diffusion.loss import LossConfig
+from dito_jax.models.dit import DiTConfig
+from dito_jax.sharding import spec
+from dito_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dito_jax.training.state import TrainState, init_state, split_model, state_shardings
+from dito_jax.training.step import ComputeDtype, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long and how to train."""
+
+    steps: int
+    batch_size: int  # images a step, over all devices
+    accumulation: int = 1  # parts that a batch is cut into, to fit memory
+    compute_dtype: ComputeDtype = "bfloat16"
+    ema_decays: tuple[float, ...] = (0.9999,)
+    seed: int = 0
+    log_every: int = 50  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a run is saved, and how many of its saves are kept."""
+
+    every: int = 500  # steps; the last step is always saved
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted parts of a run, and the shapes and shardings of what they take."""
+
+    graph: nnx.GraphDef
+    init: Callable[[], TrainState]  # jitted
+    step: Any  # jitted, state donated: step(state, batch) -> (state, metrics)
+    state: TrainState  # of ShapeDtypeStructs with shardings: what a checkpoint is restored into
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def make_program(
+    model: DiTConfig, loss: LossConfig, optimizer: OptimizerConfig, loop: LoopConfig, mesh: jax.sharding.Mesh
+) -> Program:
+    """The program of this recipe on this mesh; call it under `jax.set_mesh(mesh)`."""
+    update: optax.GradientTransformation = make_optimizer(optimizer, loop.steps)
+
+    def init() -> TrainState:
+        return init_state(model, update, loop.ema_decays, loop.seed)
+
+    shapes = jax.eval_shape(init)
+    shardings = state_shardings(shapes, update, mesh)
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    graph, _ = split_model(model)
+    step = make_step(
+        graph,
+        update,
+        loss,
+        null_label=model.num_classes,
+        decays=loop.ema_decays,
+        compute_dtype=loop.compute_dtype,
+        accumulation=loop.accumulation,
+    )
+    by_example = jax.NamedSharding(mesh, spec("B", mesh))
+    batch = {
+        "image": jax.ShapeDtypeStruct((loop.batch_size, *model.image_shape), jnp.float32, sharding=by_example),
+        "label": jax.ShapeDtypeStruct((loop.batch_size,), jnp.int32, sharding=by_example),
+    }
+    metrics = jax.NamedSharding(mesh, jax.P())
+    return Program(
+        graph=graph,
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics)),
+        state=state,
+        batch=batch,
+    )

@@ -1,0 +1,46 @@
+"""Layers: what each promises in its docstring."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dito_jax.layers.embed import time_features
+from dito_jax.layers.mlp import GeluMLP, SwiGLU
+from dito_jax.layers.patchify import patchify, unpatchify
+from dito_jax.layers.rope import axial_rotation, rotate
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_unpatchify_undoes_patchify(p):
+    image = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
+    np.testing.assert_array_equal(unpatchify(patchify(image, p), p, 8, 12), image)
+
+
+def test_patches_are_row_major_and_channels_last():
+    image = jnp.arange(4 * 6 * 2, dtype=jnp.float32).reshape(1, 4, 6, 2)
+    np.testing.assert_array_equal(patchify(image, 2)[0, 1], image[0, 0:2, 2:4].reshape(-1))
+    np.testing.assert_array_equal(patchify(image, 2)[0, 3], image[0, 2:4, 0:2].reshape(-1))
+
+
+def test_rotated_products_depend_on_the_offset_between_tokens_only():
+    rotation = axial_rotation(5, 7, 32)
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 32))
+    q, k = (jnp.broadcast_to(x, (1, 35, 1, 32)) for x in (q, k))
+    products = np.einsum("btnh,bsnh->ts", rotate(q, rotation), rotate(k, rotation))
+    at = lambda row, column: row * 7 + column
+    np.testing.assert_allclose(products[at(0, 0), at(2, 3)], products[at(1, 2), at(3, 5)], rtol=1e-4)
+    assert not np.allclose(products[at(0, 0), at(2, 3)], products[at(0, 0), at(3, 2)])
+    np.testing.assert_allclose(jnp.linalg.norm(rotate(q, rotation)), jnp.linalg.norm(q), rtol=1e-6)
+
+
+def test_time_features_are_cosines_then_sines_from_fast_to_slow():
+    features = np.asarray(time_features(jnp.array([0.25]))[0])
+    np.testing.assert_allclose(features[[0, 128]], [np.cos(250.0), np.sin(250.0)], atol=1e-4)
+    np.testing.assert_allclose(features[127], np.cos(250.0 * 1e4 ** (-127 / 128)), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [96, 384, 1024, 1152])
+def test_swiglu_has_as_many_parameters_as_gelu_to_two_percent(width):
+    assert 3 * SwiGLU.hidden(width) == pytest.approx(2 * GeluMLP.hidden(width), rel=0.02)
+    assert SwiGLU.hidden(width) % 16 == 0

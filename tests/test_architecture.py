@@ -1,0 +1,148 @@
+"""The rules of the house: who may import whom, and how long a file or a function may be."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [p for package in ("kernels_pallas", "dito_jax", "configs") for p in sorted((ROOT / package).rglob("*.py"))]
+SOURCES.append(ROOT / "train.py")
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+# A layer may import those below it, and its own neighbours.
+LAYERS = (
+    {"command_line", "cli"},
+    {"config"},
+    {"training", "privacy", "evaluation", "planning", "interop"},
+    {"models", "diffusion", "data"},
+    {"layers"},
+    {"sharding"},
+    {"dims", "errors"},
+)
+FAMILY_MAY_IMPORT = {  # inside a kernel family
+    "api": {"reference", "triton", "mosaic_gpu", "ffi", "cost", "cases"},
+    "triton": {"cost"},
+    "mosaic_gpu": {"cost"},
+    "ffi": {"cost"},
+    "reference": set(),
+    "cost": set(),
+    "cases": set(),
+    "__init__": {"api"},
+}
+FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend"}
+KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Every module that a file imports, absolute: (line, "kernels_pallas.op")."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            if node.level and node.module is None:
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, module
+
+
+def violations(path: Path) -> list[str]:
+    """What a file imports against the rules, a line each."""
+    relative = path.relative_to(ROOT)
+    rule = {"kernels_pallas": _kernel_rule, "dito_jax": _framework_rule, "configs": _config_rule}.get(relative.parts[0])
+    if rule is None:
+        return []
+    return [
+        f"{relative}:{line} imports {module}: {reason}"
+        for line, module in imports(path)
+        if (reason := rule(relative, module.split(".")))
+    ]
+
+
+def _kernel_rule(path: Path, module: list[str]) -> str | None:
+    if module[0] != "kernels_pallas":
+        known = module[0] in KERNEL_LIBRARIES or module[0] in sys.stdlib_module_names
+        return None if known else "kernels_pallas stands on jax, numpy and jaxtyping alone"
+    if len(path.parts) != 3:
+        return None
+    family, file = path.parts[1], path.stem
+    if module[1] != family:
+        outside = len(module) > 1 and module[1] in FAMILY_MAY_IMPORT_OUTSIDE
+        return None if outside else "a family imports op and backend, never another family"
+    allowed = FAMILY_MAY_IMPORT[file]
+    return None if len(module) > 2 and module[2] in allowed else f"{file} may import {sorted(allowed)} of its family"
+
+
+def _framework_rule(path: Path, module: list[str]) -> str | None:
+    if module[0] in ("train", "configs", "tests"):
+        return "the framework knows no experiment"
+    if module[0] == "kernels_pallas":
+        return None if len(module) == 1 else "import public names: from kernels_pallas import ..."
+    if module[0] != "dito_jax" or len(module) == 1 or path.stem == "__init__":
+        return None
+    return None if _height(module[1]) >= _height(path.parts[1].removesuffix(".py")) else "it is of a higher layer"
+
+
+def _config_rule(path: Path, module: list[str]) -> str | None:
+    return "a config speaks of dito_jax" if module[0] == "kernels_pallas" else None
+
+
+def _height(name: str) -> int:
+    return next(height for height, layer in enumerate(LAYERS) if name in layer)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    assert not violations(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("kernels_pallas/norms/planted.py", "import flax"),
+        ("kernels_pallas/norms/reference.py", "from ..attention import api"),
+        ("kernels_pallas/norms/cost.py", "from . import triton"),
+        ("dito_jax/layers/planted.py", "from dito_jax.models.dit import DiT"),
+        ("dito_jax/models/planted.py", "from dito_jax.training import step"),
+        ("dito_jax/models/planted.py", "from kernels_pallas.norms.triton import forward"),
+        ("dito_jax/data/planted.py", "import dito_jax.config"),
+        ("configs/planted.py", "import kernels_pallas"),
+    ],
+)
+def test_a_planted_violation_is_found(file, text, tmp_path, monkeypatch):
+    planted = tmp_path / file
+    planted.parent.mkdir(parents=True)
+    planted.write_text(text)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert violations(planted)
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    relative = str(path.relative_to(ROOT))
+    most = 500 if relative.startswith("kernels_pallas") else 600 if relative.startswith("tests") else 300
+    most = 250 if relative == "train.py" else most
+    assert len(text.splitlines()) <= most
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            kernel_body = "kernel" in node.name and relative.startswith("kernels_pallas")
+            longest = 100 if kernel_body or relative in ("train.py",) or relative.startswith("tests") else 50
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= longest, f"{relative}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_no_file_is_called_utils():
+    assert not [p for p in SOURCES + TESTS if p.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_the_readme_tree_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    missing = [p.name for p in SOURCES if p.stem != "__init__" and p.name not in readme]
+    assert not missing, f"README.md's tree lacks {missing}"

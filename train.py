@@ -1,0 +1,117 @@
+"""Trains a diffusion transformer: the whole run on one page, in the order in which it happens.
+
+    python train.py configs/digits.py
+    python train.py configs/digits.py --train.steps 200 --checkpoint.every 50 --run-dir runs/short
+    python train.py configs/digits.py --help
+
+The run directory (default runs/<config name>) holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and at the
+end eval.json and report.md. Where it holds a checkpoint the run goes on from there, bit for bit.
+Exit code 0: done. 2: the user's mistake, in one line. Anything else is a bug.
+"""
+
+import sys
+
+import jax
+
+from dito_jax import command_line
+from dito_jax.config import TrainConfig, check, to_json
+from dito_jax.data import batches
+from dito_jax.evaluation.judge import judge
+from dito_jax.evaluation.sample import make_sampler
+from dito_jax.sharding import make_mesh
+from dito_jax.training.checkpoint import Checkpoints
+from dito_jax.training.compiling import compile_step, enable_compilation_cache
+from dito_jax.training.metrics import MetricsWriter
+from dito_jax.training.optimizer import learning_rate
+from dito_jax.training.program import Program, make_program
+from dito_jax.training.progress import Progress
+from dito_jax.training.run_directory import RunDirectory
+from dito_jax.training.state import TrainState
+from dito_jax.training.throughput import Throughput
+
+
+def main(arguments: list[str]) -> None:
+    config, run = command_line.train_arguments(arguments)
+    check(config, jax.device_count())
+    enable_compilation_cache(command_line.cache_directory())
+    mesh = make_mesh(config.mesh)
+    with run.hold(), jax.set_mesh(mesh):
+        program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
+        state = train(config, run, program)
+        finish(config, run, program, state)
+
+
+def train(config: TrainConfig, run: RunDirectory, program: Program) -> TrainState:
+    # ------------------------------------------------------------------------------------------------------------ data
+    source = config.data.open("train")
+    command_line.check_data(config, source)
+    stream = batches(
+        source, batch_size=config.train.batch_size, seed=config.train.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------- state, or restore
+    checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
+    restored = checkpoints.latest()
+    if restored is None:
+        state = program.init()
+    else:
+        state = checkpoints.restore(restored, program.state, stream)
+    run.write_text("config.json", to_json(config))
+    first = restored or 0
+    print(f"{run.path}: {config.model.num_parameters():,} parameters, {len(source):,} training images, "
+          f"{jax.device_count()} x {jax.devices()[0].device_kind}, from step {first}", file=sys.stderr)  # fmt: skip
+
+    # --------------------------------------------------------------------------------------------------------- compile
+    step, compiled = compile_step(program.step, program.state, program.batch)
+    print(compiled.line(), file=sys.stderr)
+    throughput = Throughput(
+        images_per_step=config.train.batch_size,
+        flops_per_step=3 * config.model.flops() * config.train.batch_size,  # the backward is two forwards
+        dtype=config.train.compute_dtype,
+    )
+    rate = learning_rate(config.optimizer, config.train.steps)
+
+    # ------------------------------------------------------------------------------------------------------------ loop
+    with MetricsWriter(run, after=restored) as metrics:
+        if first < config.train.steps:
+            metrics.write(first, compiled.asdict())
+        progress = Progress(config.train.steps, step=first)
+        pending = []  # metrics still on the device: fetched once an interval, so that steps are queued without a wait
+        for number in range(first + 1, config.train.steps + 1):
+            batch = jax.tree.map(
+                lambda leaf, share: jax.make_array_from_process_local_data(leaf.sharding, share),
+                program.batch, next(stream),
+            )  # fmt: skip
+            state, measured = step(state, batch)
+            pending.append(measured)
+            last = number == config.train.steps
+            if number % config.train.log_every == 0 or last:
+                means = {name: float(sum(m[name] for m in pending)) / len(pending) for name in measured}
+                means |= {"learning_rate": float(rate(number - 1))} | throughput.interval(len(pending))
+                metrics.write(number, means)
+                progress.show(number, {n: means[n] for n in ("loss", "images_per_second", "mfu") if means[n] is not None})
+                pending = []
+            if number % config.checkpoint.every == 0 or last:
+                checkpoints.save(number, state, stream, metadata={"config": to_json(config)})
+        progress.close()
+    checkpoints.close()
+    return state
+
+
+def finish(config: TrainConfig, run: RunDirectory, program: Program, state: TrainState) -> None:
+    # --------------------------------------------------------------------------------------------- samples, evaluation
+    draw = make_sampler(program.graph, config.model, config.sample, config.loss.prediction)
+    decay = config.sample.ema_decay or config.train.ema_decays[0]
+    figures = judge(
+        run, draw, state.ema[str(decay)], config.data.open("train"), config.data.open("heldout"),
+        sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
+    )  # fmt: skip
+    if figures is not None:
+        agreement, of_heldout = figures["class_agreement"], figures["class_agreement_of_heldout"]
+        print(f"class agreement {agreement:.3f} (held-out data {of_heldout:.3f})")
+    print(f"done: look at {run.samples / 'final.png'}")
+
+
+if __name__ == "__main__":
+    command_line.run(lambda: main(sys.argv[1:]))
