@@ -15,14 +15,14 @@ from dito_jax.training.program import LoopConfig
 
 def config() -> TrainConfig:
     return TrainConfig(
-        model=DiTConfig(image_shape=(8, 8, 1), num_classes=10, patch=2, depth=6, width=96, num_heads=4),
+        model=DiTConfig(image_shape=(8, 8, 1), num_classes=10, patch=2, depth=4, width=64, num_heads=4),
         data=DigitsData(),
         train=LoopConfig(
-            steps=1200,
+            steps=1500,
             batch_size=128,
             compute_dtype="float32",
             ema_decays=(0.995, 0.999),
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
-        sample=SampleConfig(guidance_scale=1.5, ema_decay=0.995, batch_size=250),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        sample=SampleConfig(steps=25, guidance_scale=1.5, ema_decay=0.995, batch_size=250),
     )

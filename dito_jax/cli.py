@@ -166,3 +166,7 @@ def _run(arguments: Sequence[str]) -> None:
         raise UserError(f"{options.verb}: no option {rest[0]}. `dito {options.verb} --help` lists what there is.")
     options.overrides = rest
     VERBS[options.verb](options)
+
+
+if __name__ == "__main__":
+    main()

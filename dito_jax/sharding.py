@@ -90,17 +90,22 @@ def on_mesh(function: Callable, in_dims: tuple[str, ...], out_dims: str) -> Call
     )
 
 
-def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
-    """The sharding of each parameter, by the `dims` it was made with; stacked layers have a leading "L"."""
+def shardings[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """Where each leaf lies: a parameter, and whatever an optimizer keeps of its shape, by the dims it was made with; the
+    rest on every device. Parameters of stacked layers have a leading "L".
+    """
 
-    def sharding(variable: nnx.Variable) -> nnx.Variable:
+    def of_variable(variable: nnx.Variable) -> nnx.Variable:
         dims = variable.get_metadata()["dims"]
         if variable.ndim == len(dims.split()) + 1:
             dims = f"L {dims}"
         assert variable.ndim == len(dims.split()), (dims, variable.shape)
         return variable.replace(jax.NamedSharding(mesh, spec(dims, mesh)))
 
-    return jax.tree.map(sharding, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    def of_leaf(leaf):
+        return of_variable(leaf) if isinstance(leaf, nnx.Variable) else jax.NamedSharding(mesh, jax.P())
+
+    return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def batch_pieces() -> int:

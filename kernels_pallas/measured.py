@@ -37,7 +37,7 @@ def csv_path(device: str) -> Path:
 
 def digest(op) -> str:
     """Twelve hex digits that change with any line of the op's family."""
-    family = Path(sys.modules[op.reference.__module__].__file__).parent
+    family = Path(str(sys.modules[op.reference.__module__].__file__)).parent
     text = hashlib.sha256()
     for path in sorted(family.glob("*.py")):
         text.update(path.name.encode() + b"\0" + path.read_bytes())

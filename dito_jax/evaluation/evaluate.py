@@ -16,7 +16,7 @@ class EvaluationConfig:
     """How much is judged, and against how much."""
 
     num_samples: int = 500  # 0: no evaluation
-    max_reference: int = 5000  # real images of each split, the first of them, where a split has more
+    max_reference: int = 5000  # real images of each split, drawn at random where a split has more
     grid: int = 100  # samples shown
 
 
@@ -32,19 +32,18 @@ def evaluate(
 
     Fréchet distances are between sets of one size, the largest that samples and both splits allow, for they fall with it.
     """
-    train_images, train_labels = _first(train, max_reference)
-    heldout_images, heldout_labels = _first(heldout, max_reference)
+    train_images, train_labels = _drawn(train, max_reference)
+    heldout_images, heldout_labels = _drawn(heldout, max_reference)
     images = np.clip(images, train_images.min(), train_images.max())  # as an image file would
     agreement = ClassAgreement(train_images, train_labels)
     size = min(len(images), len(train_images), len(heldout_images))
-    some_train = np.random.default_rng(0).permutation(len(train_images))[:size]
     memorised = memorisation_ratio(images, train_images, heldout_images)
     return {
         "num_samples": len(images),
         "class_agreement": agreement(images, labels),
         "class_agreement_of_heldout": agreement(heldout_images, heldout_labels),
         "frechet_distance": frechet_distance(images[:size], heldout_images[:size]),
-        "frechet_distance_of_train": frechet_distance(train_images[some_train], heldout_images[:size]),
+        "frechet_distance_of_train": frechet_distance(train_images[:size], heldout_images[:size]),
         "frechet_distance_set_size": size,
         "memorisation": dataclasses.asdict(memorised),
     }
@@ -96,6 +95,8 @@ Drawn with `{json.dumps(settings)}`.
 """
 
 
-def _first(source: Source, most: int) -> tuple[Float[np.ndarray, "B h w c"], Integer[np.ndarray, " B"]]:
-    examples = [source[i] for i in range(min(len(source), most))]
+def _drawn(source: Source, most: int) -> tuple[Float[np.ndarray, "B h w c"], Integer[np.ndarray, " B"]]:
+    """Images and labels, at most so many, in an order of chance that is always the same: sources come sorted by class."""
+    order = np.random.default_rng(0).permutation(len(source))[:most]
+    examples = [source[int(i)] for i in order]
     return np.stack([e["image"] for e in examples]), np.stack([e["label"] for e in examples])

@@ -14,9 +14,9 @@ from flax import nnx
 
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.models.dit import DiTConfig
-from dito_jax.sharding import spec
+from dito_jax.sharding import shardings, spec
 from dito_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dito_jax.training.state import TrainState, init_state, split_model, state_shardings
+from dito_jax.training.state import TrainState, init_state, split_model
 from dito_jax.training.step import ComputeDtype, make_step
 
 
@@ -62,9 +62,9 @@ def make_program(
         return init_state(model, update, loop.ema_decays, loop.seed)
 
     shapes = jax.eval_shape(init)
-    shardings = state_shardings(shapes, update, mesh)
+    places = shardings(shapes, mesh)
     state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, places
     )
     graph, _ = split_model(model)
     step = make_step(
@@ -84,8 +84,8 @@ def make_program(
     metrics = jax.NamedSharding(mesh, jax.P())
     return Program(
         graph=graph,
-        init=jax.jit(init, out_shardings=shardings),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics)),
+        init=jax.jit(init, out_shardings=places),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(places, metrics)),
         state=state,
         batch=batch,
     )

@@ -10,7 +10,6 @@ from flax import nnx
 from jaxtyping import Array, Int, UInt32
 
 from dito_jax.models.dit import DiT, DiTConfig
-from dito_jax.sharding import param_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -34,23 +33,9 @@ def split_model(config: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
 def init_state(
     config: DiTConfig, optimizer: optax.GradientTransformation, decays: tuple[float, ...], seed: int
 ) -> TrainState:
-    """Step 0. Pure: under jit with `state_shardings` it makes each shard where it lives."""
+    """Step 0. Pure: under jit with shardings it makes each shard where it lives."""
     key_params, key_train = jax.random.split(jax.random.key(seed))
     params = nnx.state(DiT(config, rngs=nnx.Rngs(key_params)), nnx.Param)
     ema = {str(decay): jax.tree.map(jnp.copy, params) for decay in decays}
     key = jax.random.key_data(key_train)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, key)
-
-
-def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Optimizer moments and averages lie where their parameter lies; the rest is on every device."""
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    params = param_shardings(abstract.params, mesh)
-    moments = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        abstract.optimizer,
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
-    return TrainState(everywhere, params, moments, {decay: params for decay in abstract.ema}, everywhere)

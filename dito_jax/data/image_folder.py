@@ -1,0 +1,124 @@
+"""Images in folders named after their classes.
+
+    path/<class>/*.{png,jpg,jpeg,webp}                     no split: one image in twenty is held out
+    path/train/<class>/*   path/heldout/<class>/*          a split of your own
+
+Classes are numbered in the order of their names; names that start with a dot are passed over.
+"""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dito_jax.data.sources import HELDOUT_ONE_IN, Augment, DataError, Example, Split
+from dito_jax.data.transforms import centre_crop, random_flip
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MODES = {1: "L", 3: "RGB"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolderData:
+    """Which folder, and what its images become."""
+
+    path: str
+    image_size: int  # pixels a side, after the centre crop
+    channels: int = 3  # 1 is grey, 3 is RGB
+    flip: bool = True  # mirror left to right at random; held-out images stay as they are
+
+    def open(self, split: Split) -> "ImageFolder":
+        """The images of one split.
+
+        Raises:
+          DataError: the folder cannot be read, or holds no classes, or no images for this split.
+        """
+        return ImageFolder(self, split)
+
+
+class ImageFolder:
+    """One split of an image folder; each image is read when it is asked for."""
+
+    def __init__(self, config: ImageFolderData, split: Split):
+        if config.channels not in MODES:
+            raise DataError(
+                f"channels={config.channels}: images have 1 (grey) or 3 (RGB) channels; give one of them."
+            )
+        if config.image_size < 1:
+            raise DataError(
+                f"image_size={config.image_size}: images need a side; give it in pixels, at least 1."
+            )
+        self.image_shape = (config.image_size, config.image_size, config.channels)
+        self.augment: Augment | None = random_flip if config.flip and split == "train" else None
+        self.classes, self._files = _scan(Path(config.path).expanduser(), split)
+        self.num_classes = len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        """Raises DataError: the file is no image, or cannot be read."""
+        path, label = self._files[index]
+        size, _, channels = self.image_shape
+        pixels = centre_crop(_decode(path, MODES[channels]), size)
+        image = pixels.reshape(self.image_shape).astype(np.float32) / np.float32(127.5) - np.float32(1)
+        return Example(image=image, label=np.int32(label))
+
+
+def _decode(path: str, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    # What Pillow raises on files with flipped and missing bytes, beside the operating system's own errors.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: not a readable image ({_reason(error)}); repair it or remove it."
+        ) from error
+
+
+def _scan(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:
+    """The names of the classes, and each file of the split with its class's number."""
+    own_split = not {"train", "heldout"}.isdisjoint(_listed(root, folders=True))
+    train, folder = (root / "train", root / split) if own_split else (root, root)
+    classes, present = _listed(train, folders=True), _listed(folder, folders=True)
+    if not classes:
+        raise DataError(f"{train}: no folders in it; give each class a folder with its images inside.")
+    if unknown := sorted(set(present) - set(classes)):
+        raise DataError(f"{folder / unknown[0]}: {train} has no such class; rename this folder or remove it.")
+    files = [
+        (str(folder / name / file), label)
+        for label, name in enumerate(classes)
+        if name in present
+        for file in _listed(folder / name, folders=False)
+        if file.lower().endswith(SUFFIXES) and (own_split or _drawn(name, file) == split)
+    ]
+    if not files:
+        raise DataError(
+            f"{folder}: no {'/'.join(SUFFIXES)} files for the {split} split in its class folders; "
+            f"add images, or split them yourself into {root / 'train'} and {root / 'heldout'}."
+        )
+    return classes, files
+
+
+def _listed(folder: Path, *, folders: bool) -> list[str]:
+    """Names of the folders, or of the files, in a folder, sorted."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.is_dir() == folders and not e.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: {_reason(error)}; give a folder of images that you can read.") from error
+
+
+def _drawn(name: str, file: str) -> Split:
+    """The split of an image by a hash of its name, so that no image changes sides when others are added."""
+    digest = hashlib.sha256(os.fsencode(f"{name}/{file}")).digest()
+    return "heldout" if int.from_bytes(digest[:8]) % HELDOUT_ONE_IN == 0 else "train"
+
+
+def _reason(error: Exception) -> str:
+    """One line that does not repeat the path."""
+    return getattr(error, "strerror", None) or type(error).__name__

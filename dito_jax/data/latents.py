@@ -1,0 +1,134 @@
+"""Images that an autoencoder has already encoded: one .npz file, or any number of ArrayRecord files."""
+
+import dataclasses
+import glob
+import os
+import struct
+import zipfile
+
+import numpy as np
+from jaxtyping import Float
+
+from dito_jax.data.array_record import ArrayRecords
+from dito_jax.data.sources import HELDOUT_ONE_IN, DataError, Example, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentsData:
+    """Which files, and what is done to their numbers.
+
+    `path` is one .npz with `latents` (N, h, w, c) and `labels` (N,), a folder of .arrayrecord files, or a
+    glob of them. Where it contains "{split}", that becomes train or heldout: "latents/{split}.npz".
+    Otherwise the examples numbered 19, 39, 59 ... are held out.
+    """
+
+    path: str
+    scaling_factor: float = (
+        0.18215  # Stable Diffusion's, which brings its latents to unit variance: arXiv 2112.10752
+    )
+    num_classes: int = 1000
+
+    def open(self, split: Split) -> "Latents":
+        """The latents of one split.
+
+        Raises:
+          DataError: the files are missing, or do not hold what they should.
+        """
+        return Latents(self, split)
+
+
+class Latents:
+    """One split of encoded images, as image = scaling_factor * latent."""
+
+    augment = None  # a mirrored latent is not the latent of the mirrored image
+
+    def __init__(self, config: LatentsData, split: Split):
+        path = os.path.expanduser(config.path.replace("{split}", split))
+        self._path, self._scale = path, np.float32(config.scaling_factor)
+        self.num_classes = config.num_classes
+        if path.endswith(".npz"):
+            self._stored = Npz(path)
+            for number in np.flatnonzero(
+                (self._stored.labels < 0) | (self._stored.labels >= self.num_classes)
+            ):
+                raise self._out_of_range(int(number), int(self._stored.labels[number]))
+        else:
+            self._stored = ArrayRecords(_array_record_files(path))
+        if len(self._stored.shape) != 3 or self._stored.dtype.kind != "f":
+            raise DataError(
+                f"{path}: latents are {self._stored.dtype} of shape {self._stored.shape} each; "
+                "give floating point (h, w, c)."
+            )
+        self.image_shape = self._stored.shape
+        self._numbers = np.arange(len(self._stored))
+        if "{split}" not in config.path:
+            heldout = self._numbers % HELDOUT_ONE_IN == HELDOUT_ONE_IN - 1
+            self._numbers = self._numbers[heldout if split == "heldout" else ~heldout]
+        if not len(self._numbers):
+            raise DataError(
+                f"{path}: no examples in the {split} split; give at least {HELDOUT_ONE_IN} examples."
+            )
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        """Raises DataError: the example cannot be read, or its label is out of range."""
+        number = int(self._numbers[index])
+        latent, label = self._stored.read(number)
+        if not 0 <= label < self.num_classes:
+            raise self._out_of_range(number, label)
+        return Example(image=latent.astype(np.float32) * self._scale, label=np.int32(label))
+
+    def _out_of_range(self, number: int, label: int) -> DataError:
+        return DataError(
+            f"{self._path}: example {number} has label {label}, with num_classes={self.num_classes}; "
+            f"give labels from 0 to num_classes - 1."
+        )
+
+
+class Npz:
+    """`latents` and `labels` of an .npz file; what np.savez wrote is not read until asked for."""
+
+    def __init__(self, path: str):
+        try:
+            latents, self.labels = (_array(path, key) for key in ("latents", "labels"))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or error.args[0]
+            raise DataError(f"{path}: {reason}; give an .npz that holds `latents` and `labels`.") from error
+        if self.labels.dtype.kind not in "iu" or self.labels.shape != latents.shape[:1]:
+            raise DataError(
+                f"{path}: labels are {self.labels.dtype} of shape {self.labels.shape} for latents of shape "
+                f"{latents.shape}; give one integer for each latent."
+            )
+        self._latents, self.shape, self.dtype = latents, latents.shape[1:], latents.dtype
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Float[np.ndarray, "h w c"], int]:
+        """One latent and its label."""
+        return self._latents[index], int(self.labels[index])
+
+
+def _array(path: str, key: str) -> np.ndarray:
+    """One array of an .npz: a view of the file, or, where it is compressed, the whole in memory."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{key}.npy")
+    if member.compress_type != zipfile.ZIP_STORED:
+        with np.load(path) as arrays:
+            return arrays[key]
+    with open(path, "rb") as file:
+        # A zip's local header ends with the lengths of two fields that stand between it and the data.
+        file.seek(member.header_offset + 26)
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        np.lib.format.read_magic(file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")
+
+
+def _array_record_files(path: str) -> list[str]:
+    pattern = os.path.join(glob.escape(path), "*.arrayrecord") if os.path.isdir(path) else path
+    if not (files := sorted(glob.glob(pattern))):
+        raise DataError(f"{path}: no .arrayrecord files there; give an .npz, a folder of them, or a glob.")
+    return files

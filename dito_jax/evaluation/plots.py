@@ -1,0 +1,75 @@
+"""Pictures for a person to look at: a PNG each, written whole or not at all."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+SIDE = 64  # pixels that a tiny image is enlarged to, about
+GAP = 2
+
+
+def image_grid(
+    images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *, columns: int | None = None
+) -> None:
+    """Draws images in [-1, 1], grey or RGB, in rows of `columns` (about as many as rows) on white.
+
+    Tiny ones are enlarged by a whole number with their pixels left square.
+
+    Raises:
+      ValueError: the images are neither grey nor RGB.
+    """
+    count, height, width, channels = images.shape
+    if channels not in (1, 3):
+        raise ValueError(
+            f"images with {channels} channels cannot be drawn; decode them to 1 (grey) or 3 (RGB)."
+        )
+    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    zoom = max(1, SIDE // max(height, width))
+    pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    down, across = height * zoom + GAP, width * zoom + GAP
+    canvas = np.full((rows * down + GAP, columns * across + GAP, channels), 255, np.uint8)
+    for number, image in enumerate(pixels):
+        row, column = divmod(number, columns)
+        top, left = GAP + row * down, GAP + column * across
+        canvas[top : top + height * zoom, left : left + width * zoom] = image
+    with _whole(path) as partial:
+        Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas).save(partial, "PNG")
+
+
+def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.PathLike) -> None:
+    """Draws the loss of each step, and its mean over a window of a fiftieth of them, to show the trend."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")  # without pyplot: it keeps every figure it makes
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each")
+    window = max(1, len(losses) // 50)
+    if window > 1:
+        mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        axes.plot(steps[window - 1 :], mean, label=f"mean of {window}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    with _whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+@contextlib.contextmanager
+def _whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A name to write to, which becomes `path` once all is written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""What a run measured: metrics.jsonl for programs, TensorBoard for people."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dito_jax.training.run_directory import RunDirectory, explained
+from dito_jax.training.tensorboard import TensorBoard
+
+
+class MetricsWriter:
+    """Writes the metrics of the steps that come `after` the restored one; None where a run begins.
+
+    One JSON object a line in metrics.jsonl, `{"step": 20, "loss": 0.31}`, flushed at once. What a
+    killed run wrote of steps beyond `after` is dropped, and so is a line that it did not finish: no step is
+    told twice. NaN and infinities are written as Python's json writes and reads them.
+    """
+
+    def __init__(self, run: RunDirectory, *, after: int | None = None):
+        first = 0 if after is None else after + 1
+        kept = [json.dumps(row) + "\n" for row in read_metrics(run) if row["step"] < first]
+        self._path = run.write_text(run.metrics.name, "".join(kept))
+        self._lines = self._path.open("a", encoding="utf-8")
+        self._board = TensorBoard(run.tensorboard, first=first)
+
+    def write(self, step: int, values: Mapping[str, float | int | str | bool | None]) -> None:
+        """One line, and one TensorBoard scalar for each number in it.
+
+        Raises:
+          ValueError: the disk is full.
+        """
+        with explained(self._path):
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+        numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+        self._board.scalars(step, numbers)
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
+        """An image for TensorBoard."""
+        self._board.image(step, name, image)
+
+    def close(self) -> None:
+        """Closes both files."""
+        with contextlib.closing(self._board), explained(self._path):
+            self._lines.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run: RunDirectory) -> list[dict]:
+    """Every whole line of metrics.jsonl, in order; a line that is still being written is left out."""
+    if not run.metrics.exists():
+        return []
+    whole, _, _ = run.metrics.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]

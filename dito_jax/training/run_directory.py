@@ -1,0 +1,84 @@
+"""The directory of one run: what its files are called, one trainer at a time, and no file half-written."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class RunDirectory:
+    """runs/<name>, made by the first write. Reading it needs no lock."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.evaluation = self.path / "eval.json"
+        self.report = self.path / "report.md"
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps every other process from training here, until the block or the process ends, however it ends.
+
+        Raises:
+          ValueError: another process holds it; the line names its pid and host.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            # A POSIX record lock, unlike flock, is not inherited: a forked data worker that outlives a killed
+            # trainer does not keep it.
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                raise ValueError(
+                    f"{self.path}: {file.read() or 'another process'} is training in it: "
+                    "wait for it, stop it, or use another --run-dir."
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Writes a file of the run, all of it or none: a reader sees the old one or the new one.
+
+        Raises:
+          ValueError: the disk is full; the old file is intact.
+        """
+        path = self.path / name
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with unfinished.open("w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """`write_text` of `value` as JSON that a person can read."""
+        return self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns a full disk, met while writing `path`, into a ValueError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ValueError(f"{path}: {error.strerror}: make room, then run the same command again.") from error

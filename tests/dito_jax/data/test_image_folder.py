@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dito_jax.data import DataError, ImageFolderData, arrays
+from dito_jax.data.transforms import centre_crop, random_flip
+
+
+def write_images(folder: Path, count: int, seed: int = 0, size=(8, 8)) -> list[np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+    return list(pixels)
+
+
+def as_uint8(image):
+    exact = (image.astype(np.float64) + 1) * 127.5
+    np.testing.assert_allclose(exact, np.rint(exact), atol=255 * np.finfo(np.float32).eps)
+    return np.rint(exact)
+
+
+def test_classes_are_numbered_by_name_and_pixels_kept(tmp_path):
+    zebra = write_images(tmp_path / "train" / "zebra", 2, seed=1)
+    ant = write_images(tmp_path / "train" / "ant", 3, seed=2)
+    (tmp_path / "train" / ".hidden").mkdir()
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
+    source = ImageFolderData(str(tmp_path), 8).open("train")
+    batch = arrays(source)
+    assert source.num_classes == 2
+    np.testing.assert_array_equal(batch["label"], [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(as_uint8(batch["image"]), np.stack(ant + zebra))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG", "webp"])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_every_format_is_read_in_grey_and_colour(tmp_path, suffix, channels, mode):
+    folder = tmp_path / "train" / "only"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"a.{suffix}")
+    image = ImageFolderData(str(tmp_path), 8, channels).open("train")[0]["image"]
+    with Image.open(folder / f"a.{suffix}") as stored:
+        wanted = np.asarray(stored.convert(mode)).reshape(8, 8, channels)
+    np.testing.assert_array_equal(as_uint8(image), wanted)
+
+
+def test_heldout_folder_shares_the_numbers_of_the_training_classes(tmp_path):
+    write_images(tmp_path / "train" / "ant", 1)
+    write_images(tmp_path / "train" / "bee", 1)
+    bees = write_images(tmp_path / "heldout" / "bee", 2, seed=3)
+    source = ImageFolderData(str(tmp_path), 8).open("heldout")
+    batch = arrays(source)
+    assert source.num_classes == 2
+    np.testing.assert_array_equal(batch["label"], [1, 1])
+    np.testing.assert_array_equal(as_uint8(batch["image"]), np.stack(bees))
+
+
+def test_split_without_folders_is_complete_and_never_changes_sides(tmp_path):
+    def images(split):
+        return {image.tobytes() for image in arrays(ImageFolderData(str(tmp_path), 8).open(split))["image"]}
+
+    write_images(tmp_path / "ant", 60)
+    train, heldout = images("train"), images("heldout")
+    assert not train & heldout and len(train | heldout) == 60
+    write_images(tmp_path / "ant" / "more", 60, seed=1)
+    for path in (tmp_path / "ant" / "more").iterdir():
+        path.rename(tmp_path / "ant" / f"a{path.name}")
+    assert train < images("train") and heldout <= images("heldout")
+
+
+def test_only_training_images_are_flipped(tmp_path):
+    write_images(tmp_path / "train" / "ant", 1)
+    write_images(tmp_path / "heldout" / "ant", 1)
+    data = ImageFolderData(str(tmp_path), 8)
+    assert data.open("train").augment is random_flip
+    assert data.open("heldout").augment is None
+    assert ImageFolderData(str(tmp_path), 8, flip=False).open("train").augment is None
+
+
+def test_random_flip_mirrors_left_to_right_half_of_the_time():
+    example = {"image": np.arange(24, dtype=np.float32).reshape(2, 4, 3), "label": np.int32(7)}
+    rng = np.random.default_rng(0)
+    draws = [random_flip(example, rng) for _ in range(400)]
+    flipped = [np.array_equal(draw["image"], np.fliplr(example["image"])) for draw in draws]
+    kept = [np.array_equal(draw["image"], example["image"]) for draw in draws]
+    assert all(f != k for f, k in zip(flipped, kept, strict=True))
+    assert abs(sum(flipped) - 200) < 5 * 10  # a fair coin's standard deviation over 400 throws is 10
+    assert all(draw["label"] == 7 for draw in draws)
+
+
+def test_crop_keeps_the_middle_of_a_wide_and_of_a_tall_image():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 30, 3), np.uint8)
+    np.testing.assert_array_equal(centre_crop(Image.fromarray(pixels), 16), pixels[:, 7:23])
+    tall = np.ascontiguousarray(pixels.transpose(1, 0, 2))
+    np.testing.assert_array_equal(centre_crop(Image.fromarray(tall), 16), tall[7:23])
+
+
+def test_crop_halves_by_averaging_before_it_interpolates():
+    small = np.random.default_rng(0).integers(8, 248, (16, 16, 3), np.uint8)
+    rows, columns = np.indices((64, 64))
+    ripple = np.where((rows + columns) % 2, 8, -8)[:, :, None]  # averages to nothing over any 2x2 pixels
+    blocks = (small.repeat(4, axis=0).repeat(4, axis=1) + ripple).astype(np.uint8)
+    np.testing.assert_array_equal(centre_crop(Image.fromarray(blocks), 16), small)
+
+
+def test_crop_scales_what_is_left_by_bicubic():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
+    wanted = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(centre_crop(image, 16), wanted)
+
+
+def no_folder(path):
+    return path / "nothing", path / "nothing"
+
+
+def a_file(path):
+    (path / "file").write_text("")
+    return path / "file", path / "file"
+
+
+def no_classes(path):
+    return path, path
+
+
+def no_images(path):
+    (path / "ant").mkdir()
+    return path, path
+
+
+def no_heldout_folder(path):
+    write_images(path / "train" / "ant", 1)
+    return path, path / "heldout"
+
+
+def an_unknown_heldout_class(path):
+    write_images(path / "train" / "ant", 1)
+    write_images(path / "heldout" / "bee", 1)
+    return path, path / "heldout" / "bee"
+
+
+@pytest.mark.parametrize(
+    "make", [no_folder, a_file, no_classes, no_images, no_heldout_folder, an_unknown_heldout_class]
+)
+def test_unusable_folder_is_named_in_one_line(tmp_path, make):
+    path, culprit = make(tmp_path)
+    with pytest.raises(DataError) as error:
+        ImageFolderData(str(path), 8).open("heldout")
+    assert str(error.value).startswith(f"{culprit}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"hello", lambda png: png[: len(png) // 2]])
+def test_file_that_is_no_image_is_named_when_it_is_read(tmp_path, damage):
+    write_images(tmp_path / "train" / "ant", 2)
+    bad = tmp_path / "train" / "ant" / "001.png"
+    bad.write_bytes(damage(bad.read_bytes()))
+    source = ImageFolderData(str(tmp_path), 8).open("train")
+    assert source[0]["image"].shape == (8, 8, 3)
+    with pytest.raises(DataError) as error:
+        source[1]
+    assert str(error.value).startswith(f"{bad}: not a readable image") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"image_size": 8, "channels": 4}])
+def test_size_that_no_image_has_is_refused(tmp_path, wrong):
+    write_images(tmp_path / "train" / "ant", 1)
+    with pytest.raises(DataError, match="; give"):
+        ImageFolderData(str(tmp_path), **wrong).open("train")

@@ -1,0 +1,97 @@
+"""Planning: what a compiled step holds, read from its text, and whole runs compiled for GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dito_jax.planning.hlo import contents
+from dito_jax.planning.lowering import without_payloads
+
+
+ROOT = Path(__file__).parent.parent.parent.parent
+
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %neg = f32[8]{0} negate(%p)
+}
+
+ENTRY %main (a: f32[8,4]) -> (f32[8,4]) {
+  %a = f32[8,4]{1,0} parameter(0)
+  %k.1 = (bf16[8,4]{1,0}, f32[8]{0}) custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", backend_config={debug = false, ir = "ML\\"EF", name = "my_forward", num_warps = 4 : i32}
+  %c = f32[8,4]{1,0} custom-call(%a), custom_call_target="__cublas$gemm"
+  %f = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused
+  %g = f32[8]{0} fusion(%a), kind=kInput, calls=%fused
+  %ags = (f32[8,4]{1,0}, f32[64,4]{1,0}) all-gather-start(%a), dimensions={0}
+  %agd = f32[64,4]{1,0} all-gather-done(%ags)
+  %rs = bf16[2,4]{1,0} reduce-scatter(%a), dimensions={0}
+  ROOT %t = (f32[8,4]{1,0}) tuple(%c)
+}
+"""
+
+
+def test_the_contents_of_a_step_are_counted():
+    found = contents(HLO)
+    assert found.kernels == {"my_forward": 1}
+    assert found.custom_calls == {"__cublas$gemm": 1}
+    assert found.fusions == {"Loop": 1, "Input": 1}
+    assert found.collectives == {"all-gather": (1, 64 * 4 * 4), "reduce-scatter": (1, 2 * 4 * 2)}
+    assert found.instructions == 11
+
+
+def test_payloads_are_left_out_of_the_text():
+    text = without_payloads(HLO)
+    assert 'ir = "..."' in text and "EF" not in text and contents(text) == contents(HLO)
+
+
+def dito_hlo(tmp_path: Path, *arguments: str) -> tuple[str, str]:
+    """The text and the page of a compiled step."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    subprocess.run(
+        [sys.executable, "-m", "dito_jax.cli", "hlo", *arguments, "--out", str(tmp_path)],
+        cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900,
+    )  # fmt: skip
+    return (tmp_path / "train_step.optimized.txt").read_text(), (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.deviceless
+def test_xl2_compiles_for_one_h200_with_our_kernels_and_fits(tmp_path):
+    text, page = dito_hlo(tmp_path, "configs/dit_xl2_imagenet256.py", "--gpus", "1xh200")
+    kernels = contents(text).kernels
+    for name in ("flash_attention_forward", "flash_attention_backward_dq", "flash_attention_backward_dkv",
+                 "modulated_norm_forward", "modulated_norm_backward"):  # fmt: skip
+        assert kernels.get(name, 0) >= 1, (name, kernels)
+        assert name in page
+    peak = float(page.split("| peak | ")[1].split(" ")[0].replace(",", ""))
+    assert 10_000 < peak < 139 * 1024, "MiB of one H200"
+
+
+@pytest.mark.deviceless
+def test_sharded_xl2_gathers_parameters_and_never_what_a_kernel_reads(tmp_path):
+    """On fsdp=8 every all-gather is of a parameter; an activation would have the whole batch of 256 in its shape."""
+    text, page = dito_hlo(
+        tmp_path, "configs/dit_xl2_imagenet256.py", "--gpus", "8xh200", "--mesh.data", "1", "--mesh.fsdp", "8"
+    )
+    found = contents(text)
+    assert found.kernels["flash_attention_forward"] >= 1
+    assert found.collectives["all-gather"][0] >= 1
+    gathers = [line for line in text.splitlines() if " all-gather" in line and "=" in line]
+    assert not [line for line in gathers if "[256,256," in line.split(" all-gather")[0]]
+    assert "all-gather" in page
+
+
+def test_the_step_is_printed_at_every_stage(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    for stage, words in [("jaxpr", "let"), ("stablehlo", "stablehlo.dot_general")]:
+        subprocess.run(
+            [sys.executable, "-m", "dito_jax.cli", "hlo", "configs/digits.py", "--stage", stage, "--out", str(tmp_path)],
+            cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert words in (tmp_path / f"train_step.{stage}.txt").read_text()
+
+

@@ -1,0 +1,137 @@
+"""Configs and command lines: every mistake is one clear line."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from dito_jax import command_line
+from dito_jax.config import check, from_json, leaves, load, override, to_json
+from dito_jax.data import DigitsData, LatentsData
+from dito_jax.errors import UserError
+
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture
+def digits():
+    return load(str(ROOT / "configs/digits.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_can_be_built_and_survives_its_json(path):
+    config = load(str(path))
+    check(config, num_devices=1)
+    assert from_json(to_json(config)) == config
+    assert config.model.num_parameters() > 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_says_its_command(path):
+    assert f"python train.py configs/{path.name}" in path.read_text().split('"""')[1]
+
+
+def test_overrides_take_the_types_of_their_fields(digits):
+    changed = override(
+        digits,
+        ["--train.steps", "7", "--optimizer.learning-rate=3e-4", "--train.ema_decays", "0.9", "0.99", "--model.remat",
+         "True", "--sample.guidance_interval", "0.2", "0.8", "--model.num_kv_heads", "2", "--loss.prediction", "v"],
+    )  # fmt: skip
+    assert (changed.train.steps, changed.optimizer.learning_rate, changed.train.ema_decays) == (7, 3e-4, (0.9, 0.99))
+    assert changed.model.remat is True and changed.model.num_kv_heads == 2
+    assert changed.sample.guidance_interval == (0.2, 0.8) and changed.loss.prediction == "v"
+    assert dataclasses.replace(changed, train=digits.train).optimizer != digits.optimizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.stepz", "5"], r"no option --train.stepz; did you mean --train.steps \(steps\)\?"),
+        (["--steps", "5"], r"did you mean --train.steps"),
+        (["--optimiser.learning_rate", "5"], r"did you mean --optimizer.learning_rate"),
+        (["--train.steps", "many"], r"--train.steps: got 'many'; wanted int"),
+        (["--train.steps"], r"--train.steps: got 'nothing'; wanted int"),
+        (["--loss.prediction", "y"], r"--loss.prediction: got 'y'; wanted .*'x', 'v', 'eps'"),
+        (["--sample.guidance_interval", "0.5"], r"--sample.guidance_interval: got '0.5'; wanted tuple\[float, float\]"),
+        (["--model.remat", "perhaps"], r"wanted bool"),
+        (["stray"], r"unexpected 'stray'"),
+        (["--data.path", "/x"], r"no option --data.path"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_the_right_one(digits, arguments, words):
+    with pytest.raises(UserError, match=words) as caught:
+        override(digits, arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices", "words"),
+    [
+        (["--train.batch_size", "30"], 8, r"train.batch_size 30 is not a multiple of .* = 8"),
+        (["--train.accumulation", "3"], 1, r"train.batch_size 128 is not a multiple .* = 3"),
+        (["--mesh.data", "1", "--mesh.tensor", "8"], 8, r"model.num_kv_heads 4 is not a multiple of mesh.tensor 8"),
+        (["--mesh.data", "2", "--mesh.fsdp", "5"], 10, r"model.width 64 is not a multiple of mesh.fsdp 5"),
+        (["--model.patch", "3"], 1, r"model: patch 3 does not divide"),
+        (["--sample.ema_decay", "0.5"], 1, r"sample.ema_decay 0.5 is not in train.ema_decays"),
+        (["--loss.label_dropout", "0"], 1, r"guidance_scale 1.5 needs loss.label_dropout > 0"),
+        (["--train.steps", "0"], 1, r"train.steps is 0; it must be at least 1"),
+    ],
+)
+def test_an_impossible_combination_is_one_line_before_any_compile(digits, arguments, devices, words):
+    with pytest.raises(UserError, match=words) as caught:
+        check(override(digits, arguments), devices)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_leaf_of_every_config_is_an_option_of_a_plain_type(digits):
+    names = leaves(digits)
+    assert {"train.steps", "checkpoint.every", "model.width", "mesh.fsdp"} <= set(names)
+    assert all(re.fullmatch(r"[a-z0-9_.]+", name) for name in names)
+
+
+def test_data_that_do_not_fit_the_model_are_refused(digits):
+    source = digits.data.open("train")
+    command_line.check_data(digits, source)
+    for change, words in [({"image_shape": (16, 16, 1)}, "image_shape is"), ({"num_classes": 9}, "num_classes is 9")]:
+        wrong = dataclasses.replace(digits, model=dataclasses.replace(digits.model, **change))
+        with pytest.raises(UserError, match=words):
+            command_line.check_data(wrong, source)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def config(): return 3", "wanted a dito_jax.config.TrainConfig"),
+        ("def config(): return undefined", "NameError"),
+        ("x = (", "SyntaxError"),
+        ("", "has no attribute 'config'"),
+    ],
+)
+def test_a_broken_config_file_is_one_line(text, words, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        load(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_config_file_names_the_nearest(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="Did you mean configs/digits.py"):
+        load("configs/digit.py")
+
+
+def test_a_config_of_another_version_is_refused():
+    text = to_json(load(str(ROOT / "configs/digits.py")))
+    for broken in (text.replace('"steps"', '"stepz"'), text.replace("DigitsData", "Unknown"), text[:-20]):
+        with pytest.raises(UserError, match="not of this version"):
+            from_json(broken)
+
+
+def test_data_kinds_survive_json(digits):
+    other = dataclasses.replace(digits, data=LatentsData(path="somewhere"))
+    assert from_json(to_json(other)).data == LatentsData(path="somewhere")
+    assert from_json(to_json(digits)).data == DigitsData()

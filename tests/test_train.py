@@ -1,0 +1,208 @@
+"""train.py and dito as a user runs them: real processes, real data, real kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--model.depth", "2", "--train.batch_size", "64", "--train.log_every", "5",
+    "--evaluation.num_samples", "60", "--evaluation.grid", "20", "--sample.steps", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """One device, no inherited flags, and one compilation cache for all these processes."""
+    cache = tmp_path_factory.mktemp("cache")
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    return kept | {"DITO_CACHE": str(cache)}
+
+
+def command(verb: str, *arguments: str | Path) -> list[str]:
+    start = [sys.executable, "train.py"] if verb == "train" else [sys.executable, "-m", "dito_jax.cli", verb]
+    return [*start, *map(str, arguments)]
+
+
+@pytest.fixture
+def call(environment):
+    def run(verb: str, *arguments: str | Path, code: int = 0, **changes: str) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            command(verb, *arguments), cwd=ROOT, env=environment | changes, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    """The only line of stderr, but for the one that says which platform was chosen."""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("No NVIDIA GPU")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, environment) -> Path:
+    """A short run, never killed."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    subprocess.run(
+        command("train", "configs/digits.py", *SMALL, "--train.steps", "40", "--checkpoint.every", "7", "--run-dir", run),
+        cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600,
+    )  # fmt: skip
+    return run
+
+
+def test_a_run_leaves_everything_a_person_looks_at(finished):
+    for name in ("config.json", "metrics.jsonl", "eval.json", "report.md", "samples/final.png", "loss.png", "tensorboard"):
+        assert (finished / name).exists(), name
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(5, 41, 5))
+    assert rows[-1]["loss"] < 0.8 * rows[1]["loss"]
+    assert {"images_per_second", "mfu", "learning_rate", "gradient_norm"} <= set(rows[-1])
+    assert {"trace_seconds", "lower_seconds", "compile_seconds", "cache_hit"} <= set(rows[0])
+    figures = json.loads((finished / "eval.json").read_text())
+    assert 0 <= figures["class_agreement"] <= 1 < 60 == figures["num_samples"]
+    assert figures["class_agreement_of_heldout"] > 0.97
+
+
+def test_a_run_killed_at_random_steps_ends_with_the_very_same_bits(finished, tmp_path, environment, call):
+    """kill -9, then the same command again: the hash of parameters and averages is that of a run never killed."""
+    arguments = [*SMALL, "--train.steps", "40", "--checkpoint.every", "7", "--run-dir", tmp_path / "killed"]
+    kills = 0
+    for seed in range(4):
+        process = subprocess.Popen(
+            command("train", "configs/digits.py", *arguments), cwd=ROOT, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        saved = lambda: len([p for p in (tmp_path / "killed/checkpoints").glob("*") if p.name.isdecimal()])
+        before, deadline = saved(), time.monotonic() + 120
+        while saved() == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(random.Random(seed).uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2, "the runs ended before they could be killed"
+    call("train", "configs/digits.py", *arguments)
+    of_killed, of_finished = (
+        call("digest", run).stdout.splitlines()[-1] for run in (tmp_path / "killed", finished)
+    )
+    assert of_killed == of_finished and len(of_killed) == 64
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
+    assert steps == sorted(set(steps)) and steps[-1] == 40
+
+
+def test_a_finished_run_does_nothing_again(finished, call):
+    before = call("digest", finished).stdout
+    assert call("digest", finished, "--step", "40").stdout == before
+    assert call("digest", finished, "--step", "35").stdout != before
+
+
+def test_samples_are_drawn_from_a_run(finished, call):
+    out = call("sample", finished, "--num", "6", "--seed", "3", "--class", "7", "2").stdout
+    png, npz = (ROOT / path for path in out.strip().split(", "))
+    assert png.read_bytes().startswith(b"\x89PNG")
+    with np.load(npz) as drawn:
+        assert drawn["images"].shape == (6, 8, 8, 1)
+        assert drawn["labels"].tolist() == [7, 2, 7, 2, 7, 2]
+
+
+def test_eval_judges_a_run_again(finished, call):
+    before = json.loads((finished / "eval.json").read_text())
+    call("eval", finished)
+    assert json.loads((finished / "eval.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.stepz", "5"], "steps"),
+        (["--train.batch_size", "0"], "at least 1"),
+        (["--mesh.data", "3"], "does not use exactly the 1 devices"),
+        (["--model.image_shape", "16", "16", "1"], "the data's images are (8, 8, 1)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(arguments, words, call, tmp_path):
+    assert words in one_line(call("train", "configs/digits.py", *arguments, "--run-dir", tmp_path / "run", code=2))
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_missing_data_are_one_line(call, tmp_path):
+    done = call("train", "configs/dit_xl2_imagenet256.py", "--data.path", "/nowhere", "--run-dir", tmp_path, code=2)
+    assert "/nowhere" in one_line(done)
+
+
+def test_a_checkpoint_of_another_model_is_one_line_and_stays_intact(finished, call):
+    before = call("digest", finished).stdout
+    line = one_line(call("train", "configs/digits.py", *SMALL, "--model.width", "32", "--run-dir", finished, code=2))
+    assert "64" in line and "32" in line and "--run-dir" in line
+    assert call("digest", finished).stdout == before
+
+
+def test_a_run_directory_in_use_is_one_line(call, tmp_path):
+    holder = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import sys, time; from dito_jax.training.run_directory import RunDirectory\n"
+            f"with RunDirectory({str(tmp_path / 'run')!r}).hold(): print('held', flush=True); time.sleep(600)",
+        ],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        line = one_line(call("train", "configs/digits.py", *SMALL, "--run-dir", tmp_path / "run", code=2))
+        assert str(holder.pid) in line and "--run-dir" in line
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "words"),
+    [
+        ("sampel", [], "did you mean sample"),
+        ("sample", ["/nowhere"], "/nowhere"),
+        ("digest", [], "run"),
+        ("hlo", ["configs/digits.py", "--gpus", "8xh900"], "choose from h200"),
+        ("hlo", ["configs/digits.py", "--gpus", "h200"], "wanted a count and a GPU"),
+        ("hlo", ["configs/digits.py", "--train.stepz", "3"], "did you mean --train.steps"),
+        ("eval", ["/nowhere", "--bogus"], "--bogus"),
+    ],
+)
+def test_a_mistake_in_a_dito_command_is_one_line(verb, arguments, words, call):
+    assert words in one_line(call(verb, *arguments, code=2))
+
+
+def test_a_class_that_the_model_does_not_know_is_one_line(finished, call):
+    assert "classes 0 to 9" in one_line(call("sample", finished, "--class", "10", code=2))
+
+
+def test_help_lists_every_option(call):
+    text = call("train", "configs/digits.py", "--help").stdout
+    assert "--train.steps 1" in text and "--checkpoint.every" in text and "--run-dir runs/digits" in text
+
+
+def test_the_doctor_says_what_runs_and_why_not(call):
+    text = call("doctor").stdout
+    assert "flash_attention triton: no: needs an NVIDIA GPU" in text and "flash_attention xla: runs" in text
+
+
+def test_no_command_prints_a_traceback_of_the_cuda_plug_in(call):
+    done = call("doctor")
+    assert "Traceback" not in done.stderr and "cuDNN" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
