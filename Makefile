@@ -7,7 +7,7 @@ GPU := $(wildcard /dev/nvidiactl /dev/dxg)
 EXTRA := $(if $(GPU),cuda)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-DEVICELESS = $(shell $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless'])")
+DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless']))")
 
 .PHONY: help train test lint format gpu clean
 
@@ -47,7 +47,7 @@ clean:
 		exit 2; fi
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 12) else f"dito_jax needs Python 3.12 or newer; $(PYTHON) is {v[0]}.{v[1]}.")'
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable ".[$(EXTRA)]"
+	$(PIP) --editable "$(if $(EXTRA),.[$(EXTRA)],.)"
 	@touch $@
 
 .venv/installed-dev: .venv/installed

@@ -4,14 +4,15 @@
     python train.py configs/digits.py --train.steps 200 --checkpoint.every 50 --run-dir runs/short
     python train.py configs/digits.py --help
 
-The run directory (default runs/<config name>) holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and at the
-end eval.json and report.md. Where it holds a checkpoint the run goes on from there, bit for bit.
-Exit code 0: done. 2: the user's mistake, in one line. Anything else is a bug.
+The run directory (default runs/<config name>) holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/,
+and at the end eval.json and report.md. Where it holds a checkpoint the run goes on from there, bit for bit. Exit code
+0: done. 2: the user's mistake, in one line. Anything else is a bug.
 """
 
 import sys
 
 import jax
+import numpy as np
 
 from dito_jax import command_line
 from dito_jax.config import TrainConfig, check, to_json
@@ -53,10 +54,7 @@ def train(config: TrainConfig, run: RunDirectory, program: Program) -> TrainStat
     # ----------------------------------------------------------------------------------------------- state, or restore
     checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
     restored = checkpoints.latest()
-    if restored is None:
-        state = program.init()
-    else:
-        state = checkpoints.restore(restored, program.state, stream)
+    state = program.init() if restored is None else checkpoints.restore(restored, program.state, stream)
     run.write_text("config.json", to_json(config))
     first = restored or 0
     print(f"{run.path}: {config.model.num_parameters():,} parameters, {len(source):,} training images, "
@@ -75,7 +73,7 @@ def train(config: TrainConfig, run: RunDirectory, program: Program) -> TrainStat
     # ------------------------------------------------------------------------------------------------------------ loop
     with MetricsWriter(run, after=restored) as metrics:
         if first < config.train.steps:
-            metrics.write(first, compiled.asdict())
+            metrics.write(first + 1, compiled.asdict())
         progress = Progress(config.train.steps, step=first)
         pending = []  # metrics still on the device: fetched once an interval, so that steps are queued without a wait
         for number in range(first + 1, config.train.steps + 1):
@@ -87,10 +85,12 @@ def train(config: TrainConfig, run: RunDirectory, program: Program) -> TrainStat
             pending.append(measured)
             last = number == config.train.steps
             if number % config.train.log_every == 0 or last:
-                means = {name: float(sum(m[name] for m in pending)) / len(pending) for name in measured}
-                means |= {"learning_rate": float(rate(number - 1))} | throughput.interval(len(pending))
-                metrics.write(number, means)
-                progress.show(number, {n: means[n] for n in ("loss", "images_per_second", "mfu") if means[n] is not None})
+                fetched = jax.device_get(pending)
+                means = {name: float(np.mean([m[name] for m in fetched])) for name in measured}
+                speed = throughput.interval(len(pending))
+                metrics.write(number, means | speed | {"learning_rate": np.asarray(rate(number - 1)).item()})
+                shown = {"loss": means["loss"]} | speed
+                progress.show(number, {name: value for name, value in shown.items() if value is not None})
                 pending = []
             if number % config.checkpoint.every == 0 or last:
                 checkpoints.save(number, state, stream, metadata={"config": to_json(config)})

@@ -1,10 +1,10 @@
 """The `dito` command: one subcommand a verb.
 
-    dito sample RUN --num 64 --seed 0 --class 3 7      a PNG grid and an npz from the last checkpoint
-    dito eval RUN                                      eval.json, report.md and samples/final.png again
-    dito digest RUN --step 500                         the last line is a hash of its parameters and averages
-    dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
-    dito doctor                                        versions, devices, what runs here and why not
+dito sample RUN --num 64 --seed 0 --class 3 7      a PNG grid and an npz from the last checkpoint
+dito eval RUN                                      eval.json, report.md and samples/final.png again
+dito digest RUN --step 500                         the last line is a hash of its parameters and averages
+dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
+dito doctor                                        versions, devices, what runs here and why not
 """
 
 import argparse

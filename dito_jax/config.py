@@ -1,7 +1,8 @@
 """One run's configuration: frozen dataclasses, each defined beside what it configures, joined here.
 
-A config file is Python, `configs/<model>_<size>_<data>.py`, with a function `config() -> TrainConfig`. A command line may change
-any field by its dotted name: `python train.py configs/digits.py --train.steps 200`. Every mistake is one line and exit code 2.
+A config file is Python, `configs/<model>_<size>_<data>.py`, with a function `config() -> TrainConfig`. A command line
+may change any field by its dotted name: `python train.py configs/digits.py --train.steps 200`. Every mistake is one
+line and exit code 2.
 """
 
 import contextlib
@@ -98,9 +99,7 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         found |= (
-            values(value, f"{prefix}{field.name}.")
-            if dataclasses.is_dataclass(value)
-            else {prefix + field.name: value}
+            values(value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(value) else {prefix + field.name: value}
         )
     return found
 
@@ -112,10 +111,9 @@ def check(config: TrainConfig, num_devices: int) -> None:
     batch_axes = axes["data"] * axes["fsdp"]
     part = batch_axes * train.accumulation
     hidden = MLPS[model.mlp].hidden(model.width)
+    pieces = "mesh.data x mesh.fsdp x train.accumulation"
     rules = {
-        f"train.batch_size {train.batch_size} is not a multiple of mesh.data x mesh.fsdp x train.accumulation = {part}": (
-            train.batch_size % part
-        ),
+        f"train.batch_size {train.batch_size} is not a multiple of {pieces} = {part}": train.batch_size % part,
         f"model.num_kv_heads {model.kv_heads} is not a multiple of mesh.tensor {axes['tensor']}": (
             model.kv_heads % axes["tensor"]
         ),
@@ -153,7 +151,7 @@ def to_json(config: Any) -> str:
 def from_json(text: str) -> TrainConfig:
     """The config that `to_json` wrote; raises UserError if it is another version's."""
 
-    def built(node):
+    def built(node: Any) -> Any:
         if isinstance(node, list):
             return tuple(node)
         if not isinstance(node, dict):
@@ -166,7 +164,7 @@ def from_json(text: str) -> TrainConfig:
         raise UserError(f"config.json is not of this version of dito_jax: {error}.") from error
 
 
-_CLASSES = {
+_CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         TrainConfig, DiTConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig, CheckpointConfig, SampleConfig,

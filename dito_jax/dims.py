@@ -1,6 +1,7 @@
 """The legend: dimension letters and mesh axes. Every annotation, parameter and sharding rule in the project uses these.
 
-`axis` is a mesh axis, `dim` an array dimension. Lower case letters are image space; "." names a dimension that is never sharded.
+`axis` is a mesh axis, `dim` an array dimension. Lower case letters are image space; "." names a dimension that is
+never sharded.
 """
 
 DIMS = {

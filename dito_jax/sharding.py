@@ -1,8 +1,9 @@
 """Where arrays live on the mesh: the mesh, the rules from dims to axes, and the one shard_map wrapper for kernels.
 
-Models are written for one device. They name the dims of what they hold ("D K . H") and of what they compute ("B T D"); the
-rules below say which mesh axis shards which dim. A kernel is a custom call that XLA cannot partition: it would gather the whole
-array first. So kernels meet a mesh through `on_mesh` alone, which hands each device its own piece.
+Models are written for one device. They name the dims of what they hold ("D K . H") and of what they compute ("B T
+D"); the rules below say which mesh axis shards which dim. A kernel is a custom call that XLA cannot partition: it
+would gather the whole array first. So kernels meet a mesh through `on_mesh` alone, which hands each device its own
+piece.
 """
 
 import dataclasses
@@ -78,7 +79,7 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
 
 
 def on_mesh(function: Callable, in_dims: tuple[str, ...], out_dims: str) -> Callable:
-    """`function` run on each device's own piece: `on_mesh(flash_attention, ("B T N H", "B S K H", "B S K H"), "B T N H")`."""
+    """`function` run on each device's own piece: `on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)`."""
     mesh = jax.sharding.get_abstract_mesh()
     if not _shards(mesh):
         return function
@@ -91,7 +92,7 @@ def on_mesh(function: Callable, in_dims: tuple[str, ...], out_dims: str) -> Call
 
 
 def shardings[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
-    """Where each leaf lies: a parameter, and whatever an optimizer keeps of its shape, by the dims it was made with; the
+    """Where each leaf lies: a parameter, and what an optimizer keeps of its shape, by the dims it was made with; the
     rest on every device. Parameters of stacked layers have a leading "L".
     """
 

@@ -70,7 +70,8 @@ def why_not_triton() -> str | None:
 def settle_platform() -> None:
     """Chooses the CPU, in one line, where CUDA wheels are installed and no NVIDIA GPU is there.
 
-    Every command calls it first: without it JAX's plug-in prints a traceback about libraries that the machine cannot use.
+    Every command calls it first: without it JAX's plug-in prints a traceback about libraries that the machine cannot
+    use.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
     if gpu_present() or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:

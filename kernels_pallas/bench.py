@@ -47,9 +47,7 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
     which.add_argument("--tiny", action="store_true", help="the tiny cases, which a CPU can run")
     which.add_argument("--all", action="store_true", help="tiny cases and those of real models")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the CSV file to write")
-    parser.add_argument(
-        "--stale", action="store_true", help="list what should be measured again; measure nothing"
-    )
+    parser.add_argument("--stale", action="store_true", help="list what should be measured again; measure nothing")
     args = parser.parse_args(argv)
     chosen = command_line.choose_ops(parser, args, ops)
     if args.stale:

@@ -1,7 +1,7 @@
 """Compile-only NVIDIA GPUs: XLA's CUDA compiler with no GPU in the machine.
 
-Needs the `deviceless` extra (the CUDA plug-in and the compiler's own wheels; no driver, no cuDNN). What it proves: the kernel
-lowers, passes Triton, LLVM and ptxas, and fits; what it does not: that it is right, or fast.
+Needs the `deviceless` extra (the CUDA plug-in and the compiler's own wheels; no driver, no cuDNN). What it proves:
+the kernel lowers, passes Triton, LLVM and ptxas, and fits; what it does not: that it is right, or fast.
 """
 
 import functools

@@ -80,9 +80,7 @@ def main() -> int:
 def _dump_ptx_to(folder: Path) -> None:
     """Makes XLA write PTX and launches to `folder`; it reads its flags once, before the first compile."""
     # Only PTX: with every emitter dumped, Triton's own passes alone are megabytes and seconds a kernel.
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_emitter_re=ptx"
-    )
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_emitter_re=ptx"
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no GPU, and leaves one to those who do
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache writes no PTX
 

@@ -1,7 +1,8 @@
 """What was measured: the committed results/<device>.csv, and whether they are of today's source.
 
-A row is one op, case, implementation and pass on one device. `digest` ties it to the source of its family; a row whose digest
-is not today's still ranks implementations, and `python -m kernels_pallas.bench --stale` asks for it to be measured again.
+A row is one op, case, implementation and pass on one device. `digest` ties it to the source of its family; a row
+whose digest is not today's still ranks implementations, and `python -m kernels_pallas.bench --stale` asks for it to
+be measured again.
 """
 
 import csv
@@ -45,7 +46,7 @@ def digest(op) -> str:
 
 
 def fastest(op, names: list[str], arrays, static) -> str | None:
-    """Which of `names` took least time, forward and backward together, at exactly these shapes; None if not measured."""
+    """Which of `names` took least time, both passes together, at exactly these shapes; None if not measured."""
     device = backend.target().kind
     if not rows(device) or (case := op.case_named(arrays, static)) is None:
         return None

@@ -1,7 +1,8 @@
 """What every kernel family is made of, and how one of its implementations is picked.
 
-An `Op` is a table, not a base class: the reference that defines the answer, the kernels that compute it faster, the work it
-cannot avoid, and the named cases that tests, benchmarks and the inspector run. A new kernel is one file and one line in it.
+An `Op` is a table, not a base class: the reference that defines the answer, the kernels that compute it faster, the
+work it cannot avoid, and the named cases that tests, benchmarks and the inspector run. A new kernel is one file and
+one line in it.
 """
 
 import dataclasses
@@ -59,8 +60,7 @@ class Case:
             return self.make(key)
         keys = jax.random.split(key, len(self.arrays))
         return tuple(
-            jax.random.normal(k, a.shape, jnp.float32).astype(a.dtype)
-            for k, a in zip(keys, self.arrays, strict=True)
+            jax.random.normal(k, a.shape, jnp.float32).astype(a.dtype) for k, a in zip(keys, self.arrays, strict=True)
         )
 
 
@@ -106,8 +106,7 @@ class Op:
         if reason := kernel.unsupported(*arrays, **static):
             others = ", ".join(self.runnable(*arrays, **static))
             raise NotImplementedError(
-                f"{self.name}: {implementation=} cannot run here: {reason}. "
-                f"Leave it None, or choose from: {others}."
+                f"{self.name}: {implementation=} cannot run here: {reason}. Leave it None, or choose from: {others}."
             )
         return differentiable(kernel, **static)(*arrays)
 

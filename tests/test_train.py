@@ -18,6 +18,7 @@ SMALL = [
     "--model.depth", "2", "--train.batch_size", "64", "--train.log_every", "5",
     "--evaluation.num_samples", "60", "--evaluation.grid", "20", "--sample.steps", "4",
 ]  # fmt: skip
+STEPS = ["--train.steps", "40", "--checkpoint.every", "7"]
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,12 @@ def command(verb: str, *arguments: str | Path) -> list[str]:
 def call(environment):
     def run(verb: str, *arguments: str | Path, code: int = 0, **changes: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            command(verb, *arguments), cwd=ROOT, env=environment | changes, capture_output=True, text=True, timeout=600
+            command(verb, *arguments),
+            cwd=ROOT,
+            env=environment | changes,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
         return done
@@ -57,14 +63,22 @@ def finished(tmp_path_factory, environment) -> Path:
     """A short run, never killed."""
     run = tmp_path_factory.mktemp("runs") / "finished"
     subprocess.run(
-        command("train", "configs/digits.py", *SMALL, "--train.steps", "40", "--checkpoint.every", "7", "--run-dir", run),
+        command("train", "configs/digits.py", *SMALL, *STEPS, "--run-dir", run),
         cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600,
     )  # fmt: skip
     return run
 
 
 def test_a_run_leaves_everything_a_person_looks_at(finished):
-    for name in ("config.json", "metrics.jsonl", "eval.json", "report.md", "samples/final.png", "loss.png", "tensorboard"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "eval.json",
+        "report.md",
+        "samples/final.png",
+        "loss.png",
+        "tensorboard",
+    ):
         assert (finished / name).exists(), name
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
@@ -79,7 +93,7 @@ def test_a_run_leaves_everything_a_person_looks_at(finished):
 
 def test_a_run_killed_at_random_steps_ends_with_the_very_same_bits(finished, tmp_path, environment, call):
     """kill -9, then the same command again: the hash of parameters and averages is that of a run never killed."""
-    arguments = [*SMALL, "--train.steps", "40", "--checkpoint.every", "7", "--run-dir", tmp_path / "killed"]
+    arguments = [*SMALL, *STEPS, "--run-dir", tmp_path / "killed"]
     kills = 0
     for seed in range(4):
         process = subprocess.Popen(
@@ -95,9 +109,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_very_same_bits(finished, tmp
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 2, "the runs ended before they could be killed"
     call("train", "configs/digits.py", *arguments)
-    of_killed, of_finished = (
-        call("digest", run).stdout.splitlines()[-1] for run in (tmp_path / "killed", finished)
-    )
+    of_killed, of_finished = (call("digest", run).stdout.splitlines()[-1] for run in (tmp_path / "killed", finished))
     assert of_killed == of_finished and len(of_killed) == 64
     steps = [
         json.loads(line)["step"]

@@ -25,9 +25,7 @@ def write_array_record(
 ) -> None:
     """Writes one file, whole or not at all; `latents` may be a memory map larger than the memory."""
     partial = f"{os.fspath(path)}.partial"
-    writer = ArrayRecordWriter(
-        partial, "group_size:1"
-    )  # a group is read as one: random access wants them single
+    writer = ArrayRecordWriter(partial, "group_size:1")  # a group is read as one: random access wants them single
     for latent, label in zip(latents, labels, strict=True):
         npy = io.BytesIO()
         np.save(npy, np.ascontiguousarray(latent))
@@ -67,9 +65,7 @@ class ArrayRecords:
         try:
             record = self._records[index]
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"{self._files}: record {index} cannot be read; write the files again."
-            ) from error
+            raise DataError(f"{self._files}: record {index} cannot be read; write the files again.") from error
         if record[LABEL.size : self._start] != self._header:
             raise DataError(
                 f"{self._files}: record {index} is not {self.dtype} of shape {self.shape}, as the first is; "

@@ -45,13 +45,9 @@ class ImageFolder:
 
     def __init__(self, config: ImageFolderData, split: Split):
         if config.channels not in MODES:
-            raise DataError(
-                f"channels={config.channels}: images have 1 (grey) or 3 (RGB) channels; give one of them."
-            )
+            raise DataError(f"channels={config.channels}: images have 1 (grey) or 3 (RGB) channels; give one of them.")
         if config.image_size < 1:
-            raise DataError(
-                f"image_size={config.image_size}: images need a side; give it in pixels, at least 1."
-            )
+            raise DataError(f"image_size={config.image_size}: images need a side; give it in pixels, at least 1.")
         self.image_shape = (config.image_size, config.image_size, config.channels)
         self.augment: Augment | None = random_flip if config.flip and split == "train" else None
         self.classes, self._files = _scan(Path(config.path).expanduser(), split)
@@ -75,9 +71,7 @@ def _decode(path: str, mode: str) -> Image.Image:
             return image.convert(mode)
     # What Pillow raises on files with flipped and missing bytes, beside the operating system's own errors.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: not a readable image ({_reason(error)}); repair it or remove it."
-        ) from error
+        raise DataError(f"{path}: not a readable image ({_reason(error)}); repair it or remove it.") from error
 
 
 def _scan(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:

@@ -23,9 +23,7 @@ class LatentsData:
     """
 
     path: str
-    scaling_factor: float = (
-        0.18215  # Stable Diffusion's, which brings its latents to unit variance: arXiv 2112.10752
-    )
+    scaling_factor: float = 0.18215  # Stable Diffusion's, which brings its latents to unit variance: arXiv 2112.10752
     num_classes: int = 1000
 
     def open(self, split: Split) -> "Latents":
@@ -48,9 +46,7 @@ class Latents:
         self.num_classes = config.num_classes
         if path.endswith(".npz"):
             self._stored = Npz(path)
-            for number in np.flatnonzero(
-                (self._stored.labels < 0) | (self._stored.labels >= self.num_classes)
-            ):
+            for number in np.flatnonzero((self._stored.labels < 0) | (self._stored.labels >= self.num_classes)):
                 raise self._out_of_range(int(number), int(self._stored.labels[number]))
         else:
             self._stored = ArrayRecords(_array_record_files(path))
@@ -65,9 +61,7 @@ class Latents:
             heldout = self._numbers % HELDOUT_ONE_IN == HELDOUT_ONE_IN - 1
             self._numbers = self._numbers[heldout if split == "heldout" else ~heldout]
         if not len(self._numbers):
-            raise DataError(
-                f"{path}: no examples in the {split} split; give at least {HELDOUT_ONE_IN} examples."
-            )
+            raise DataError(f"{path}: no examples in the {split} split; give at least {HELDOUT_ONE_IN} examples.")
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -46,8 +46,6 @@ def batches(
     if source.augment is not None:
         draws = draws.random_map(source.augment, seed=augment_key)
     shares = draws.batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
-    iterator = iter(
-        shares.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    )
+    iterator = iter(shares.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
     grain.experimental.set_next_index(iterator, start)
     return iterator

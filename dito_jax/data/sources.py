@@ -39,9 +39,14 @@ Augment = Callable[[Example, np.random.Generator], Example]
 class Source(Protocol):
     """One split of a data set."""
 
-    image_shape: tuple[int, int, int]  # h, w, c
-    num_classes: int
-    augment: Augment | None  # what training does to an example each time it is drawn
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...  # h, w, c
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def augment(self) -> Augment | None: ...  # what training does to an example each time it is drawn
 
     def __len__(self) -> int: ...
 

@@ -25,7 +25,8 @@ def guided(
 
     def both(z, t):
         with_label, without = jnp.split(
-            velocity(jnp.concatenate([z, z]), t, jnp.concatenate([label, jnp.full_like(label, null_label)])), 2
+            velocity(jnp.concatenate([z, z]), t, jnp.concatenate([label, jnp.full_like(label, null_label)])),
+            2,
         )
         return without + scale * (with_label - without)
 

@@ -47,8 +47,8 @@ def flow_matching_loss(
 ) -> Float[Array, " B"]:
     """|convert(network(z_t, t, label)) - convert(truth)|^2, averaged over each image, in float32.
 
-    Network and truth are converted alike, so a perfect network has loss zero wherever errors are counted. Channels beyond the
-    image's (learn_sigma) are ignored.
+    Network and truth are converted alike, so a perfect network has loss zero wherever errors are counted. Channels
+    beyond the image's (learn_sigma) are ignored.
     """
     z = path.interpolate(image, noise, t)
     said = network(z, t, label)[..., : image.shape[-1]].astype(jnp.float32)
@@ -59,8 +59,6 @@ def flow_matching_loss(
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
-def drop_labels(
-    key: Key[Array, ""], label: Int[Array, " B"], *, rate: float, null_label: int
-) -> Int[Array, " B"]:
+def drop_labels(key: Key[Array, ""], label: Int[Array, " B"], *, rate: float, null_label: int) -> Int[Array, " B"]:
     """Replaces a share `rate` of the labels by the null label, so that guidance has an unconditional network."""
     return jnp.where(jax.random.bernoulli(key, rate, label.shape), null_label, label)

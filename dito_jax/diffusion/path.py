@@ -1,10 +1,11 @@
 """The straight path from noise to data, and the three ways to name a point's direction on it.
 
-    z_t = t x + (1 - t) noise,     v = dz/dt = x - noise          (flow matching, arXiv 2210.02747; rectified flow, 2209.03003)
+    z_t = t x + (1 - t) noise,     v = dz/dt = x - noise          (flow matching, arXiv 2210.02747; rectified flow,
+    2209.03003)
 
-TIME RUNS FROM NOISE (t = 0) TO DATA (t = 1), here and everywhere in the project. A network may predict the data x, the noise
-eps or the velocity v; each gives the other two, given z and t. Where one is divided by a distance that vanishes at an end of
-the path, the distance is held at MIN_GAP (JiT, arXiv 2511.13720).
+TIME RUNS FROM NOISE (t = 0) TO DATA (t = 1), here and everywhere in the project. A network may predict the data x,
+the noise eps or the velocity v; each gives the other two, given z and t. Where one is divided by a distance that
+vanishes at an end of the path, the distance is held at MIN_GAP (JiT, arXiv 2511.13720).
 """
 
 from typing import Literal

@@ -6,9 +6,7 @@ from jaxtyping import Array, Float
 from dito_jax.diffusion.guidance import Velocity
 
 
-def euler(
-    velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array, " times"]
-) -> Float[Array, "B h w c"]:
+def euler(velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array, " times"]) -> Float[Array, "B h w c"]:
     """z += (t' - t) v(z, t), over each pair of neighbouring `times`: one evaluation a step."""
 
     def step(z, pair):
@@ -18,12 +16,11 @@ def euler(
     return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
 
 
-def heun(
-    velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array, " times"]
-) -> Float[Array, "B h w c"]:
+def heun(velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array, " times"]) -> Float[Array, "B h w c"]:
     """The trapezoid rule: z += (t' - t) (v(z, t) + v(z_euler, t')) / 2, two evaluations a step.
 
-    The last step is Euler's: at t = 1 a network's velocity is a division by a vanishing gap (EDM, arXiv 2206.00364 alg. 1).
+    The last step is Euler's: at t = 1 a network's velocity is a division by a vanishing gap (EDM, arXiv 2206.00364
+    alg. 1).
     """
 
     def step(z, pair):
@@ -37,4 +34,3 @@ def heun(
 
 
 SOLVERS = {"euler": euler, "heun": heun}
-

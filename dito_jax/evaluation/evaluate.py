@@ -30,7 +30,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every figure of `metrics`, each beside what real images get.
 
-    Fréchet distances are between sets of one size, the largest that samples and both splits allow, for they fall with it.
+    Fréchet distances are between sets of one size, the largest that samples and both splits allow, for they fall with
+    it.
     """
     train_images, train_labels = _drawn(train, max_reference)
     heldout_images, heldout_labels = _drawn(heldout, max_reference)
@@ -96,7 +97,7 @@ Drawn with `{json.dumps(settings)}`.
 
 
 def _drawn(source: Source, most: int) -> tuple[Float[np.ndarray, "B h w c"], Integer[np.ndarray, " B"]]:
-    """Images and labels, at most so many, in an order of chance that is always the same: sources come sorted by class."""
+    """At most so many images and labels, in an order of chance, always the same: sources come sorted by class."""
     order = np.random.default_rng(0).permutation(len(source))[:most]
     examples = [source[int(i)] for i in order]
     return np.stack([e["image"] for e in examples]), np.stack([e["label"] for e in examples])

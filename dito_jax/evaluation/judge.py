@@ -30,14 +30,14 @@ def judge(
 
     Returns the figures of eval.json, or None without an evaluation.
     """
-    labels = np.array(balanced_labels(max(evaluation.num_samples, evaluation.grid), train.num_classes))
+    labels = balanced_labels(max(evaluation.num_samples, evaluation.grid), train.num_classes)
     images = draw(params, labels, seed)
     image_grid(visible(images[: evaluation.grid]), run.samples / "final.png")
     history = [row for row in read_metrics(run) if "loss" in row]
     loss_curve([row["step"] for row in history], [row["loss"] for row in history], run.path / "loss.png")
     if not evaluation.num_samples:
         return None
-    figures = evaluate(images, labels, train, heldout, max_reference=evaluation.max_reference)
+    figures = evaluate(images, np.array(labels), train, heldout, max_reference=evaluation.max_reference)
     run.write_json(run.evaluation.name, figures)
     run.write_text(run.report.name, report(run.path.name, figures, dataclasses.asdict(sample)))
     return figures

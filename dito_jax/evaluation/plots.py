@@ -16,9 +16,7 @@ SIDE = 64  # pixels that a tiny image is enlarged to, about
 GAP = 2
 
 
-def image_grid(
-    images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *, columns: int | None = None
-) -> None:
+def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *, columns: int | None = None) -> None:
     """Draws images in [-1, 1], grey or RGB, in rows of `columns` (about as many as rows) on white.
 
     Tiny ones are enlarged by a whole number with their pixels left square.
@@ -28,9 +26,7 @@ def image_grid(
     """
     count, height, width, channels = images.shape
     if channels not in (1, 3):
-        raise ValueError(
-            f"images with {channels} channels cannot be drawn; decode them to 1 (grey) or 3 (RGB)."
-        )
+        raise ValueError(f"images with {channels} channels cannot be drawn; decode them to 1 (grey) or 3 (RGB).")
     pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
     zoom = max(1, SIDE // max(height, width))
     pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)

@@ -15,7 +15,6 @@ from dito_jax.diffusion.path import Quantity
 from dito_jax.diffusion.sampler import SOLVERS
 from dito_jax.diffusion.time import schedule
 from dito_jax.models.dit import DiTConfig
-from dito_jax.sharding import batch_pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +62,7 @@ def make_sampler(
         label, index = jnp.asarray(labels, jnp.int32), jnp.arange(len(labels))
         batches = []
         for start in range(0, len(labels), sample.batch_size):
-            chosen = jnp.minimum(
-                start + jnp.arange(sample.batch_size), len(labels) - 1
-            )  # one shape to compile
+            chosen = jnp.minimum(start + jnp.arange(sample.batch_size), len(labels) - 1)  # one shape to compile
             images = draw_batch(params, label[chosen], jax.random.key(seed), index[chosen])
             batches.append(np.asarray(images)[: len(labels) - start])
         return np.concatenate(batches)

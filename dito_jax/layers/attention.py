@@ -13,8 +13,9 @@ from kernels_pallas import flash_attention
 class Attention(nnx.Module):
     """softmax(q k^T / sqrt(H)) v, every token seeing every token.
 
-    One projection makes q, k and v. Its output is ordered by key/value head, each with its own group of query heads beside
-    it, so that splitting key/value heads over devices (mesh axis "tensor") separates no group and moves no data.
+    One projection makes q, k and v. Its output is ordered by key/value head, each with its own group of query heads
+    beside it, so that splitting key/value heads over devices (mesh axis "tensor") separates no group and moves no
+    data.
     """
 
     def __init__(self, width: int, num_heads: int, num_kv_heads: int, *, qk_norm: bool, rngs: nnx.Rngs):
@@ -38,6 +39,4 @@ class Attention(nnx.Module):
 
 def _head_norm(head_width: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """RMSNorm over each head: keeps attention logits bounded (QK-norm, arXiv 2302.05442)."""
-    return nnx.RMSNorm(
-        head_width, epsilon=1e-6, param_dtype=jnp.float32, rngs=rngs, scale_metadata={"dims": "H"}
-    )
+    return nnx.RMSNorm(head_width, epsilon=1e-6, param_dtype=jnp.float32, rngs=rngs, scale_metadata={"dims": "H"})

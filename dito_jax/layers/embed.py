@@ -26,7 +26,7 @@ class TimeEmbedding(nnx.Module):
 
 
 def time_features(t: Float[Array, " B"]) -> Float[Array, "B 256"]:
-    """[cos(1000 t w_i), sin(1000 t w_i)], w_i = 10^4^(-i / 128), in float32 (arXiv 2212.09748, as DiT lays them out)."""
+    """[cos(1000 t w_i), sin(1000 t w_i)], w_i = 10^4^(-i / 128), in float32 (arXiv 2212.09748, in DiT's order)."""
     half = NUM_FREQUENCIES // 2
     frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequency[None, :]

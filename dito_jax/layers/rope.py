@@ -9,7 +9,7 @@ Rotation = tuple[Float[Array, "T half_H"], Float[Array, "T half_H"]]  # cosines,
 
 
 def axial_rotation(height: int, width: int, head_width: int, *, theta: float = 1e4) -> Rotation:
-    """Angles of RoPE (arXiv 2104.09864 eq. 15) on a grid: half of a head's pairs turn with the row, half with the column.
+    """Angles of RoPE (arXiv 2104.09864 eq. 15) on a grid: half of a head's pairs turn with the row, half by column.
 
     Pair i of an axis turns by position * theta^(-i / (H/4)). Tokens are row-major.
     """

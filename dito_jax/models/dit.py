@@ -3,8 +3,8 @@
     image -> patches -> [block] x depth -> patches -> image
     block: x += gate * attention(norm(x)(1 + scale) + shift);  x += gate * mlp(norm(x)(1 + scale) + shift)
 
-scale, shift and gate come from the time and the class (adaLN), and all gates start at zero, so every block starts as the
-identity. The two presets differ in what fills the block:
+scale, shift and gate come from the time and the class (adaLN), and all gates start at zero, so every block starts as
+the identity. The two presets differ in what fills the block:
 
     original   LayerNorm   GELU MLP   fixed sine-cosine positions
     modern     RMSNorm     SwiGLU     axial rotary positions        QK-norm
@@ -119,9 +119,7 @@ class DiTBlock(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.norm: NormKind = config.norm
         self.modulation = linear(config.width, (6, config.width), "D . .", init=zeros, rngs=rngs)
-        self.attention = Attention(
-            config.width, config.num_heads, config.kv_heads, qk_norm=config.qk_norm, rngs=rngs
-        )
+        self.attention = Attention(config.width, config.num_heads, config.kv_heads, qk_norm=config.qk_norm, rngs=rngs)
         self.mlp = MLPS[config.mlp](config.width, rngs=rngs)
 
     def __call__(
@@ -134,7 +132,7 @@ class DiTBlock(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Predicts, from a noisy image, its time and its class, an image of the same size (see diffusion/ for what it means)."""
+    """Predicts, from a noisy image, its time and its class, an image of its size (diffusion/ says what it means)."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -11,7 +11,19 @@ from dito_jax.planning.lowering import Lowered
 
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+ITEM_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\(", re.MULTILINE)
 
 
@@ -38,7 +50,10 @@ def contents(text: str) -> StepContents:
         instructions += 1
         op = match["op"]
         if op == "custom-call":
-            name, target = re.search(r'\bname = "([^"]+)"', line), re.search(r'custom_call_target="([^"]+)"', line)
+            name, target = (
+                re.search(r'\bname = "([^"]+)"', line),
+                re.search(r'custom_call_target="([^"]+)"', line),
+            )
             if name:
                 kernels[name[1]] += 1
             elif target:

@@ -53,7 +53,7 @@ def lower_step(program: Program, stage: Stage) -> Lowered:
     """The train step at a stage; call it under `jax.set_mesh` of the program's mesh."""
     if stage == "optimized":
         compiled, report = compile_step(program.step, program.state, program.batch)
-        return Lowered(stage, without_payloads(compiled.as_text()), report, compiled.memory_analysis())
+        return Lowered(stage, without_payloads(compiled.as_text() or ""), report, compiled.memory_analysis())
     traced = program.step.trace(program.state, program.batch)
     text = str(traced.jaxpr) if stage == "jaxpr" else traced.lower().as_text()
     return Lowered(stage, without_payloads(text), None, None)

@@ -27,12 +27,14 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dito_jax.errors import UserError
+
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a directory that it is still writing
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or used, in one line: which, why, and what to do."""
 
 
@@ -78,7 +80,7 @@ class Checkpoints:
         in_turn = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         with self._explained(), ocp.Context(async_options=in_turn):
             self._pending = ocp.save_checkpointables_async(
-                self._path(step), {"state": leaves, "data": data}, custom_metadata=metadata
+                str(self._path(step)), {"state": leaves, "data": data}, custom_metadata=metadata
             )
 
     def wait(self) -> None:
@@ -116,7 +118,8 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given as `metadata`."""
-        return dict(self._read(step, _stored).custom_metadata or {})
+        written: Any = self._read(step, _stored).custom_metadata
+        return written or {}
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
@@ -147,19 +150,17 @@ class Checkpoints:
             f"bytes, {self._free():,} are free; make room, or use another --run-dir; {kept}."
         )
 
-    def _read[T](self, step: int, read: Callable[[Path], T]) -> T:
+    def _read[T](self, step: int, read: Callable[[str], T]) -> T:
         """`read` of the step's directory; says in a line that it is missing or damaged."""
         path = self._path(step)
         if step not in self.steps():
             there = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; choose from: {there}.")
         try:
-            return read(path)
+            return read(str(path))
         except Exception as error:
             earlier = max((s for s in self.steps() if s < step), default=None)
-            cure = (
-                "use another --run-dir" if earlier is None else f"move it away to go on from step {earlier}"
-            )
+            cure = "use another --run-dir" if earlier is None else f"move it away to go on from step {earlier}"
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise CheckpointError(f"{path}: cannot be read ({reason}): {cure}.") from error
 
@@ -209,7 +210,7 @@ def _no_room(error: BaseException) -> str | None:
     return os.strerror(code) if code in NO_ROOM else None
 
 
-def _stored(path: Path) -> ocp.CheckpointMetadata:
+def _stored(path: str) -> ocp.CheckpointMetadata:
     stored = ocp.metadata(path, "state")
     if stored.metadata is None:  # Orbax logs the reason, and only logs it
         raise ValueError("its metadata is damaged")

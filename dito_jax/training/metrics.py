@@ -30,13 +30,16 @@ class MetricsWriter:
         """One line, and one TensorBoard scalar for each number in it.
 
         Raises:
-          ValueError: the disk is full.
+          UserError: the disk is full.
         """
         with explained(self._path):
             self._lines.write(json.dumps({"step": step, **values}) + "\n")
             self._lines.flush()
-        numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
-        self._board.scalars(step, numbers)
+        scalars = {}
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                scalars[name] = value
+        self._board.scalars(step, scalars)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
         """An image for TensorBoard."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dito_jax.errors import UserError
+
 
 class RunDirectory:
     """runs/<name>, made by the first write. Reading it needs no lock."""
@@ -29,7 +31,7 @@ class RunDirectory:
         """Keeps every other process from training here, until the block or the process ends, however it ends.
 
         Raises:
-          ValueError: another process holds it; the line names its pid and host.
+          UserError: another process holds it; the line names its pid and host.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
@@ -39,7 +41,7 @@ class RunDirectory:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: {file.read() or 'another process'} is training in it: "
                     "wait for it, stop it, or use another --run-dir."
                 ) from error
@@ -52,7 +54,7 @@ class RunDirectory:
         """Writes a file of the run, all of it or none: a reader sees the old one or the new one.
 
         Raises:
-          ValueError: the disk is full; the old file is intact.
+          UserError: the disk is full; the old file is intact.
         """
         path = self.path / name
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -75,10 +77,10 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns a full disk, met while writing `path`, into a ValueError of one line."""
+    """Turns a full disk, met while writing `path`, into a UserError of one line."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ValueError(f"{path}: {error.strerror}: make room, then run the same command again.") from error
+        raise UserError(f"{path}: {error.strerror}: make room, then run the same command again.") from error

@@ -31,8 +31,9 @@ def make_step(
 ) -> Step:
     """The step for this model and recipe.
 
-    Parameters are kept in float32 and cast to `compute_dtype` for the network alone; loss, gradient sum and update are
-    float32. With `accumulation` > 1 the batch goes through in that many equal parts, which changes memory and not the result.
+    Parameters are kept in float32 and cast to `compute_dtype` for the network alone; loss, gradient sum and update
+    are float32. With `accumulation` > 1 the batch goes through in that many equal parts, which changes memory and not
+    the result.
     """
 
     def loss_of_part(params, part):
@@ -48,7 +49,7 @@ def make_step(
         drawn = _draw(key, batch, loss, null_label)
         value, gradient = _accumulate(jax.value_and_grad(loss_of_part), state.params, drawn, accumulation)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(jnp.add, state.params, updates)
         ema = update_ema(state.ema, params, decays, state.step)
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, moments, ema, state.key), metrics
@@ -81,5 +82,3 @@ def _accumulate(value_and_grad: Callable, params: Any, batch: Batch, parts: int)
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
     total, _ = jax.lax.scan(add, zero, cut)
     return jax.tree.map(lambda leaf: leaf / parts, total)
-
-

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import RecordWriter
 
 from dito_jax.training.run_directory import explained
@@ -23,7 +23,7 @@ from dito_jax.training.run_directory import explained
 class TensorBoard:
     """Events of steps from `first` on; what older files in the directory say of those steps is hidden.
 
-    Every method raises ValueError if the disk is full.
+    Every method raises UserError if the disk is full.
     """
 
     def __init__(self, directory: Path, *, first: int):

@@ -58,9 +58,7 @@ def _misfit(q, k, v) -> str | None:
     if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         return f"q and k must agree in batch and head width, got q {q.shape} and k {k.shape}"
     if q.shape[2] % k.shape[2]:
-        return (
-            f"query heads must be a multiple of key heads, got {q.shape[2]} and {k.shape[2]}; repeat k and v"
-        )
+        return f"query heads must be a multiple of key heads, got {q.shape[2]} and {k.shape[2]}; repeat k and v"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them"
     return None

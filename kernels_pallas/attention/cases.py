@@ -16,15 +16,9 @@ TINY = {
     "tiny_full_h64": _case(2, 64, 2, 64, origin="a tile that nothing hangs over", tiny=True),
     "tiny_full_h72": _case(2, 40, 2, 72, S=77, origin="DiT-XL's head width over 77 text tokens", tiny=True),
     "tiny_causal_h64": _case(1, 77, 2, 64, causal=True, origin="an odd length under the diagonal", tiny=True),
-    "tiny_causal_longer_keys": _case(
-        1, 33, 2, 64, S=77, causal=True, origin="queries after a prefix", tiny=True
-    ),
-    "tiny_causal_unseeing": _case(
-        1, 77, 2, 64, S=40, causal=True, origin="queries that see nothing", tiny=True
-    ),
-    "tiny_grouped_h128": _case(
-        2, 48, 4, 128, K=2, causal=True, origin="two query heads a key head", tiny=True
-    ),
+    "tiny_causal_longer_keys": _case(1, 33, 2, 64, S=77, causal=True, origin="queries after a prefix", tiny=True),
+    "tiny_causal_unseeing": _case(1, 77, 2, 64, S=40, causal=True, origin="queries that see nothing", tiny=True),
+    "tiny_grouped_h128": _case(2, 48, 4, 128, K=2, causal=True, origin="two query heads a key head", tiny=True),
     "tiny_one_query": _case(2, 1, 2, 64, S=77, origin="one query", tiny=True),
     "tiny_one_key": _case(2, 77, 2, 64, S=1, origin="one key", tiny=True),
     "tiny_bf16_h72": _case(

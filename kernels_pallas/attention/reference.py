@@ -21,9 +21,7 @@ def flash_attention(
     S, K = k.shape[1:3]
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q.reshape(B, T, K, N // K, H), k, v))
     highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("btkgh,bskh->bkgts", q32, k32, precision=highest) * (
-        H**-0.5 if scale is None else scale
-    )
+    scores = jnp.einsum("btkgh,bskh->bkgts", q32, k32, precision=highest) * (H**-0.5 if scale is None else scale)
     if causal:
         seen = jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + (S - T)
         scores = jnp.where(seen[None, None, None], scores, -jnp.inf)

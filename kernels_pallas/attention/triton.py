@@ -169,9 +169,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, *, causal, scale, blo
         weights = jnp.exp2(scores - new_top[:, None])
         decay = jnp.exp2(top - new_top)
         v = _load(v_ref, batch, kv_head, start_k, blocks.block_k)
-        acc = tuple(
-            a * decay[:, None] + _dot(weights.astype(v_ref.dtype), x) for a, x in zip(acc, v, strict=True)
-        )
+        acc = tuple(a * decay[:, None] + _dot(weights.astype(v_ref.dtype), x) for a, x in zip(acc, v, strict=True))
         return acc, new_top, total * decay + jnp.sum(weights, axis=1)
 
     top = jnp.full((blocks.block_q,), LOWEST, jnp.float32)
@@ -182,9 +180,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, *, causal, scale, blo
     _store_row(lse_ref, batch, head, start_q, top + jnp.log2(total))
 
 
-def _dq_kernel(
-    q_ref, k_ref, v_ref, out_ref, d_out_ref, lse_ref, d_q_ref, delta_ref, *, causal, scale, blocks
-):
+def _dq_kernel(q_ref, k_ref, v_ref, out_ref, d_out_ref, lse_ref, d_q_ref, delta_ref, *, causal, scale, blocks):
     """d_q = scale d_scores k, with d_scores = weights (d_out v^T - delta): FlashAttention-2, algorithm 2."""
     batch, head, start_q = _program(q_ref, blocks.block_q)
     kv_head = _kv_head(head, q_ref, k_ref)
@@ -192,10 +188,8 @@ def _dq_kernel(
     d_out = _load(d_out_ref, batch, head, start_q, blocks.block_q)
     lse = _load_row(lse_ref, batch, head, start_q, blocks.block_q)
     out = _load(out_ref, batch, head, start_q, blocks.block_q)
-    delta = sum(
-        jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=1)
-        for a, b in zip(out, d_out, strict=True)
-    )
+    products = [a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(out, d_out, strict=True)]
+    delta = functools.reduce(jnp.add, [jnp.sum(product, axis=1) for product in products])
     _store_row(delta_ref, batch, head, start_q, delta)
 
     def step(tile, d_q, *, masked):
@@ -213,9 +207,7 @@ def _dq_kernel(
     _store(d_q_ref, batch, head, start_q, [d * (scale / LOG2_E) for d in d_q])
 
 
-def _dkv_kernel(
-    q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, d_k_ref, d_v_ref, *, causal, scale, blocks
-):
+def _dkv_kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, d_k_ref, d_v_ref, *, causal, scale, blocks):
     """d_v = weights^T d_out and d_k = scale d_scores^T q, over every query head that reads this key head.
 
     Scores are transposed, (block_k, block_q), so that the weights are a left operand as they stand. Past the
@@ -343,9 +335,7 @@ def _row_mask(ref, start, block: int):
 def _load_row(ref, batch, head, start, block: int) -> jax.Array:
     """One float32 a query, from an array (B, N, T); zero past the edge."""
     mask = _row_mask(ref, start, block)
-    return pltriton.load(
-        ref.at[batch, head, pl.ds(start, block)], mask=mask, other=None if mask is None else 0.0
-    )
+    return pltriton.load(ref.at[batch, head, pl.ds(start, block)], mask=mask, other=None if mask is None else 0.0)
 
 
 def _store_row(ref, batch, head, start, values) -> None:

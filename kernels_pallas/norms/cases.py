@@ -14,9 +14,7 @@ def _case(B, T, D, kind, dtype=jnp.bfloat16, modulation=None, *, origin="", tiny
 
 CASES = {
     "tiny_layer": _case(2, 16, 64, "layer", jnp.float32, tiny=True),
-    "tiny_layer_odd": _case(
-        3, 37, 72, "layer", jnp.float32, tiny=True, origin="T in two tiles, neither full"
-    ),
+    "tiny_layer_odd": _case(3, 37, 72, "layer", jnp.float32, tiny=True, origin="T in two tiles, neither full"),
     "tiny_layer_bf16": _case(2, 7, 48, "layer", tiny=True),
     "tiny_layer_mixed": _case(2, 5, 72, "layer", jnp.bfloat16, jnp.float32, tiny=True),
     "tiny_rms": _case(2, 1, 48, "rms", jnp.float32, tiny=True, origin="one row"),

@@ -108,9 +108,7 @@ def _forward_kernel(x_ref, scale_ref, shift_ref, y_ref, mean_ref, rstd_ref, *, k
     pltriton.store(rstd_ref.at[example, rows], rstd, mask=row_mask)
 
 
-def _backward_kernel(
-    x_ref, scale_ref, mean_ref, rstd_ref, d_y_ref, d_x_ref, d_scale_ref, d_shift_ref, *, kind, tile
-):
+def _backward_kernel(x_ref, scale_ref, mean_ref, rstd_ref, d_y_ref, d_x_ref, d_scale_ref, d_shift_ref, *, kind, tile):
     T, D = x_ref.shape[1:]
     program, example = pl.program_id(0), pl.program_id(1)
     columns, column_mask = _columns(tile, D)

@@ -40,7 +40,11 @@ def test_overrides_take_the_types_of_their_fields(digits):
         ["--train.steps", "7", "--optimizer.learning-rate=3e-4", "--train.ema_decays", "0.9", "0.99", "--model.remat",
          "True", "--sample.guidance_interval", "0.2", "0.8", "--model.num_kv_heads", "2", "--loss.prediction", "v"],
     )  # fmt: skip
-    assert (changed.train.steps, changed.optimizer.learning_rate, changed.train.ema_decays) == (7, 3e-4, (0.9, 0.99))
+    assert (changed.train.steps, changed.optimizer.learning_rate, changed.train.ema_decays) == (
+        7,
+        3e-4,
+        (0.9, 0.99),
+    )
     assert changed.model.remat is True and changed.model.num_kv_heads == 2
     assert changed.sample.guidance_interval == (0.2, 0.8) and changed.loss.prediction == "v"
     assert dataclasses.replace(changed, train=digits.train).optimizer != digits.optimizer
@@ -55,7 +59,10 @@ def test_overrides_take_the_types_of_their_fields(digits):
         (["--train.steps", "many"], r"--train.steps: got 'many'; wanted int"),
         (["--train.steps"], r"--train.steps: got 'nothing'; wanted int"),
         (["--loss.prediction", "y"], r"--loss.prediction: got 'y'; wanted .*'x', 'v', 'eps'"),
-        (["--sample.guidance_interval", "0.5"], r"--sample.guidance_interval: got '0.5'; wanted tuple\[float, float\]"),
+        (
+            ["--sample.guidance_interval", "0.5"],
+            r"--sample.guidance_interval: got '0.5'; wanted tuple\[float, float\]",
+        ),
         (["--model.remat", "perhaps"], r"wanted bool"),
         (["stray"], r"unexpected 'stray'"),
         (["--data.path", "/x"], r"no option --data.path"),
@@ -72,7 +79,11 @@ def test_a_wrong_option_is_one_line_that_names_the_right_one(digits, arguments, 
     [
         (["--train.batch_size", "30"], 8, r"train.batch_size 30 is not a multiple of .* = 8"),
         (["--train.accumulation", "3"], 1, r"train.batch_size 128 is not a multiple .* = 3"),
-        (["--mesh.data", "1", "--mesh.tensor", "8"], 8, r"model.num_kv_heads 4 is not a multiple of mesh.tensor 8"),
+        (
+            ["--mesh.data", "1", "--mesh.tensor", "8"],
+            8,
+            r"model.num_kv_heads 4 is not a multiple of mesh.tensor 8",
+        ),
         (["--mesh.data", "2", "--mesh.fsdp", "5"], 10, r"model.width 64 is not a multiple of mesh.fsdp 5"),
         (["--model.patch", "3"], 1, r"model: patch 3 does not divide"),
         (["--sample.ema_decay", "0.5"], 1, r"sample.ema_decay 0.5 is not in train.ema_decays"),
@@ -95,7 +106,10 @@ def test_every_leaf_of_every_config_is_an_option_of_a_plain_type(digits):
 def test_data_that_do_not_fit_the_model_are_refused(digits):
     source = digits.data.open("train")
     command_line.check_data(digits, source)
-    for change, words in [({"image_shape": (16, 16, 1)}, "image_shape is"), ({"num_classes": 9}, "num_classes is 9")]:
+    for change, words in [
+        ({"image_shape": (16, 16, 1)}, "image_shape is"),
+        ({"num_classes": 9}, "num_classes is 9"),
+    ]:
         wrong = dataclasses.replace(digits, model=dataclasses.replace(digits.model, **change))
         with pytest.raises(UserError, match=words):
             command_line.check_data(wrong, source)

@@ -74,7 +74,9 @@ MODEL = DiTConfig((8, 8, 1), num_classes=10, patch=2, depth=2, width=64, num_hea
 
 def losses(num_devices: int, steps: int = 20, accumulation: int = 1, **sizes: int) -> list[float]:
     """Of the first steps of training on digits, in float32."""
-    loop = LoopConfig(steps=steps, batch_size=32, accumulation=accumulation, compute_dtype="float32", ema_decays=(0.99,))
+    loop = LoopConfig(
+        steps=steps, batch_size=32, accumulation=accumulation, compute_dtype="float32", ema_decays=(0.99,)
+    )
     devices = mesh(num_devices, **sizes)
     stream = batches(DigitsData().open("train"), batch_size=32, seed=0, threads=0)
     with jax.set_mesh(devices):

@@ -98,10 +98,7 @@ def test_a_row_says_where_it_is_from(rows):
         assert row["digest"] == measured.digest(TOY)
         assert (row["jax"], row["jaxlib"]) == (version("jax"), version("jaxlib"))
         assert row["device"] == jax.devices()[0].device_kind
-        assert (
-            abs(datetime.datetime.now(datetime.UTC).date() - datetime.date.fromisoformat(row["date"])).days
-            < 2
-        )
+        assert abs(datetime.datetime.now(datetime.UTC).date() - datetime.date.fromisoformat(row["date"])).days < 2
         assert row["commit"]
 
 

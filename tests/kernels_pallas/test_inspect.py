@@ -21,9 +21,7 @@ def needs_compiler(test):
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "kernels_pallas.inspect", *words], capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-m", "kernels_pallas.inspect", *words], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -42,9 +40,7 @@ def test_unknown_name_is_one_line_with_the_choices(words, wanted):
     assert words[-1] in line and wanted in line
 
 
-@pytest.mark.parametrize(
-    "device, present, absent", [("h200", "wgmma", "mma_sync"), ("a100", "mma_sync", "wgmma")]
-)
+@pytest.mark.parametrize("device, present, absent", [("h200", "wgmma", "mma_sync"), ("a100", "mma_sync", "wgmma")])
 @needs_compiler
 def test_matrix_instructions_are_those_of_the_device(device, present, absent):
     run = command("flash_attention", "--case", "tiny_bf16_h72", "--device", device, "--json")

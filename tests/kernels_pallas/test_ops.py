@@ -44,9 +44,7 @@ TRITON = [run for run in EVERY if run[1] == "triton"]
 
 def every(runs):
     """One test for each op, kernel and case."""
-    return pytest.mark.parametrize(
-        "name, kernel, case", [pytest.param(*run, id="-".join(run)) for run in runs]
-    )
+    return pytest.mark.parametrize("name, kernel, case", [pytest.param(*run, id="-".join(run)) for run in runs])
 
 
 @pytest.fixture(autouse=True)
@@ -210,9 +208,7 @@ def test_shards_by_example_without_communication(name, kernel, case):
     placed = [place(a, spec) for a, spec in zip(arrays, specs, strict=True)], place(d_out, jax.P("data"))
     run = interpreter(forward_and_backward(function), *placed)
     shapes = [r.shape for r in plain_and_oracle(name, case)[0]]
-    got = [
-        g / 8 if g.shape == shape else g[: shape[0]] for g, shape in zip(run(*placed), shapes, strict=True)
-    ]
+    got = [g / 8 if g.shape == shape else g[: shape[0]] for g, shape in zip(run(*placed), shapes, strict=True)]
     assert_as_good_as_plain(name, case, got)
     assert run.as_text().count("all-gather") == 0
 
@@ -332,9 +328,7 @@ def test_unknown_implementation_names_the_choices(name):
 
 @every([(name, "triton", next(iter(op.cases))) for name, op in OPS.items() if "triton" in op.kernels])
 def test_what_cannot_run_says_why_and_what_can(name, kernel, case):
-    wanted = (
-        rf"{name}: implementation='triton' cannot run here: needs an NVIDIA GPU, got cpu.*choose from: xla\."
-    )
+    wanted = rf"{name}: implementation='triton' cannot run here: needs an NVIDIA GPU, got cpu.*choose from: xla\."
     arrays, _ = inputs(name, case)
     with (
         jax.default_device(jax.devices("cpu")[0]),
@@ -383,9 +377,7 @@ def test_matrix_products_use_the_warp_groups_of_hopper(inspected):
     """Each bfloat16 kernel of a model's size whose definition multiplies matrices; mma.sync is Ampere's."""
     for row in inspected:
         case = OPS[row["op"]].cases[row["case"]]
-        products = "dot_general" in str(
-            jax.make_jaxpr(implementation(row["op"], "xla", row["case"]))(*case.arrays)
-        )
+        products = "dot_general" in str(jax.make_jaxpr(implementation(row["op"], "xla", row["case"]))(*case.arrays))
         if products and not case.tiny and case.arrays[0].dtype == jnp.bfloat16:
             assert row["wgmma"] > 0 and row["mma_sync"] == 0, row
 

@@ -49,7 +49,13 @@ def test_a_perfect_network_has_no_loss_and_a_wrong_one_has(prediction, space):
 
     def loss(offset, times):
         return flow_matching_loss(
-            network_off_by(offset), X, jnp.zeros(6, jnp.int32), times, NOISE, prediction=prediction, space=space
+            network_off_by(offset),
+            X,
+            jnp.zeros(6, jnp.int32),
+            times,
+            NOISE,
+            prediction=prediction,
+            space=space,
         )
 
     for times in (T, jnp.linspace(0.0, 1.0, 6)):

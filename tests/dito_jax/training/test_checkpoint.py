@@ -118,9 +118,7 @@ def test_state_may_be_donated_while_it_is_written(tmp_path):
     assert digest(checkpoints.restore(1, shape)) == before
 
 
-@pytest.mark.parametrize(
-    "saved, wanted", [((1, 1), (8, 1)), ((8, 1), (2, 2)), ((4, 2), (2, 4)), ((2, 4), (1, 1))]
-)
+@pytest.mark.parametrize("saved, wanted", [((1, 1), (8, 1)), ((8, 1), (2, 2)), ((4, 2), (2, 4)), ((2, 4), (1, 1))])
 def test_checkpoint_restores_onto_another_mesh(tmp_path, saved, wanted):
     def sharding(shape):
         devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
@@ -177,9 +175,7 @@ while True:
 
 def run_until_killed(script: str, directory: Path, seconds: float) -> int | None:
     """Runs `script`, kills it -9 this long after its second line; returns the last step it said was saved."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, directory], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", script, directory], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child.stdout.readline()
     child.stdout.readline()
     time.sleep(seconds)
@@ -275,9 +271,7 @@ def test_checkpoint_of_another_model_names_the_first_leaf_that_differs(tmp_path)
     assert next(data) == position
 
 
-@pytest.mark.parametrize(
-    "file", ["state/_METADATA", "state/manifest.ocdbt", "state/ocdbt*/d/*", "data/*.json"]
-)
+@pytest.mark.parametrize("file", ["state/_METADATA", "state/manifest.ocdbt", "state/ocdbt*/d/*", "data/*.json"])
 @pytest.mark.parametrize("share", [0, 0.5])
 @pytest.mark.usefixtures("collected")
 def test_damaged_checkpoint_is_named_in_one_line(tmp_path, caplog, capfd, file, share):
@@ -312,9 +306,7 @@ def leave_free(directory: Path, wanted: int) -> None:
 
 
 # Room for half is noticed before writing. Room for the arrays, and none for what describes them: by the disk.
-@pytest.mark.parametrize(
-    "room, noticed", [(500_000, "measured before"), (1_000_000, "No space left on device")]
-)
+@pytest.mark.parametrize("room, noticed", [(500_000, "measured before"), (1_000_000, "No space left on device")])
 def test_full_disk_is_one_line_and_the_last_step_stays(small_disk, caplog, capfd, room, noticed):
     checkpoints = Checkpoints(small_disk)
     checkpoints.save(1, make_big(), make_data(), metadata={})

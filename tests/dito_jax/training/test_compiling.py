@@ -74,9 +74,7 @@ def test_each_stage_is_timed_under_its_own_name():
 
 def test_peak_memory_grows_by_the_array_that_is_added():
     small = compile_step(jax.jit(lambda x: x + 1), X)[1].peak_bytes
-    large = compile_step(jax.jit(lambda x, y: (x + 1, y + 1)), X, jax.ShapeDtypeStruct((1000,), jnp.float32))[
-        1
-    ]
+    large = compile_step(jax.jit(lambda x, y: (x + 1, y + 1)), X, jax.ShapeDtypeStruct((1000,), jnp.float32))[1]
     assert small >= 2 * 64 * 64 * 4
     assert large.peak_bytes >= small + 2 * 1000 * 4
 

@@ -59,9 +59,7 @@ with MetricsWriter(RunDirectory(sys.argv[1]), after=first - 1 if first else None
 def test_each_step_is_told_once_after_kills_and_resumes(tmp_path):
     run, first = RunDirectory(tmp_path), 0
     for restored in (60, 90):
-        child = subprocess.Popen(
-            [sys.executable, "-c", WRITES, tmp_path, str(first)], cwd=ROOT, stdout=subprocess.PIPE
-        )
+        child = subprocess.Popen([sys.executable, "-c", WRITES, tmp_path, str(first)], cwd=ROOT, stdout=subprocess.PIPE)
         with child:
             child.stdout.readline()
             time.sleep(0.05)
@@ -97,17 +95,13 @@ def test_tensorboard_shows_the_same_numbers_and_hides_the_forgotten_steps(tmp_pa
         (3, "loss", 0.25),
         (3, "loss", 0.125),
     ]
-    assert [(s, v.tag, v.image.height, v.image.width) for s, v in values if v.image.width] == [
-        (3, "samples", 8, 16)
-    ]
+    assert [(s, v.tag, v.image.height, v.image.width) for s, v in values if v.image.width] == [(3, "samples", 8, 16)]
     starts = [event.step for event in events if event.session_log.status == event.session_log.START]
     assert starts == [0, 3], "TensorBoard drops what came before a start, from its step on"
 
 
 # Long names fill metrics.jsonl first, many numbers the event file.
-@pytest.mark.parametrize(
-    "values, file", [({"note": "x" * 100}, "metrics.jsonl"), ({"a": 1, "b": 2}, "tensorboard")]
-)
+@pytest.mark.parametrize("values, file", [({"note": "x" * 100}, "metrics.jsonl"), ({"a": 1, "b": 2}, "tensorboard")])
 def test_full_disk_is_one_line_and_the_whole_lines_stay(tmp_path, files_at_most, values, file):
     run = RunDirectory(tmp_path)
     line = f"{file}.*: File too large: make room"

@@ -25,9 +25,7 @@ with RunDirectory(sys.argv[1]).hold():
 def holder(tmp_path):
     """Another process that trains in the directory until its stdin closes."""
     pipe = subprocess.PIPE
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], cwd=ROOT, stdin=pipe, stdout=pipe, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
     assert child.stdout.readline() == "held\n"
     with child:
         yield child
@@ -72,9 +70,7 @@ with RunDirectory(sys.argv[1]).hold():
 
 def test_orphaned_worker_does_not_keep_the_lock(tmp_path):
     pipe = subprocess.PIPE
-    child = subprocess.Popen(
-        [sys.executable, "-c", FORKS, tmp_path], cwd=ROOT, stdin=pipe, stdout=pipe, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", FORKS, tmp_path], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
     with child:
         assert child.stdout.readline() == "held\n"
         child.wait()
@@ -104,9 +100,7 @@ while True:
 
 
 def test_reader_sees_a_whole_file_while_it_is_rewritten(tmp_path):
-    child = subprocess.Popen(
-        [sys.executable, "-c", REWRITES, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", REWRITES, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         child.stdout.readline()
         seen = set()

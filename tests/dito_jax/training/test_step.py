@@ -32,9 +32,7 @@ def test_everything_kept_is_float32_when_the_network_computes_in_bfloat16():
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
     jaxpr = str(made.step.trace(made.state, made.batch).jaxpr)
-    assert "bf16[8,4,32]" in jaxpr and "bf16[8,4,32]" not in str(
-        program().step.trace(made.state, made.batch).jaxpr
-    )
+    assert "bf16[8,4,32]" in jaxpr and "bf16[8,4,32]" not in str(program().step.trace(made.state, made.batch).jaxpr)
     assert jnp.isfinite(metrics["loss"])
 
 
@@ -69,12 +67,8 @@ def test_averages_follow_at_their_own_pace():
 
 def test_the_learning_rate_warms_up_peaks_and_ends_where_it_should():
     rate = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), steps=100)
-    np.testing.assert_allclose(
-        [rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6
-    )
-    constant = learning_rate(
-        OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_fraction=1.0), steps=100
-    )
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
+    constant = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_fraction=1.0), steps=100)
     np.testing.assert_allclose([constant(0), constant(50)], 1)
 
 

@@ -30,9 +30,7 @@ def test_mfu_is_of_all_devices_at_the_dtypes_dense_peak():
     first, second = measure("NVIDIA H200", num_devices=8, dtype="bfloat16")
     assert first["mfu"] == pytest.approx(0.5e15 / (8 * 989.4e12))
     assert second["mfu"] == pytest.approx(2e15 / (8 * 989.4e12))
-    assert measure("NVIDIA H200", num_devices=8, dtype="float32")[0]["mfu"] == pytest.approx(
-        0.5e15 / (8 * 66.9e12)
-    )
+    assert measure("NVIDIA H200", num_devices=8, dtype="float32")[0]["mfu"] == pytest.approx(0.5e15 / (8 * 66.9e12))
 
 
 def test_unknown_device_has_no_mfu():
