@@ -1,7 +1,10 @@
 """Eight CPU devices, and array annotations checked: what every test runs under."""
 
-import contextlib
+import importlib.util
 import os
+
+import jaxtyping
+import pytest
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU host says JAX_PLATFORMS=cuda, as `make gpu` does
@@ -12,8 +15,17 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-with contextlib.suppress(ImportError):  # a GPU host need not have beartype
-    import beartype  # noqa: F401
-    import jaxtyping
+# Checked where arrays are made and passed on; what runs a process (files, clocks, command lines) takes stand-ins.
+CHECKED = ["layers", "models", "diffusion", "data", "evaluation", "training.step", "training.ema"]
+if importlib.util.find_spec("beartype"):  # a GPU host need not have it
+    jaxtyping.install_import_hook(
+        ["kernels_pallas", *(f"dito_jax.{package}" for package in CHECKED)], "beartype.beartype"
+    )
 
-    jaxtyping.install_import_hook(["dito_jax", "kernels_pallas"], "beartype.beartype")
+
+@pytest.fixture
+def unchecked_arrays():
+    """Annotations are not enforced, as in a user's process: for tests of what a function itself says of bad arrays."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -15,7 +15,7 @@ def logit_normal(key: Key[Array, ""], num: int, *, mean: float, std: float) -> F
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, (num,)))
 
 
-def shift_time(t: Float[Array, " num"], shift: float) -> Float[Array, " num"]:
+def shift_time(t: Float[Array, "*num"], shift: float) -> Float[Array, "*num"]:
     """t / (t + shift (1 - t)): shift > 1 spends more of [0, 1] near the noise, as large images need (SD3 eq. 23)."""
     return t / (t + shift * (1 - t))
 

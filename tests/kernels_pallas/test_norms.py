@@ -33,13 +33,13 @@ def test_result_has_the_dtype_of_x():
 
 
 @pytest.mark.parametrize("kind", ["batch", None])
-def test_unknown_kind_names_the_choices(kind):
+def test_unknown_kind_names_the_choices(kind, unchecked_arrays):
     with pytest.raises(ValueError, match=f"no kind={kind!r}; choose from layer, rms"):
         modulated_norm(*arrays(), kind=kind)
 
 
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 1), (2, 1, 8)])
-def test_shapes_that_would_only_broadcast_are_refused(shape):
+def test_shapes_that_would_only_broadcast_are_refused(shape, unchecked_arrays):
     x, scale, _ = arrays()
     with pytest.raises(ValueError, match=r"shift \(.*\) do not fit; give x as \(B, T, D\)"):
         modulated_norm(x, scale, jnp.zeros(shape))
