@@ -25,7 +25,7 @@ STEPS = ["--train.steps", "40", "--checkpoint.every", "7"]
 def environment(tmp_path_factory) -> dict[str, str]:
     """One device, no inherited flags, and one compilation cache for all these processes."""
     cache = tmp_path_factory.mktemp("cache")
-    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS", "NPROC")}
     return kept | {"DITO_CACHE": str(cache)}
 
 
