@@ -74,12 +74,19 @@ def settle_platform() -> None:
     use.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
-    if gpu_present() or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if gpu_present() or not cuda_wheels_installed():
         return
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the compiler works without cuDNN
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
         print("No NVIDIA GPU here: the CUDA wheels only compile, the CPU runs.", file=sys.stderr)
+
+
+def cuda_wheels_installed() -> bool:
+    """Whether JAX's plug-in for CUDA 13 is there, for a GPU or only to compile for one."""
+    plugins = importlib.util.find_spec("jax_plugins")  # a folder that any plug-in makes; none on a plain CPU
+    folders = plugins.submodule_search_locations if plugins else None
+    return any(Path(folder, "xla_cuda13").is_dir() for folder in folders or ())
 
 
 def gpu_present() -> bool:

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from . import backend
 from .hardware import GPUS
 
 
 def why_not() -> str | None:
     """None where the wheels are installed, else what to install."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None or not ptxas().exists():
+    if not backend.cuda_wheels_installed() or not ptxas().exists():
         return "needs the CUDA compiler wheels: pip install -e '.[deviceless]'"
     return None
 
