@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +158,39 @@ def test_a_mistake_is_one_line_and_exit_code_two(arguments, words, call, tmp_pat
 def test_missing_data_are_one_line(call, tmp_path):
     done = call("train", "configs/dit_xl2_imagenet256.py", "--data.path", "/nowhere", "--run-dir", tmp_path, code=2)
     assert "/nowhere" in one_line(done)
+
+
+def test_a_file_that_is_no_image_is_one_line(call, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(40):
+            pixels = np.full((8, 8), number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
+    (tmp_path / "data/b/0.png").write_bytes(b"no image at all")
+    config = tmp_path / "folder.py"
+    text = (ROOT / "configs/digits.py").read_text().replace("DigitsData", "ImageFolderData")
+    folder = f"ImageFolderData(path={str(tmp_path / 'data')!r}, image_size=8, channels=1)"
+    config.write_text(text.replace("ImageFolderData()", folder))
+    done = call("train", config, *SMALL, "--train.steps", "20", "--run-dir", tmp_path / "run", code=2)
+    assert "data/b/0.png" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_step_stays(call, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        arguments = [*SMALL, "--train.steps", "40", "--checkpoint.every", "10", "--run-dir", disk / "run"]
+        done = call("train", "configs/digits.py", *arguments, code=2)
+        assert "no room for the checkpoint" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        saved = sorted(path.name for path in (disk / "run/checkpoints").iterdir())
+        assert saved and all(name.isdecimal() for name in saved), "nothing half-written"
+        assert len(call("digest", disk / "run").stdout.splitlines()[-1]) == 64
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_checkpoint_of_another_model_is_one_line_and_stays_intact(finished, call):

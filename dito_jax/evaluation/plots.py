@@ -46,11 +46,11 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.Pat
     """Draws the loss of each step, and its mean over a window of a fiftieth of them, to show the trend."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")  # without pyplot: it keeps every figure it makes
     axes = figure.subplots()
-    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each")
     window = max(1, len(losses) // 50)
+    axes.plot(steps, losses, color="0.8" if window > 1 else "C0", label="each")
     if window > 1:
         mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        axes.plot(steps[window - 1 :], mean, label=f"mean of {window}")
+        axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
