@@ -31,8 +31,8 @@ from dito_jax.training.state import TrainState
 from dito_jax.training.throughput import Throughput
 
 
-def main(arguments: list[str]) -> None:
-    config, run = command_line.train_arguments(arguments)
+def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
+    config, run = arguments
     check(config, jax.device_count())
     enable_compilation_cache(command_line.cache_directory())
     mesh = make_mesh(config.mesh)
@@ -114,4 +114,4 @@ def finish(config: TrainConfig, run: RunDirectory, program: Program, state: Trai
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(sys.argv[1:]))
+    command_line.run(lambda: command_line.train_arguments(sys.argv[1:]), main)

@@ -35,7 +35,7 @@ from dito_jax.training.state import TrainState
 
 def main() -> None:
     """The entry point."""
-    command_line.run(lambda: _run(sys.argv[1:]))
+    command_line.run(lambda: _parsed(sys.argv[1:]), lambda options: VERBS[options.verb](options))
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -140,7 +140,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
 }  # fmt: skip
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The verb and its options."""
     parser = _Parser(prog="dito", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     parsers = {
@@ -165,7 +166,7 @@ def _run(arguments: Sequence[str]) -> None:
     if rest and options.verb != "hlo":
         raise UserError(f"{options.verb}: no option {rest[0]}. `dito {options.verb} --help` lists what there is.")
     options.overrides = rest
-    VERBS[options.verb](options)
+    return options
 
 
 if __name__ == "__main__":

@@ -17,11 +17,15 @@ from kernels_pallas import backend
 USER_MISTAKE = 2
 
 
-def run(command: Callable[[], None]) -> None:
-    """Runs a command; a UserError, or a full disk, ends it with one line and exit code 2."""
-    backend.settle_platform()
+def run[Arguments](parse: Callable[[], Arguments], execute: Callable[[Arguments], None]) -> None:
+    """Runs a command; a UserError, or a full disk, ends it with one line and exit code 2.
+
+    A mistake in the arguments is told before anything is said of devices.
+    """
     try:
-        command()
+        arguments = parse()
+        backend.settle_platform()
+        execute(arguments)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(USER_MISTAKE)

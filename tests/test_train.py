@@ -53,10 +53,16 @@ def call(environment):
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
-    """The only line of stderr, but for the one that says which platform was chosen."""
+    """The only line of stderr, but for the one that says, once the arguments are right, which platform was chosen."""
     lines = [line for line in done.stderr.splitlines() if not line.startswith("No NVIDIA GPU")]
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def test_a_wrong_name_is_one_line_and_nothing_else(call):
+    done = call("train", "configs/digits.py", "--train.stepz", "5", code=2)
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "did you mean --train.steps" in done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +150,6 @@ def test_eval_judges_a_run_again(finished, call):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--train.stepz", "5"], "steps"),
         (["--train.batch_size", "0"], "at least 1"),
         (["--mesh.data", "3"], "does not use exactly the 1 devices"),
         (["--model.image_shape", "16", "16", "1"], "the data's images are (8, 8, 1)"),
