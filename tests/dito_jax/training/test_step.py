@@ -20,10 +20,11 @@ BATCH = {
 }
 
 
-def program(**loop):
+def program(learning_rate=2e-4, **loop):
     mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
     settings = dict(steps=10, batch_size=8, compute_dtype="float32", ema_decays=(0.9, 0.99)) | loop
-    return make_program(MODEL, LossConfig(), OptimizerConfig(warmup_steps=0), LoopConfig(**settings), mesh)
+    optimizer = OptimizerConfig(learning_rate=learning_rate, warmup_steps=0)
+    return make_program(MODEL, LossConfig(), optimizer, LoopConfig(**settings), mesh)
 
 
 def test_everything_kept_is_float32_when_the_network_computes_in_bfloat16():
@@ -42,8 +43,8 @@ def test_a_step_is_a_function_of_state_and_batch_and_each_step_draws_anew():
     first, again = made.step(state(), BATCH), made.step(state(), BATCH)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    # With the output still zero, the loss of a step differs from the next only by what is drawn.
-    frozen = program(steps=1)
+    # Without learning, the loss of a step differs from the next only by what is drawn.
+    frozen = program(learning_rate=0.0)
     one, metrics_one = frozen.step(frozen.init(), BATCH)
     _, metrics_two = frozen.step(one, BATCH)
     assert metrics_one["loss"] != metrics_two["loss"]
