@@ -65,11 +65,11 @@ def test_compiled_step_is_the_step_and_its_seconds_add_up():
 
 def test_each_stage_is_timed_under_its_own_name():
     def slow_to_trace(x):
-        time.sleep(0.3)
+        time.sleep(1.0)
         return x + 1
 
     _, report = compile_step(jax.jit(slow_to_trace), X)
-    assert report.trace_seconds > 0.3 > report.lower_seconds
+    assert report.trace_seconds > 1.0 > report.lower_seconds
 
 
 def test_peak_memory_grows_by_the_array_that_is_added():
