@@ -13,7 +13,7 @@ DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(t
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
-	@echo "make test     install, the whole test suite, kernels compiled for an H200 included"
+	@echo "make test     install, all tests that need no GPU; kernels are compiled for an H200 too"
 	@echo "make lint     formatting, lint, types"
 	@echo "make format   write the formatting"
 	@echo "make gpu PYTHON=python3   on a GPU host, nothing installed: GPU tests, then benchmarks"

@@ -5,8 +5,9 @@
     python train.py configs/digits.py --help
 
 The run directory (default runs/<config name>) holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/,
-and at the end eval.json and report.md. Where it holds a checkpoint the run goes on from there, bit for bit. Exit code
-0: done. 2: the user's mistake, in one line. Anything else is a bug.
+and at the end eval.json and report.md. Where it holds a checkpoint the run goes on from there, bit for bit; options
+other than before are taken over and change what follows.
+Exit code 0: done. 2: the user's mistake, in one line. 130: interrupted. Anything else is a bug.
 """
 
 import sys

@@ -156,4 +156,4 @@ def _signature(arrays, static):
 
 @functools.cache
 def _log_once(message: str) -> None:
-    log.info(message)
+    log.warning(message)

@@ -12,7 +12,7 @@ class OptimizerConfig:
 
     learning_rate: float = 2e-4  # at its peak
     warmup_steps: int = 100
-    final_fraction: float = 0.0  # of the peak, at the last step; 1.0 keeps it constant
+    final_fraction: float = 0.0  # of the peak, where the decay ends; 1.0 keeps it constant after the warm-up
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0  # of matrices only
@@ -20,7 +20,10 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak over `warmup_steps`, then half a cosine down to the last of `steps`."""
+    """Linear from 0 to the peak over `warmup_steps`, then half a cosine that would end with the update after `steps`.
+
+    Updates count from 0: the first of a warm-up has rate 0.
+    """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
