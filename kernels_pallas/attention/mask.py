@@ -1,0 +1,250 @@
+"""Who sees whom: an attention mask as vectors, one entry a position, never a T x S tensor.
+
+    query t sees key s  iff  start[t] <= s < end[t]  and  (k_private[s] == 0 or k_private[s] == q_private[t])
+
+A range says full, causal, sliding window, padding, packed documents, and text that is causal around images that are
+not. `private` hides what only its own tokens may see: the noised copy of an image, in a sequence that goes on after
+the image.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """One mask for all heads; M is the batch, or 1 for a mask that all examples share.
+
+    `kind` names the constructor, "custom" without one: it chooses tile sizes and lets cuDNN have its own causal mask,
+    and changes no answer. `num_keys` is S.
+    """
+
+    start: Any  # int32 (M, T): the first key that each query sees
+    end: Any  # int32 (M, T): one past the last; start == end sees nothing
+    q_private: Any = None  # int32 (M, T) >= 0, or None where nothing is private
+    k_private: Any = None  # int32 (M, S) >= 0; 0 is public
+    num_keys: int = 0
+    kind: str = "custom"
+
+    @classmethod
+    def full(cls, num_queries: int, num_keys: int | None = None) -> "AttentionMask":
+        """Every query sees every key; the same as no mask."""
+        S = num_queries if num_keys is None else num_keys
+        return _ranges(np.zeros(num_queries), np.full(num_queries, S), S, "full")
+
+    @classmethod
+    def causal(cls, num_queries: int, num_keys: int | None = None) -> "AttentionMask":
+        """Query t sees keys s <= t + S - T: the last query sees every key; where T > S the first see none."""
+        S = num_queries if num_keys is None else num_keys
+        end = np.arange(num_queries) + (S - num_queries + 1)
+        return _ranges(np.zeros(num_queries), end, S, "causal")
+
+    @classmethod
+    def sliding_window(
+        cls, num_queries: int, num_keys: int | None = None, *, left: int, right: int = 0
+    ) -> "AttentionMask":
+        """Query t sees keys from t' - left to t' + right, both included, where t' = t + S - T.
+
+        right = 0 is a causal window; left = right one that is centred.
+        """
+        if left < 0 or right < 0:
+            raise ValueError(f"AttentionMask.sliding_window: left and right must be >= 0, got {left} and {right}.")
+        S = num_queries if num_keys is None else num_keys
+        position = np.arange(num_queries) + (S - num_queries)
+        return _ranges(position - left, position + (right + 1), S, "sliding_window")
+
+    @classmethod
+    def padding(cls, key_lengths, num_queries: int, num_keys: int | None = None, *, query_lengths=None):
+        """Example b has key_lengths[b] keys; queries from query_lengths[b] on, if that is given, see none.
+
+        Args:
+          key_lengths, query_lengths: integers, (B,); at most S and T.
+        """
+        S = num_queries if num_keys is None else num_keys
+        key_lengths = _integers("padding", key_lengths=key_lengths, ndim=1)
+        _require(key_lengths, lambda n: (n >= 0) & (n <= S), "padding", "key_lengths", f"between 0 and S = {S}")
+        end = jnp.broadcast_to(key_lengths[:, None], (len(key_lengths), num_queries))
+        if query_lengths is not None:
+            query_lengths = _integers("padding", query_lengths=query_lengths, ndim=1)
+            rule = f"between 0 and T = {num_queries}"
+            _require(query_lengths, lambda n: (n >= 0) & (n <= num_queries), "padding", "query_lengths", rule)
+            _same_shape("padding", key_lengths=key_lengths, query_lengths=query_lengths)
+            end = jnp.where(jnp.arange(num_queries)[None] < query_lengths[:, None], end, 0)
+        return cls(jnp.zeros_like(end), end, num_keys=S, kind="padding")
+
+    @classmethod
+    def packed(cls, documents, *, causal: bool = False) -> "AttentionMask":
+        """Tokens see the tokens of their own document, or, causal, those up to themselves.
+
+        Args:
+          documents: integers, (M, T): equal where tokens are of one document, which lie side by side; negative
+            where there is no token: padding sees nothing and is seen by nothing.
+        """
+        documents = _integers("packed", documents=documents, ndim=2)
+        _require_runs("packed", documents=documents)
+        start, end = _runs(documents)
+        end = _own(documents) + 1 if causal else end
+        return cls(*_or_nothing(documents >= 0, start, end), num_keys=documents.shape[1], kind="packed")
+
+    @classmethod
+    def mixed(cls, spans) -> "AttentionMask":
+        """Text is causal; a token of an image sees all before its image, and its image whole.
+
+        Args:
+          spans: integers, (M, T): equal where tokens are of one image, which lie side by side; negative in text.
+        """
+        spans = _integers("mixed", spans=spans, ndim=2)
+        _require_runs("mixed", spans=spans)
+        end = jnp.where(spans >= 0, _runs(spans)[1], _own(spans) + 1)
+        return cls(jnp.zeros_like(end), end, num_keys=spans.shape[1], kind="mixed")
+
+    @classmethod
+    def unified(cls, documents, spans, noise) -> "AttentionMask":
+        """`mixed` inside each packed document, with images that are being denoised hidden from all but themselves.
+
+        An image that is generated and then read on appears twice: as a noised copy, which only its own tokens
+        see, and clean, which all that follows sees.
+
+        Args:
+          documents, spans: as for `packed` and `mixed`; a span lies in one document.
+          noise: booleans, (M, T): true in the spans that are noised copies; whole spans.
+
+        Source: BAGEL, https://arxiv.org/abs/2505.14683, section 2 (generalised causal attention).
+        """
+        documents = _integers("unified", documents=documents, ndim=2)
+        spans = _integers("unified", spans=spans, ndim=2)
+        noise = jnp.asarray(noise, bool)
+        _same_shape("unified", documents=documents, spans=spans, noise=noise)
+        _require_runs("unified", documents=documents, spans=spans)
+        _require(jnp.where(noise, spans, 0), lambda n: n >= 0, "unified", "spans", ">= 0 where noise is true")
+        for name, other in (("documents", documents), ("noise", noise)):
+            whole = (spans[:, 1:] < 0) | (spans[:, 1:] != spans[:, :-1]) | (other[:, 1:] == other[:, :-1])
+            _require(whole, lambda same: same, "unified", name, "constant inside each span")
+        start, _ = _runs(documents)
+        end = jnp.where(spans >= 0, _runs(spans)[1], _own(spans) + 1)
+        start, end = _or_nothing(documents >= 0, start, end)
+        private = jnp.where(noise, spans + 1, 0)
+        return cls(start, end, private, private, num_keys=documents.shape[1], kind="unified")
+
+    @property
+    def num_queries(self) -> int:
+        return self.start.shape[1]
+
+    def dense(self) -> jax.Array:
+        """bool (M, T, S): true where query t sees key s. For tests, and for what takes no vectors."""
+        key = jnp.arange(self.num_keys, dtype=jnp.int32)[None, None]
+        seen = (jnp.asarray(self.start)[:, :, None] <= key) & (key < jnp.asarray(self.end)[:, :, None])
+        if self.k_private is None:
+            return seen
+        k_private, q_private = jnp.asarray(self.k_private)[:, None, :], jnp.asarray(self.q_private)[:, :, None]
+        return seen & ((k_private == 0) | (k_private == q_private))
+
+
+jax.tree_util.register_dataclass(
+    AttentionMask,
+    data_fields=("start", "end", "q_private", "k_private"),
+    meta_fields=("num_keys", "kind"),
+)
+
+
+def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> str | None:
+    """Why a mask is none for queries (B, T) and keys (B, S), in the words of an error; None where it is one."""
+    if mask.num_keys != num_keys:
+        return f"the mask is for {mask.num_keys} keys (num_keys), k has {num_keys}; make the mask for this S"
+    wanted = {"start": num_queries, "end": num_queries, "q_private": num_queries, "k_private": num_keys}
+    for name, length in wanted.items():
+        array = getattr(mask, name)
+        if array is None and "private" in name:
+            continue
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            return f"mask.{name} must be integers, got {array.dtype}"
+        if array.ndim != 2 or array.shape[0] not in (1, batch) or array.shape[1] != length:
+            return f"mask.{name} must be (1 or {batch}, {length}), got {array.shape}"
+    if (mask.q_private is None) != (mask.k_private is None):
+        return "mask.q_private and mask.k_private must be given both or neither"
+    known = all(_known(a) for a in (mask.start, mask.end))
+    if known and np.any(np.asarray(mask.start) > np.asarray(mask.end)):
+        return "mask.start must be <= mask.end, got a query whose range starts after it ends"
+    if known and (np.any(np.asarray(mask.start) < 0) or np.any(np.asarray(mask.end) > num_keys)):
+        return f"mask.start and mask.end must lie between 0 and S = {num_keys}"
+    return None
+
+
+def _ranges(start, end, num_keys: int, kind: str) -> AttentionMask:
+    """A mask that all examples share, its ranges cut to the keys there are."""
+    start, end = (np.clip(x, 0, num_keys).astype(np.int32)[None] for x in (start, end))
+    return AttentionMask(start, end, num_keys=num_keys, kind=kind)
+
+
+def _own(ids):
+    """Each token's own position."""
+    return jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
+
+
+def _runs(ids):
+    """First position and end of the run of equal ids that each token lies in."""
+    edge = jnp.ones_like(ids[:, :1], bool)
+    changes = ids[:, 1:] != ids[:, :-1]
+    first = jnp.concatenate([edge, changes], axis=1)
+    last = jnp.concatenate([changes, edge], axis=1)
+    start = jax.lax.cummax(jnp.where(first, _own(ids), 0), axis=1)
+    end = jax.lax.cummin(jnp.where(last, _own(ids) + 1, ids.shape[1]), axis=1, reverse=True)
+    return start, end
+
+
+def _or_nothing(sees, start, end):
+    """The range where `sees`, elsewhere an empty one."""
+    return jnp.where(sees, start, 0), jnp.where(sees, end, 0)
+
+
+# What a constructor is given. Values are checked where they are known: a traced array has none.
+
+
+def _known(array) -> bool:
+    return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def _integers(constructor: str, *, ndim: int, **named) -> jax.Array:
+    [(name, array)] = named.items()
+    array = jnp.asarray(array)
+    if array.ndim != ndim or not jnp.issubdtype(array.dtype, jnp.integer):
+        shape = "(B,)" if ndim == 1 else "(1 or B, T)"
+        raise ValueError(
+            f"AttentionMask.{constructor}: {name} must be integers {shape}, got {array.dtype} {array.shape}."
+        )
+    return array.astype(jnp.int32)
+
+
+def _require(array, rule: Callable, constructor: str, name: str, wanted: str) -> None:
+    if _known(array) and not np.all(rule(np.asarray(array))):
+        wrong = np.asarray(array)[~rule(np.asarray(array))]
+        got = "" if wrong.dtype == bool else f", got {wrong[0]}"
+        raise ValueError(f"AttentionMask.{constructor}: {name} must be {wanted}{got}.")
+
+
+def _require_runs(constructor: str, **named) -> None:
+    """Ids that are not negative must lie side by side."""
+    for name, ids in named.items():
+        if not _known(ids):
+            continue
+        for row in np.asarray(ids):
+            heads = row[np.flatnonzero(np.diff(row, prepend=row[:1] - 1))]
+            values, counts = np.unique(heads[heads >= 0], return_counts=True)
+            if np.any(counts > 1):
+                twice = values[counts > 1][0]
+                raise ValueError(
+                    f"AttentionMask.{constructor}: {name} must hold each id in one run of neighbours, got {twice} in "
+                    f"{counts.max()} runs; sort the tokens or number the runs apart."
+                )
+
+
+def _same_shape(constructor: str, **named) -> None:
+    shapes = {name: array.shape for name, array in named.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"AttentionMask.{constructor}: arrays must have one shape, got {listed}.")
