@@ -1,6 +1,11 @@
 """Accelerated operations for JAX on GPUs: each has a definition, kernels, a cost model, and named cases."""
 
-from .attention import FLASH_ATTENTION as FLASH_ATTENTION, flash_attention as flash_attention
+from .attention import (
+    FLASH_ATTENTION as FLASH_ATTENTION,
+    AttentionMask as AttentionMask,
+    flash_attention as flash_attention,
+    merge_attention as merge_attention,
+)
 from .norms import MODULATED_NORM as MODULATED_NORM, modulated_norm as modulated_norm
 
 

@@ -12,7 +12,8 @@ XLA numbers a name that occurs again (`name__1`). What a row holds, and where it
   mma_sync, tcgen05    Ampere's and Blackwell's
   cp_async             asynchronous copies to shared memory in the PTX
 A kernel that does not compile, for want of shared memory among others, has a row with `error` instead, and
-the exit code is 1. One that calls itself unsupported on the device is named on stderr and has no row.
+the exit code is 1. One that calls itself unsupported on the device is named on stderr and has no row; a library's
+has neither.
 """
 
 import functools
@@ -32,7 +33,7 @@ import jax
 
 from . import OPS, command_line, deviceless
 from .hardware import GPUS
-from .op import PASSES, Case, Kernel, Op
+from .op import Case, Kernel, Op
 
 
 COLUMNS = (
@@ -70,6 +71,8 @@ def main() -> int:
         rows = []
         for op in ops:
             for kernel, case in itertools.product(op.kernels, op.cases):
+                if op.kernels[kernel].library:
+                    continue
                 if args.kernel in (None, kernel) and args.case in (None, case):
                     rows += _rows(op, kernel, case, args.device, mesh, dump)
     print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
@@ -93,7 +96,7 @@ def _rows(op: Op, kernel: str, case: str, device: str, mesh: jax.sharding.Mesh, 
         if reason := op.kernels[kernel].unsupported(*arrays, **static):
             print(f"{op.name} {kernel} {case}: skipped: {reason}", file=sys.stderr)
             return []
-        for pass_ in PASSES:
+        for pass_ in op.passes:
             shutil.rmtree(dump, ignore_errors=True)
             start = time.monotonic()
             head = {"op": op.name, "kernel": kernel, "case": case, "pass": pass_}

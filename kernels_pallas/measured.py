@@ -56,3 +56,11 @@ def fastest(op, names: list[str], arrays, static) -> str | None:
             seconds.setdefault(row["implementation"], {})[row["pass"]] = float(row["median_us"])
     complete = {n: sum(s.values()) for n, s in seconds.items() if n in names and len(s) == 2}
     return min(complete, key=complete.__getitem__) if len(complete) > 1 else None
+
+
+def passed(op, implementation: str) -> bool:
+    """Whether every row of this device's results that ran today's source of an implementation was right."""
+    today = digest(op)
+    key = lambda row: (row["op"], row["implementation"], row["digest"])
+    states = [r["status"] for r in rows(backend.target().kind) if key(r) == (op.name, implementation, today)]
+    return bool(states) and all(state == "ok" for state in states)

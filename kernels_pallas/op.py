@@ -46,27 +46,30 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One named problem size: `arrays` are shapes, `static` keyword options, `origin` the model it comes from."""
+    """One named problem size: `arrays` are shapes, `static` keyword options, `origin` the model it comes from.
 
-    arrays: tuple[jax.ShapeDtypeStruct, ...]
+    As with the arrays of any op, an entry may be a tree of them, and None where an optional one is left out.
+    """
+
+    arrays: tuple[Any, ...]
     static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origin: str = ""
     tiny: bool = False  # small enough for interpret mode on a CPU
-    make: Callable[[jax.Array], tuple[jax.Array, ...]] | None = None  # where values matter
+    make: Callable[[jax.Array], tuple[Any, ...]] | None = None  # where values matter
 
-    def random(self, key: jax.Array) -> tuple[jax.Array, ...]:
+    def random(self, key: jax.Array) -> tuple[Any, ...]:
         """Fresh inputs: standard normal, unless the case makes its own."""
         if self.make is not None:
             return self.make(key)
-        keys = jax.random.split(key, len(self.arrays))
-        return tuple(
-            jax.random.normal(k, a.shape, jnp.float32).astype(a.dtype) for k, a in zip(keys, self.arrays, strict=True)
-        )
+        shapes, tree = jax.tree.flatten(self.arrays)
+        keys = jax.random.split(key, len(shapes))
+        arrays = [jax.random.normal(k, a.shape, jnp.float32).astype(a.dtype) for k, a in zip(keys, shapes, strict=True)]
+        return jax.tree.unflatten(tree, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A forward and backward pair written by hand.
+    """A forward and backward pair.
 
     forward(*arrays, **static) -> (out, residuals)
     backward(residuals, d_out, **static) -> one cotangent for each array, None for integers
@@ -76,6 +79,8 @@ class Kernel:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     unsupported: Callable[..., str | None]
+    library: bool = False  # somebody else's: nothing here to interpret or to inspect
+    needs_gpu_proof: bool = False  # chosen only on a device with a passing run of today's source in results/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,13 @@ class Op:
     reference: Callable[..., Any]  # the definition; also implementation="xla"
     kernels: Mapping[str, Kernel]  # fastest first, where nothing was measured
     cost: Mapping[str, Callable[..., Cost]]  # one function a pass
-    cases: Mapping[str, Case]
+    cases: dict[str, Case]
+    sweep: dict[str, Case] = dataclasses.field(default_factory=dict)  # more sizes for `bench` alone
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """ "forward", and "backward" where it has a cost of its own: decoding has none."""
+        return tuple(self.cost)
 
     def __call__(self, *arrays, implementation: str | None = None, **static):
         """Runs `implementation`, or the one that `choose` names.
@@ -117,16 +128,22 @@ class Op:
 
     def choose(self, *arrays, **static) -> str:
         """The fastest by this device's shipped measurements; without one, the table's first that runs."""
+        names = []
         for name, kernel in self.kernels.items():
-            if reason := kernel.unsupported(*arrays, **static):
+            reason = kernel.unsupported(*arrays, **static)
+            if reason is None and kernel.needs_gpu_proof and not measured.passed(self, name):
+                reason = "results/ has no passing run of today's source on this device; it runs by its name"
+            if reason is None:
+                names.append(name)
+            else:
                 _log_once(f"{self.name}: not using {name}: {reason}.")
-        names = self.runnable(*arrays, **static)
+        names.append("xla")
         return measured.fastest(self, names, arrays, static) or names[0]
 
     def case_named(self, arrays, static) -> str | None:
         """The name of the case with these shapes, dtypes and options, if there is one."""
         wanted = _signature(arrays, static)
-        for name, case in self.cases.items():
+        for name, case in (self.cases | self.sweep).items():
             if _signature(case.arrays, case.static) == wanted:
                 return name
         return None
@@ -150,8 +167,9 @@ def differentiable(kernel: Kernel, **static) -> Callable[..., Any]:
 
 
 def _signature(arrays, static):
-    shapes = tuple((a.shape, jnp.dtype(a.dtype).name) for a in arrays)
-    return shapes, tuple(sorted((k, v) for k, v in static.items() if v is not None))
+    leaves, tree = jax.tree.flatten(arrays)
+    shapes = tuple((a.shape, jnp.dtype(a.dtype).name) for a in leaves)
+    return shapes, tree, tuple(sorted((k, v) for k, v in static.items() if v is not None))
 
 
 @functools.cache

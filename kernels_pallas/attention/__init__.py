@@ -1,3 +1,8 @@
-"""Attention: `flash_attention` and its table of implementations."""
+"""Attention: `flash_attention`, its masks, and its table of implementations."""
 
-from .api import FLASH_ATTENTION as FLASH_ATTENTION, flash_attention as flash_attention
+from .api import (
+    FLASH_ATTENTION as FLASH_ATTENTION,
+    flash_attention as flash_attention,
+    merge_attention as merge_attention,
+)
+from .mask import AttentionMask as AttentionMask
