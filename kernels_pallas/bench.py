@@ -1,36 +1,42 @@
-"""Times every implementation of every op, forward and backward apart, against the device's best.
+"""Times every implementation of every op, and those of other people, against the device's best.
 
-    python -m kernels_pallas.bench [op ...] [--case NAME] [--tiny | --all] [--out FILE]
+    python -m kernels_pallas.bench [op ...] [--case NAME] [--tiny | --sweep | --all] [--out FILE]
     python -m kernels_pallas.bench [op ...] --stale
 
 On a GPU the cases of real models, into results/<device>.csv; elsewhere the tiny ones, and no file unless
 --out names one. A case's rows replace its earlier ones once it is measured: a run cut short keeps the rest.
 
-A row is the median, 20th and 80th percentile of ROUNDS runs on one set of normally distributed inputs, with
-the implementations taking turns; timing.py says by which clock. `backward` is `out, vjp = jax.vjp(...)` and
-then `vjp(d_out)` alone, for every implementation alike. `tflops`, `gbps` and `of_roofline` follow from the
-op's Cost, the work that no implementation can avoid; `of_roofline` is empty where hardware.py does not know
-the device.
+A row is the median, 20th and 80th percentile of ROUNDS runs on normally distributed inputs, with the
+implementations taking turns; timing.py says by which clock, and how the GPU's cache is kept out. The passes are
+`forward`; `backward`, which is vjp(d_out) alone after `out, vjp = jax.vjp(...)`; and `both` in one compiled
+function. Implementations are "xla", the op's kernels, and its peers: peers.py says how those are run.
+`tflops`, `gbps` and `of_roofline` follow from the op's Cost for these inputs, the work that no implementation can
+avoid; `of_roofline` is empty where hardware.py does not know the device. `copy_gbps` is what the device reached in
+the same run when it only read and wrote.
 
 `status` is "ok", or why there is no time: what the implementation raised, or "wrong" and its error relative
-to "xla" on the same inputs. "unchecked" rows have a time, and no answer of "xla" to hold theirs against.
+to "xla" on the same inputs. Where "xla" gives no answer, for its scores may not fit, the first library or peer that
+gives one stands in. "unchecked" rows have a time, and no answer of anybody else's to hold theirs against.
 """
 
 import csv
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import OPS, backend, command_line, hardware, measured, timing
-from .op import PASSES, Case, Op
+from . import OPS, backend, command_line, hardware, measured, timing, tuning
+from .op import Case, Cost, Op
+from .peers import PEERS
 
 
 ROUNDS = 20
@@ -45,11 +51,12 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
     parser = command_line.parser("bench", __doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tiny", action="store_true", help="the tiny cases, which a CPU can run")
-    which.add_argument("--all", action="store_true", help="tiny cases and those of real models")
+    which.add_argument("--sweep", action="store_true", help="the cases that are for this command alone")
+    which.add_argument("--all", action="store_true", help="all of these, and the cases of real models")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the CSV file to write")
     parser.add_argument("--stale", action="store_true", help="list what should be measured again; measure nothing")
     args = parser.parse_args(argv)
-    chosen = command_line.choose_ops(parser, args, ops)
+    chosen = command_line.choose_ops(parser, args, [with_sweep(op) for op in ops])
     if args.stale:
         for line in stale(chosen, everything=not args.ops):
             print(line)
@@ -64,12 +71,12 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
             out.open("a").close()
         except OSError as error:
             parser.error(f"cannot write {out} ({error.strerror}); give another --out.")
-    print(f"{device.kind}, by {timing.clock()}", file=sys.stderr)
-    facts = _facts(device.kind)
+    run = facts(device)
+    print(f"{device.kind}, by {timing.clock()}; a copy: {run['copy_gbps'] or 'not measured'} GB/s", file=sys.stderr)
     print(_line({column: column for column in SHOWN}))
     for op in chosen:
         for name in _cases(op, args, device.platform):
-            rows = [row | facts for pass_ in PASSES for row in measure(op, name, pass_)]
+            rows = [row | run for pass_ in passes(op) for row in measure(op, name, pass_)]
             for row in rows:
                 print(_line(row), flush=True)
             if out is not None:
@@ -77,89 +84,128 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
     return 0
 
 
+def with_sweep(op: Op) -> Op:
+    """The op with all its cases in one table, so that --case finds them."""
+    return dataclasses.replace(op, cases={**op.cases, **op.sweep})
+
+
 def _cases(op: Op, args, platform: str) -> list[str]:
     if args.case is not None:
         return [args.case] if args.case in op.cases else []
     tiny = args.tiny or platform != "gpu"
-    return [name for name, case in op.cases.items() if args.all or case.tiny == tiny]
+    wanted = lambda name, case: name in op.sweep if args.sweep else name not in op.sweep and case.tiny == tiny
+    return [name for name, case in op.cases.items() if args.all or wanted(name, case)]
+
+
+def passes(op: Op) -> tuple[str, ...]:
+    """The op's own, and "both" where there are two: a training step runs them so."""
+    return (*op.passes, "both") if len(op.passes) > 1 else op.passes
 
 
 def measure(op: Op, name: str, pass_: str) -> list[dict[str, str]]:
     """One row an implementation, "xla" first, of one pass at the case called `name`."""
-    case = op.cases[name]
+    case = (op.cases | op.sweep)[name]
     arrays = case.random(jax.random.key(0))
     status, calls, want = {}, {}, None
-    for implementation in sorted(op.runnable(*case.arrays, **case.static), key=lambda i: i != "xla"):
+    for implementation, independent, prepare in _contestants(op, case, pass_, timing.copies(arrays)):
+        if isinstance(prepare, str):
+            status[implementation] = prepare
+            continue
         try:
-            function, arguments = _call(op, implementation, case, pass_, arrays)
-            got = jax.block_until_ready(function(*arguments))
-            timing.microseconds(function, arguments)  # what cannot be timed shows here
+            ready = prepare()
+            got = ready.answer()
+            timing.microseconds(ready)  # what cannot be timed shows here
         except Exception as error:  # whatever it is, the other implementations still have their rows
             status[implementation] = command_line.one_line(error)
             continue
-        if implementation == "xla":
+        if want is None and independent:
             want = got
-        status[implementation] = _judge(got, want, case)
+        status[implementation] = judge(got, want, arrays)
         if not status[implementation].startswith("wrong"):
-            calls[implementation] = function, arguments
+            calls[implementation] = ready
     samples = timing.in_turns(calls, ROUNDS)
     head = {"op": op.name, "case": name, "pass": pass_, "digest": measured.digest(op)}
+    work = cost(op, pass_, arrays, case.static)
     return [
-        head
-        | {"implementation": i, "status": status[i]}
-        | (_figures(op, case, pass_, samples[i]) if i in samples else {})
+        head | {"implementation": i, "status": status[i]} | (_figures(work, arrays, samples[i]) if i in samples else {})
         for i in status
     ]
 
 
-def _call(op: Op, implementation: str, case: Case, pass_: str, arrays) -> timing.Call:
-    forward = jax.jit(functools.partial(op, implementation=implementation, **case.static))
-    if pass_ == "forward":
-        return forward, arrays
-    out, vjp = jax.jit(functools.partial(jax.vjp, forward))(*arrays)
-    d_out = jax.tree.map(lambda o: jax.random.normal(jax.random.key(1), o.shape).astype(o.dtype), out)
-    return jax.jit(lambda vjp, d_out: vjp(d_out)), (vjp, d_out)
+type Contestant = tuple[str, bool, str | Callable[[], timing.Call]]
 
 
-def _judge(got, want, case: Case) -> str:
+def _contestants(op: Op, case: Case, pass_: str, copies: Sequence[timing.Arrays]) -> Iterator[Contestant]:
+    """(name, whether its answer may stand in for "xla", its call or why there is none): ours last."""
+    runnable = op.runnable(*case.arrays, **case.static)
+    library = [name for name in op.kernels if name in runnable and op.kernels[name].library]
+    ours = [name for name in op.kernels if name in runnable and name not in library]
+    for name in ("xla", *library):
+        yield name, True, functools.partial(call, op, name, case.static, pass_, copies)
+    for name, peer in PEERS.get(op.name, {}).items():
+        reason = peer.unsupported(*case.arrays, **case.static)
+        yield name, True, reason or functools.partial(peer.call, pass_, copies, **case.static)
+    for name in ours:
+        yield name, False, functools.partial(call, op, name, case.static, pass_, copies)
+
+
+def call(op: Op, implementation: str, static, pass_: str, copies: Sequence[timing.Arrays]) -> timing.Call:
+    """One pass of one implementation of ours."""
+    return timing.call(functools.partial(op, implementation=implementation, **static), pass_, copies)
+
+
+def cost(op: Op, pass_: str, arrays, static) -> Cost:
+    """The work of one pass on these inputs, whose values may decide it; of "both", that of the two."""
+    costs = [op.cost[name](*arrays, **static) for name in (op.passes if pass_ == "both" else (pass_,))]
+    add = lambda field: sum(getattr(c, field) for c in costs)
+    return Cost(add("flops"), add("bytes"), add("transcendentals"))
+
+
+def judge(got, want, arrays) -> str:
     """Whether `got` may be timed. This keeps nonsense out of the table; accuracy is the tests' business."""
     if want is None:
-        return "unchecked: xla gave no answer"
+        return "unchecked: nobody else gave an answer"
     # Four units in the last place of the coarsest input, taken over whole arrays. float32 counts as
     # TensorFloat-32 (10 bits of mantissa), which a GPU's matrix units may make of it.
-    units = [float(jnp.finfo(a.dtype).eps) for a in case.arrays if jnp.issubdtype(a.dtype, jnp.floating)]
-    error = float(_relative_error(got, want))
+    units = [float(jnp.finfo(a.dtype).eps) for a in _floating(arrays)]
+    error = float(_relative_error(_floating(got), _floating(want)))
     return "ok" if error <= 4 * max([*units, 2**-10]) else f"wrong: relative error {error:.1e}"
+
+
+def _floating(tree) -> list:
+    """The arrays of a tree that are not integers: those have cotangents without values."""
+    return [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
 
 
 @jax.jit
 def _relative_error(got, want) -> jax.Array:
-    """The largest |got - want| / |want| over a tree's arrays, in Frobenius norms; NaN if either has one."""
+    """The largest |got - want| / |want| over lists of arrays, in Frobenius norms; NaN if either has one."""
     errors = []
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        if jnp.issubdtype(w.dtype, jnp.floating):  # integers have cotangents without values
-            g32, w32 = g.astype(jnp.float32), w.astype(jnp.float32)
-            difference = jnp.linalg.norm((g32 - w32).ravel())
-            errors.append(jnp.where(difference == 0, 0.0, difference / jnp.linalg.norm(w32.ravel())))
+    for g, w in zip(got, want, strict=True):
+        g32, w32 = g.astype(jnp.float32).ravel(), w.astype(jnp.float32).ravel()
+        difference = jnp.linalg.norm(jnp.where(g32 == w32, 0.0, g32 - w32))  # both may be -inf, and right
+        size = jnp.linalg.norm(jnp.where(jnp.isinf(w32), 0.0, w32))
+        errors.append(jnp.where(difference == 0, 0.0, difference / size))
     return jnp.stack(errors).max()
 
 
-def _figures(op: Op, case: Case, pass_: str, samples: list[float]) -> dict[str, str]:
+def _figures(work: Cost, arrays, samples: list[float]) -> dict[str, str]:
     median, p20, p80 = np.percentile(samples, [50, 20, 80])
     seconds = median / 1e6
-    cost = op.cost[pass_](*case.arrays, **case.static)
     figures = {
-        "median_us": median, "p20_us": p20, "p80_us": p80, "tflops": cost.flops / seconds / 1e12,
-        "gbps": cost.bytes / seconds / 1e9,
+        "median_us": median, "p20_us": p20, "p80_us": p80, "tflops": work.flops / seconds / 1e12,
+        "gbps": work.bytes / seconds / 1e9,
     }  # fmt: skip
     if gpu := hardware.by_device_kind(backend.target().kind):
-        figures["of_roofline"] = cost.seconds(gpu.peak(case.arrays[0].dtype.name), gpu.bandwidth) / seconds
+        figures["of_roofline"] = work.seconds(gpu.peak(_floating(arrays)[0].dtype.name), gpu.bandwidth) / seconds
     return {column: f"{figure:.3f}" for column, figure in figures.items()}
 
 
-def _facts(device: str) -> dict[str, str]:
+def facts(device: backend.Target) -> dict[str, str]:
+    """What is true of all that one run measures."""
     return {
-        "device": device,
+        "device": device.kind,
+        "copy_gbps": f"{timing.copy_gbps():.0f}" if device.platform == "gpu" else "",
         "jax": importlib.metadata.version("jax"),
         "jaxlib": importlib.metadata.version("jaxlib"),
         "commit": _commit(),
@@ -217,6 +263,10 @@ def stale(ops: list[Op], *, everything: bool) -> list[str]:
             if row["digest"] != today.get(row["op"]) and (everything or row["op"] in today):
                 what = f"{row['op']} {row['case']} {row['implementation']}"
                 lines[f"stale: {path.stem}: {what}: measured {row['date']} at {row['commit']}"] = None
+    for path in sorted(tuning.SHIPPED.glob("*.json")):
+        for key, entry in tuning.load(path).items():
+            if entry["digest"] != today.get(entry["op"]) and (everything or entry["op"] in today):
+                lines[f"stale: {path.stem}: blocks of {key}: measured {entry['date']}"] = None
     h200 = _read(measured.csv_path(hardware.H200.device_kind))
     timed = {(row["op"], row["implementation"]) for row in h200 if row["status"] == "ok"}
     missing = [(op.name, kernel) for op in ops for kernel in op.kernels if (op.name, kernel) not in timed]

@@ -17,7 +17,7 @@ from . import backend
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: tuple[str, ...] = (
     "op", "case", "pass", "implementation", "status", "median_us", "p20_us", "p80_us", "tflops", "gbps",
-    "of_roofline", "device", "jax", "jaxlib", "commit", "date", "digest",
+    "of_roofline", "copy_gbps", "device", "jax", "jaxlib", "commit", "date", "digest",
 )  # fmt: skip
 
 
@@ -46,15 +46,15 @@ def digest(op) -> str:
 
 
 def fastest(op, names: list[str], arrays, static) -> str | None:
-    """Which of `names` took least time, both passes together, at exactly these shapes; None if not measured."""
+    """Which of `names` took least time, its passes added up, at exactly these shapes; None if not measured."""
     device = backend.target().kind
     if not rows(device) or (case := op.case_named(arrays, static)) is None:
         return None
     seconds: dict[str, dict[str, float]] = {}
     for row in rows(device):
-        if (row["op"], row["case"], row["status"]) == (op.name, case, "ok"):
+        if (row["op"], row["case"], row["status"]) == (op.name, case, "ok") and row["pass"] in op.passes:
             seconds.setdefault(row["implementation"], {})[row["pass"]] = float(row["median_us"])
-    complete = {n: sum(s.values()) for n, s in seconds.items() if n in names and len(s) == 2}
+    complete = {n: sum(s.values()) for n, s in seconds.items() if n in names and len(s) == len(op.passes)}
     return min(complete, key=complete.__getitem__) if len(complete) > 1 else None
 
 

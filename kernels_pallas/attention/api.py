@@ -33,7 +33,7 @@ def flash_attention(
     mask: AttentionMask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:

@@ -90,7 +90,7 @@ MODEL = {
     "dit_xl2_512": model(8, 1024, 16, 72, origin="DiT-XL/2, 512 px"),
     "dit_xl2_text": model(32, 256, 16, 72, S=77, origin="DiT-XL/2, 256 px, reading 77 CLIP text tokens"),
     "jit_h16_256": model(32, 256, 16, 80, origin="JiT-H/16, 256 px: width 1280 in 16 heads"),
-    "sd3_joint_1024": model(2, 4250, 24, 64, origin="SD3-like, 1024 px: 4,096 image and 154 text tokens in one sequence"),
+    "sd3_joint_1024": model(2, 4250, 24, 64, origin="SD3, 1024 px: 4,096 image and 154 text tokens together"),
     "flux_1024": model(1, 4608, 24, 128, origin="FLUX.1, 1024 px: 4,096 image and 512 text tokens"),
     "video_32k": model(1, 32760, 12, 128, origin="Wan2.1-1.3B, 81 frames of 832 x 480: 21 x 30 x 52 tokens"),
     "llm_4k": model(

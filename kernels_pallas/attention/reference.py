@@ -12,7 +12,7 @@ def flash_attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: AttentionMask | None,
-    sinks: Float[Array, "N"] | None,
+    sinks: Float[Array, " N"] | None,
     *,
     scale: float | None,
     softcap: float | None,

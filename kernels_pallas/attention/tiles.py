@@ -17,7 +17,7 @@ from .mask import AttentionMask
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The lists: row i walks order[m, i, :whole[m, i]] without a mask, then order[m, i, whole[m, i]:seen[m, i]] with it."""
+    """Row i walks order[m, i, :whole[m, i]] without a mask, then order[m, i, whole[m, i]:seen[m, i]] with it."""
 
     order: Any  # int32 (M, rows, columns), a permutation of the columns in each row
     whole: Any  # int32 (M, rows)

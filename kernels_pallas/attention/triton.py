@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as pltriton
 from .. import backend
 from . import cost, tiles
 from .heads import dot, load, load_row, product, rows, store, store_row, zeros
+from .mask import AttentionMask
 
 
 LOG2_E = math.log2(math.e)
@@ -41,20 +42,20 @@ class Blocks:
 
 
 def blocks_for(kernel: str, width: int, dtype, masked: bool) -> Blocks:
-    """The blocks of "forward", "dq" or "dkv": on sm_90a none spills at head widths 64, 72, 80, 96 and 128."""
+    """The blocks of "forward", "dq" or "dkv": none spills on sm_90a and sm_80 at the cases' head widths."""
     if jnp.dtype(dtype).itemsize == 4:
-        # Products that keep all of float32 run on the plain cores; larger tiles, or fewer warps, spill.
-        return Blocks(16, 16, 8, 2)
-    found = _BLOCKS[kernel, next(w for w in (64, 96, 128, 256) if width <= w)]
-    if kernel == "dkv" and masked and 64 < width <= 128:
-        found = _DKV_MASKED
+        # Products that keep all of float32 run on the plain cores, and larger tiles spill.
+        return Blocks(16, 16, 8 if kernel == "dq" or width > 128 else 4, 2)
+    bucket = next(w for w in (64, 96, 128, 256) if width <= w)
     capability = backend.target().capability
-    if capability is not None and capability < 9.0:  # Ampere: 163 KiB of shared memory to Hopper's 227
-        found = dataclasses.replace(found, num_stages=2)
-    return found
+    if capability is not None and capability < 9.0:
+        return _AMPERE[kernel, bucket]
+    if kernel == "dkv" and masked and 64 < width <= 128:
+        return _DKV_MASKED
+    return _HOPPER[kernel, bucket]
 
 
-_BLOCKS = {
+_HOPPER = {
     ("forward", 64): Blocks(64, 128, 4, 3),
     ("forward", 96): Blocks(128, 64, 8, 3),
     ("forward", 128): Blocks(128, 128, 8, 3),
@@ -62,13 +63,27 @@ _BLOCKS = {
     ("dq", 64): Blocks(64, 64, 4, 3),
     ("dq", 96): Blocks(64, 64, 4, 3),
     ("dq", 128): Blocks(64, 64, 4, 3),
-    ("dq", 256): Blocks(64, 32, 4, 2),
+    ("dq", 256): Blocks(64, 32, 8, 2),
     ("dkv", 64): Blocks(64, 64, 4, 3),
     ("dkv", 96): Blocks(64, 64, 4, 3),
     ("dkv", 128): Blocks(64, 64, 4, 2),
     ("dkv", 256): Blocks(16, 64, 8, 2),
 }
 _DKV_MASKED = Blocks(32, 128, 8, 3)  # two loops, one with the mask, take more registers than one
+_AMPERE = {  # 163 KiB of shared memory to Hopper's 227, and both operands of a product in registers
+    ("forward", 64): Blocks(128, 64, 8, 2),
+    ("forward", 96): Blocks(128, 64, 8, 2),
+    ("forward", 128): Blocks(128, 64, 8, 2),
+    ("forward", 256): Blocks(64, 32, 8, 2),
+    ("dq", 64): Blocks(128, 32, 8, 2),
+    ("dq", 96): Blocks(128, 32, 8, 2),
+    ("dq", 128): Blocks(128, 32, 8, 2),
+    ("dq", 256): Blocks(64, 32, 8, 2),
+    ("dkv", 64): Blocks(32, 128, 8, 2),
+    ("dkv", 96): Blocks(32, 64, 8, 2),
+    ("dkv", 128): Blocks(64, 64, 8, 2),
+    ("dkv", 256): Blocks(32, 64, 8, 2),
+}
 
 
 def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
@@ -90,7 +105,7 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
     blocks = blocks_for("forward", H, q.dtype, mask is not None)
     out, lse = _run(
         functools.partial(_forward_kernel, scores=Scores.of(q, scale, softcap), blocks=blocks),
-        *(q, k, v, mask, None if mask is None else tiles.key_tiles(mask, blocks.block_q, blocks.block_k), sinks),
+        *(q, k, v, *_key_lists(mask, q, k, blocks), sinks),
         name="flash_attention_forward",
         programs=pl.cdiv(T, blocks.block_q) * N * B,
         blocks=blocks,
@@ -114,8 +129,7 @@ def backward(residuals, d_out, *, scale, softcap, return_lse):
     blocks = blocks_for("dq", H, q.dtype, mask is not None)
     d_q, delta = _run(
         functools.partial(_dq_kernel, scores=scores, blocks=blocks),
-        *(q, k, v, mask, None if mask is None else tiles.key_tiles(mask, blocks.block_q, blocks.block_k)),
-        *(out, d_out, lse, d_lse),
+        *(q, k, v, *_key_lists(mask, q, k, blocks), out, d_out, lse, d_lse),
         name="flash_attention_backward_dq",
         programs=pl.cdiv(T, blocks.block_q) * N * B,
         blocks=blocks,
@@ -145,6 +159,14 @@ def _d_sinks(sinks, lse, delta):
 def _natural(lse):
     """Base 2, (B, N, T), to base e, (B, T, N); -inf where a query sees nothing."""
     return jnp.swapaxes(jnp.where(lse == LOWEST, -jnp.inf, lse / LOG2_E), 1, 2)
+
+
+def _key_lists(mask, q, k, blocks):
+    """The mask and its tile lists; neither where every key tile is seen whole."""
+    if mask is None and k.shape[1] % blocks.block_k == 0:
+        return None, None
+    mask = AttentionMask.full(q.shape[1], k.shape[1]) if mask is None else mask
+    return mask, tiles.key_tiles(mask, blocks.block_q, blocks.block_k)
 
 
 def _run(kernel, *arrays, name, programs, blocks, out_shape, work):
@@ -199,7 +221,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_re
         start_k = tile * blocks.block_k
         score, _ = scores(product(q, load(k_ref, batch, kv_head, start_k, blocks.block_k)))
         if masked:
-            score = jnp.where(_seen(mask, batch, start_q, start_k, k_ref, blocks), score, -jnp.inf)
+            score = jnp.where(_seen(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(score, axis=1))
         weights = jnp.exp2(score - new_top[:, None])
         decay = jnp.exp2(top - new_top)
@@ -207,11 +229,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_re
         acc = tuple(a * decay[:, None] + dot(weights.astype(v_ref.dtype), x) for a, x in zip(acc, v, strict=True))
         return acc, new_top, total * decay + jnp.sum(weights, axis=1)
 
-    # A sink is a key with this score and no value: the sum begins with it.
-    first, one = (LOWEST, 0.0) if sinks_ref is None else (sinks_ref[head].astype(jnp.float32) * LOG2_E, 1.0)
-    full = functools.partial(jnp.full, (blocks.block_q,), dtype=jnp.float32)
-    carry = zeros(blocks.block_q, q_ref), full(first), full(one)
-    acc, top, total = _walk_keys(step, carry, lists, batch, tile_q, k_ref, blocks)
+    # A sink is a key with this score and no value: the sum begins with it. One of -inf is none.
+    sink = -jnp.inf if sinks_ref is None else sinks_ref[head].astype(jnp.float32) * LOG2_E
+    top = jnp.maximum(jnp.full((blocks.block_q,), sink, jnp.float32), LOWEST)
+    carry = zeros(blocks.block_q, q_ref), top, jnp.exp2(sink - top)
+    acc, top, total = _walk(step, carry, lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
     total = jnp.where(total == 0, 1.0, total)  # a query that saw nothing: its output is 0
     store(out_ref, batch, head, start_q, [a / total[:, None] for a in acc])
     store_row(lse_ref, batch, head, start=start_q, values=top + jnp.log2(total))
@@ -238,19 +260,17 @@ def _dq_kernel(
         k = load(k_ref, batch, kv_head, start_k, blocks.block_k)
         score, tanh = scores(product(q, k))
         if masked:
-            score = jnp.where(_seen(mask, batch, start_q, start_k, k_ref, blocks), score, -jnp.inf)
+            score = jnp.where(_seen(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
         weights = jnp.exp2(score - lse[:, None])
         d_weights = product(d_out, load(v_ref, batch, kv_head, start_k, blocks.block_k))
         d_scores = scores.through(weights * (d_weights - delta[:, None]), tanh).astype(k_ref.dtype)
         return tuple(d + dot(d_scores, x) for d, x in zip(d_q, k, strict=True))
 
-    d_q = _walk_keys(step, zeros(blocks.block_q, q_ref), lists, batch, tile_q, k_ref, blocks)
+    d_q = _walk(step, zeros(blocks.block_q, q_ref), lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
     store(d_q_ref, batch, head, start_q, [d * scores.scale for d in d_q])
 
 
-def _dkv_kernel(
-    q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref, d_k_ref, d_v_ref, *, scores, blocks
-):
+def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref, d_k_ref, d_v_ref, *, scores, blocks):
     """d_v = weights^T d_out and d_k = scale d_scores^T q, over every query head that reads this key head.
 
     Scores are transposed, (block_k, block_q), so that the weights are a left operand as they stand. Past the
@@ -269,7 +289,7 @@ def _dkv_kernel(
         q = load(q_ref, batch, head, start_q, blocks.block_q)
         score, tanh = scores(product(k, q))
         if masked:
-            seen = _seen(mask, batch, start_q, start_k, k_ref, blocks, transposed=True)
+            seen = _seen(mask, batch, start_q, start_k, blocks, transposed=True)
             score = jnp.where(seen, score, -jnp.inf)
         weights = jnp.exp2(score - load_row(lse_ref, batch, head, start=start_q, block=blocks.block_q)[None, :])
         d_out = load(d_out_ref, batch, head, start_q, blocks.block_q)
@@ -281,7 +301,7 @@ def _dkv_kernel(
 
     def one_head(member, carry):
         of_head = functools.partial(step, head=kv_head * group + member)
-        return _walk_queries(of_head, carry, lists, batch, tile_k, q_ref, blocks)
+        return _walk(of_head, carry, lists, batch, tile_k, pl.cdiv(q_ref.shape[1], blocks.block_q))
 
     none = zeros(blocks.block_k, k_ref)
     d_k, d_v = jax.lax.fori_loop(0, group, one_head, (none, none))
@@ -301,25 +321,10 @@ def _kv_head(head, q_ref, k_ref):
     return jax.lax.div(head, q_ref.shape[2] // k_ref.shape[2])
 
 
-def _walk_keys(step, carry, lists, batch, tile_q, k_ref, blocks):
-    """Runs `step` over the key tiles that a query tile sees; without a mask all, of which the last may be short."""
-    if lists is not None:
-        return _walk_listed(step, carry, lists, batch, tile_q)
-    whole, count = k_ref.shape[1] // blocks.block_k, pl.cdiv(k_ref.shape[1], blocks.block_k)
-    carry = jax.lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
-    return step(jnp.int32(whole), carry, masked=True) if whole < count else carry
-
-
-def _walk_queries(step, carry, lists, batch, tile_k, q_ref, blocks):
-    """Runs `step` over the query tiles that see a key tile; without a mask all."""
-    if lists is not None:
-        return _walk_listed(step, carry, lists, batch, tile_k)
-    count = pl.cdiv(q_ref.shape[1], blocks.block_q)
-    return jax.lax.fori_loop(0, count, functools.partial(step, masked=False), carry)
-
-
-def _walk_listed(step, carry, lists, batch, row):
-    """Runs `step` over the tiles of one row of the lists: those seen whole, then those seen in part."""
+def _walk(step, carry, lists, batch, row, count: int):
+    """Runs `step` over one row's tiles: those seen whole, then those seen in part; without lists, all `count`."""
+    if lists is None:
+        return jax.lax.fori_loop(0, count, functools.partial(step, masked=False), carry)
     example = _example(lists.whole, batch)
     whole, seen = lists.whole[example, row], lists.seen[example, row]
     nth = lambda i, carry, *, masked: step(lists.order[example, row, i], carry, masked=masked)
@@ -332,17 +337,14 @@ def _example(ref, batch):
     return jnp.int32(0) if ref.shape[0] == 1 else batch
 
 
-def _seen(mask, batch, start_q, start_k, k_ref, blocks, *, transposed=False):
-    """Which scores of a tile count; a query past the edge sees nothing."""
-    of_queries, of_keys = (None, slice(None)), (slice(None), None)
-    if not transposed:
-        of_queries, of_keys = of_keys, of_queries
-    key = rows(start_k, blocks.block_k)[of_keys]
-    if mask is None:
-        shape = (blocks.block_k, blocks.block_q) if transposed else (blocks.block_q, blocks.block_k)
-        return jnp.broadcast_to(key < k_ref.shape[1], shape)
+def _seen(mask, batch, start_q, start_k, blocks, *, transposed=False):
+    """Which scores of a tile count; a query past the edge sees nothing, and no query sees a key past it."""
+    of_queries, of_keys = (
+        ((None, slice(None)), (slice(None), None)) if transposed else ((slice(None), None), (None, slice(None)))
+    )
     example = _example(mask.start, batch)
     queries = lambda ref: load_row(ref, example, start=start_q, block=blocks.block_q)[of_queries]
+    key = rows(start_k, blocks.block_k)[of_keys]
     seen = (queries(mask.start) <= key) & (key < queries(mask.end))
     if mask.k_private is None:
         return seen

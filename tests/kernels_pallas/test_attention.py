@@ -1,4 +1,4 @@
-"""What is particular to attention: its definition, its masks, every shape it takes, and what it refuses.
+"""What is particular to attention: its definition, every mask and shape it takes, and what it refuses.
 
 The oracle is a float64 softmax in NumPy, forward and backward by hand, that shares no line with the package.
 A result passes when `max|result - oracle| <= 2 max|plain - oracle| + floor`: FlashAttention's own rule. `plain`
@@ -11,13 +11,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings, strategies as st
 
-from kernels_pallas import backend, flash_attention
-from kernels_pallas.attention import cost, triton
+from kernels_pallas import FLASH_ATTENTION, AttentionMask, backend, flash_attention, merge_attention
+from kernels_pallas.attention import cost, heads, triton
 
 
 @pytest.fixture(autouse=True)
@@ -26,25 +25,39 @@ def nothing_promoted_in_silence():
         yield
 
 
-def by_hand(q, k, v, d_out, *, causal, scale, dtype=np.float64):
-    """([out, d_q, d_k, d_v], the same sums over the sizes of their terms), one query of one head at a time."""
-    q, k, v, d_out = (np.asarray(x, dtype) for x in (q, k, v, d_out))
-    T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    scale = dtype(q.shape[3] ** -0.5 if scale is None else scale)
-    results, sizes = ([np.zeros_like(x) for x in (q, q, k, v)] for _ in range(2))
-    for b, n, t in np.ndindex(q.shape[0], q.shape[2], T):
-        seen = max(0, min(S, t + S - T + 1)) if causal else S
-        if seen == 0:
-            continue
-        of_query, of_keys = (b, t, n), (b, slice(seen), n // group)
+def dense(mask, B, T, S):
+    """bool (B, T, S)."""
+    return jnp.broadcast_to(jnp.ones((1, T, S), bool) if mask is None else mask.dense(), (B, T, S))
+
+
+def by_hand(arrays, d_out, d_lse, *, mask, scale=None, softcap=None, dtype=np.float64):
+    """([out, lse, d_q, d_k, d_v, d_sinks], the sums of the sizes of their terms), one query of one head at a time."""
+    q, k, v, sinks, d_out, d_lse = (np.asarray(x, dtype) for x in (*arrays, d_out, d_lse))
+    (B, T, N, H), S, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
+    scale = dtype(H**-0.5 if scale is None else scale)
+    results, sizes = ([np.zeros_like(x) for x in (q, d_lse, q, k, v, sinks)] for _ in range(2))
+    every_seen = np.asarray(dense(mask, B, T, S))
+    for b, n, t in np.ndindex(B, N, T):
+        seen = every_seen[b, t]
+        of_query, of_keys = (b, t, n), (b, seen, n // group)
         scores = k[of_keys] @ q[of_query] * scale
-        weights = np.exp(scores - scores.max())
-        weights /= weights.sum()
+        capped = scores if softcap is None else softcap * np.tanh(scores / softcap)
+        slope = 1 if softcap is None else 1 - np.tanh(scores / softcap) ** 2
+        top = max(capped.max(initial=-np.inf), sinks[n])
+        if top == -np.inf:
+            results[1][of_query] = -np.inf
+            continue
+        total = np.exp(capped - top).sum() + np.exp(sinks[n] - top)
+        weights, sink_weight = np.exp(capped - top) / total, np.exp(sinks[n] - top) / total
         d_weights = v[of_keys] @ d_out[of_query]
-        d_scores = weights * (d_weights - weights @ d_weights) * scale
-        d_sizes = weights * (np.abs(d_weights) + np.abs(weights @ d_weights)) * np.abs(scale)
-        for (out, d_q, d_k, d_v), d, sized in ((results, d_scores, lambda x: x), (sizes, d_sizes, np.abs)):
+        delta = weights @ d_weights - d_lse[of_query]
+        size = np.abs(d_weights) + np.abs(weights @ d_weights) + np.abs(d_lse[of_query])
+        d_scores, d_sizes = weights * (d_weights - delta) * slope * scale, weights * size * np.abs(scale)
+        results[5][n] -= sink_weight * delta
+        sizes[5][n] += sink_weight * size.max(initial=0)
+        for (out, lse, d_q, d_k, d_v, _), d, sized in ((results, d_scores, lambda x: x), (sizes, d_sizes, np.abs)):
             out[of_query] = weights @ sized(v[of_keys])
+            lse[of_query] = sized(top) + np.log(total)
             d_q[of_query] = d @ sized(k[of_keys])
             d_k[of_keys] += np.outer(d, sized(q[of_query]))
             d_v[of_keys] += np.outer(weights, sized(d_out[of_query]))
@@ -52,163 +65,262 @@ def by_hand(q, k, v, d_out, *, causal, scale, dtype=np.float64):
 
 
 def random(B, T, S, K, group, H, dtype=jnp.float32, seed=0):
-    """q, k, v and a cotangent of the output."""
-    shapes = [(B, T, K * group, H), (B, S, K, H), (B, S, K, H), (B, T, K * group, H)]
-    keys = jax.random.split(jax.random.key(seed), 4)
-    return [jax.random.normal(key, s, jnp.float32).astype(dtype) for key, s in zip(keys, shapes, strict=True)]
+    """(q, k, v, sinks that take nothing), and cotangents of the output and of lse."""
+    shapes = [(B, T, K * group, H), (B, S, K, H), (B, S, K, H), (B, T, K * group, H), (B, T, K * group)]
+    keys = jax.random.split(jax.random.key(seed), 5)
+    *qkv, d_out, d_lse = [jax.random.normal(key, s, jnp.float32) for key, s in zip(keys, shapes, strict=True)]
+    return (*(x.astype(dtype) for x in qkv), jnp.full(K * group, -jnp.inf)), d_out.astype(dtype), d_lse
 
 
-def run(attention, q, k, v, d_out, **static):
-    """[out, d_q, d_k, d_v] of an attention function; a Pallas kernel in it is interpreted."""
+def run(attention, arrays, d_out, d_lse, **static):
+    """[out, lse, d_q, d_k, d_v, d_sinks] of an attention function; a Pallas kernel in it is interpreted."""
 
-    def both(q, k, v, d_out):
-        out, vjp = jax.vjp(functools.partial(attention, **static), q, k, v)
-        return [out, *vjp(d_out)]
+    def both(arrays, d_out, d_lse):
+        def of_arrays(q, k, v, sinks):
+            return attention(q, k, v, sinks=sinks, return_lse=True, **static)
+
+        (out, lse), vjp = jax.vjp(of_arrays, *arrays)
+        return [out, lse, *vjp((d_out, d_lse))]
 
     with backend.interpret_mode():
-        lowered = jax.jit(both).lower(q, k, v, d_out)
+        lowered = jax.jit(both).lower(arrays, d_out, d_lse)
     # Unoptimised, for the compiler takes longer than the one run.
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(q, k, v, d_out)
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(arrays, d_out, d_lse)
 
 
-def plain(q, k, v, *, causal, scale):
+def plain(q, k, v, *, mask, sinks, return_lse, scale=None, softcap=None):
     """Attention as one writes it in jnp: products in the inputs' dtype, and a softmax in float32."""
-    T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * (q.shape[3] ** -0.5 if scale is None else scale)
-    seen = jnp.tri(T, S, S - T if causal else S, dtype=bool)[None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum("bnts,bsnh->btnh", jnp.where(seen, weights, 0).astype(v.dtype), v)
+    assert return_lse
+    (B, T, N, H), S = q.shape, k.shape[1]
+    k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * (H**-0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    seen = dense(mask, B, T, S)[:, None]
+    lowest = jnp.finfo(jnp.float32).min
+    with_sink = jnp.concatenate(
+        [jnp.where(seen, scores, lowest), jnp.broadcast_to(sinks[None, :, None, None], (B, N, T, 1))], axis=-1
+    )
+    weights = jax.nn.softmax(with_sink, axis=-1)[..., :-1]
+    lse = jnp.swapaxes(jax.nn.logsumexp(with_sink, axis=-1), 1, 2)
+    lse = jnp.where(lse <= lowest, -jnp.inf, lse)
+    return jnp.einsum("bnts,bsnh->btnh", jnp.where(seen, weights, 0).astype(v.dtype), v), lse
 
 
 REFERENCE = functools.partial(flash_attention, implementation="xla")
 TRITON = functools.partial(flash_attention, implementation="triton")
-NAMES = ("out", "d_q", "d_k", "d_v")
+NAMES = ("out", "lse", "d_q", "d_k", "d_v", "d_sinks")
 
 
 def assert_as_good(got, usual, oracle, dtype):
-    results, sizes = oracle
-    for name, mine, theirs, truth, size in zip(NAMES, got, usual, results, sizes, strict=True):
-        error, usual_error = (np.abs(np.asarray(x, np.float64) - truth).max() for x in (mine, theirs))
+    for name, mine, theirs, truth, size in zip(NAMES, got, usual, *oracle, strict=True):
+        mine, theirs = (np.asarray(x, np.float64) for x in (mine, theirs))
+        nothing = np.isneginf(truth)  # lse of a query that sees nothing
+        assert np.all(np.isneginf(mine[nothing])) and not np.any(np.isneginf(mine[~nothing])), name
+        error, usual_error = (
+            np.abs(np.where(nothing, 0, x) - np.where(nothing, 0, truth)).max() for x in (mine, theirs)
+        )
         allowed = 2 * usual_error + 2 * float(jnp.finfo(dtype).eps) * size.max()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-MASKED = {
-    "full": {"shape": (2, 7, 19, 2, 1, 24), "causal": False, "scale": None},
-    "grouped": {"shape": (1, 9, 9, 2, 3, 16), "causal": True, "scale": 0.3},
-    "after a prefix": {"shape": (2, 5, 12, 1, 2, 8), "causal": True, "scale": None},
-    "unseeing": {"shape": (2, 12, 5, 1, 2, 8), "causal": True, "scale": -0.5},
+def check(attention, drawn, dtype, **static):
+    assert_as_good(run(attention, *drawn, **static), run(plain, *drawn, **static), by_hand(*drawn, **static), dtype)
+
+
+DOCUMENTS = np.repeat([0, 1, 2, -1], [30, 9, 33, 5])[None]
+SPANS = np.repeat([-1, 0, 1, -1, 2, -1], [7, 17, 17, 2, 26, 8])[None]
+PIECES = np.repeat([-1, 0, 1, -1, 2, -1, 3, 4, -1], [3, 10, 10, 7, 9, 2, 15, 15, 6])[None]
+EVERY_MASK = {
+    "none": lambda: None,
+    "full": lambda: AttentionMask.full(77),
+    "causal": lambda: AttentionMask.causal(77),
+    "left window": lambda: AttentionMask.sliding_window(77, left=20),
+    "centred window": lambda: AttentionMask.sliding_window(77, left=11, right=11),
+    "padding": lambda: AttentionMask.padding(np.array([50, 0]), 77, query_lengths=np.array([61, 77])),
+    "packed": lambda: AttentionMask.packed(DOCUMENTS),
+    "packed, causal": lambda: AttentionMask.packed(DOCUMENTS, causal=True),
+    "mixed": lambda: AttentionMask.mixed(SPANS),
+    "unified": lambda: AttentionMask.unified(DOCUMENTS, PIECES, (PIECES == 0) | (PIECES == 3)),
 }
 
 
-@pytest.mark.parametrize("case", MASKED)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [64, 72, 128])
+@pytest.mark.parametrize("name", EVERY_MASK)
+def test_triton_is_right_under_every_mask(name, width, dtype):
+    """77 tokens, of which some see nothing under most masks; two query heads a key head."""
+    mask = EVERY_MASK[name]()
+    drawn = random(2 if name == "padding" else 1, 77, 77, 1, 2, width, dtype)
+    check(TRITON, drawn, dtype, mask=mask)
+
+
+DEFINED = {
+    "full": ((2, 7, 19, 2, 1, 24), {"mask": None}),
+    "grouped": ((1, 9, 9, 2, 3, 16), {"mask": AttentionMask.causal(9), "scale": 0.3}),
+    "after a prefix": ((2, 5, 12, 1, 2, 8), {"mask": AttentionMask.causal(5, 12)}),
+    "unseeing": ((2, 12, 5, 1, 2, 8), {"mask": AttentionMask.causal(12, 5), "scale": -0.5}),
+    "capped": ((1, 9, 9, 2, 1, 16), {"mask": AttentionMask.sliding_window(9, left=3), "softcap": 1.5}),
+}
+
+
+@pytest.mark.parametrize("case", DEFINED)
 def test_reference_is_softmax_attention(case):
     """Held to the float64 softmax as closely as that softmax itself in float32."""
-    shape, static = MASKED[case]["shape"], {key: MASKED[case][key] for key in ("causal", "scale")}
-    arrays = random(*shape)
-    narrow, oracle = (by_hand(*arrays, **static, dtype=dtype) for dtype in (np.float32, np.float64))
-    assert_as_good(run(REFERENCE, *arrays, **static), narrow[0], oracle, jnp.float32)
+    shape, static = DEFINED[case]
+    drawn = random(*shape)
+    narrow, oracle = (by_hand(*drawn, **static, dtype=dtype) for dtype in (np.float32, np.float64))
+    assert_as_good(run(REFERENCE, *drawn, **static), narrow[0], oracle, jnp.float32)
+
+
+@st.composite
+def masked(draw, T, S):
+    """Ranges in any order, and private tokens anywhere."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    start, end = np.sort(rng.integers(0, S + 1, (2, 1, T)), axis=0)
+    private = [rng.integers(0, 2, (1, n)).astype(np.int32) for n in (T, S)] if draw(st.booleans()) else []
+    return AttentionMask(start.astype(np.int32), end.astype(np.int32), *private, num_keys=S)
 
 
 # No shrinking: each example compiles for seconds, and one that fails is small enough to read.
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=16, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
+    data=st.data(),
     lengths=st.tuples(st.integers(1, 100), st.integers(1, 100)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     width=st.sampled_from(range(8, 137, 8)),
-    causal=st.booleans(),
     scale=st.sampled_from([None, 0.3]),
+    softcap=st.sampled_from([None, 2.0]),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
 )
-def test_triton_takes_every_shape(lengths, heads, width, causal, scale, dtype):
-    arrays = random(1, *lengths, *heads, width, dtype)
-    static = {"causal": causal, "scale": scale}
-    oracle = by_hand(*arrays, **static)
-    assert_as_good(run(TRITON, *arrays, **static), run(plain, *arrays, **static), oracle, dtype)
+def test_triton_takes_every_shape(data, lengths, heads, width, scale, softcap, dtype):
+    mask = data.draw(st.one_of(st.none(), masked(*lengths)))
+    (q, k, v, sinks), d_out, d_lse = random(1, *lengths, *heads, width, dtype)
+    sinks = jnp.where(jnp.arange(len(sinks)) % 2 == 0, sinks, 0.7)  # some heads with one, some without
+    check(TRITON, ((q, k, v, sinks), d_out, d_lse), dtype, mask=mask, scale=scale, softcap=softcap)
 
 
 def test_triton_keeps_large_scores_apart():
     """Scores past a hundred, whose exponentials overflow unless the maximum is taken off first."""
-    q, *rest = random(1, 50, 50, 1, 1, 64)
-    arrays = [30 * q, *rest]
-    static = {"causal": True, "scale": None}
-    oracle = by_hand(*arrays, **static)
-    assert_as_good(run(TRITON, *arrays, **static), run(plain, *arrays, **static), oracle, jnp.float32)
+    (q, *rest), *cotangents = random(1, 50, 50, 1, 1, 64)
+    check(TRITON, ((30 * q, *rest), *cotangents), jnp.float32, mask=AttentionMask.causal(50))
 
 
 @pytest.mark.parametrize("attention", [REFERENCE, TRITON], ids=["xla", "triton"])
 def test_queries_that_see_nothing_give_nothing_and_take_nothing(attention):
     """Whatever their cotangent: their own output and gradient are 0, and the keys' gradient is untouched."""
     T, S = 70, 33
-    q, k, v, d_out = random(1, T, S, 1, 2, 16)
-    blind = (jnp.arange(T) < T - S)[None, :, None, None]
-    out, d_q, d_k, d_v = run(attention, q, k, v, d_out, causal=True)
-    assert not np.any(out[:, : T - S]) and not np.any(d_q[:, : T - S])
-    assert np.all(np.any(out[:, T - S :], axis=-1))
-    again = run(attention, q, k, v, jnp.where(blind, 100 * d_out, d_out), causal=True)
-    for mine, theirs in zip((out, d_q, d_k, d_v), again, strict=True):
+    arrays, d_out, d_lse = random(1, T, S, 1, 2, 16)
+    blind = (jnp.arange(T) < T - S)[None, :, None]
+    mask = AttentionMask.causal(T, S)
+    results = run(attention, arrays, d_out, d_lse, mask=mask)
+    assert not np.any(results[0][:, : T - S]) and not np.any(results[2][:, : T - S])
+    assert np.all(np.any(results[0][:, T - S :], axis=-1))
+    louder = jnp.where(blind[..., None], 100 * d_out, d_out), jnp.where(blind, 100 * d_lse, d_lse)
+    for mine, theirs in zip(results, run(attention, arrays, *louder, mask=mask), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_attention_over_two_halves_of_the_keys_merges_to_that_over_all(implementation):
+    """And so do the gradients, through lse: what ring attention needs. Some queries see one half only, some none."""
+    T, S = 40, 64
+    (q, k, v, _), d_out, d_lse = random(2, T, S, 2, 2, 32)
+    start, end = np.arange(T) * S // T, np.minimum(np.arange(T) * S // T + 9, S)
+    end[::7] = start[::7]
+    whole = AttentionMask(*(x.astype(np.int32)[None] for x in (start, end)), num_keys=S)
+
+    def half(first):
+        last = first + S // 2
+        cut = (np.clip(x, first, last).astype(np.int32)[None] - first for x in (start, end))
+        return AttentionMask(*cut, num_keys=S // 2)
+
+    attend = functools.partial(flash_attention, return_lse=True, implementation=implementation)
+
+    def merged(q, k, v):
+        parts = [attend(q, k[:, s : s + S // 2], v[:, s : s + S // 2], mask=half(s)) for s in (0, S // 2)]
+        return merge_attention(*parts[0], *parts[1])
+
+    def of(function):
+        with backend.interpret_mode():
+            out, vjp = jax.vjp(function, q, k, v)
+            return jax.tree.leaves((out, vjp((d_out, d_lse))))
+
+    for mine, theirs in zip(of(merged), of(functools.partial(attend, mask=whole)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("width", range(8, 257, 8))
 def test_a_head_is_held_in_powers_of_two_without_waste(width):
-    pieces = triton.pieces(width)
+    pieces = heads.pieces(width)
     ends = [0, *(start + size for start, size in pieces)]
     assert [start for start, _ in pieces] == ends[:-1]
     assert width <= ends[-1] < width + 16
     assert all(size >= 16 and size.bit_count() == 1 for _, size in pieces)
 
 
-@pytest.mark.parametrize("T, S", [(1, 1), (5, 5), (3, 8), (8, 3), (1, 9), (9, 1)])
-def test_cost_counts_what_the_mask_leaves(T, S):
-    pairs = sum(s <= t + S - T for t in range(T) for s in range(S))
-    q, kv = (
-        jax.ShapeDtypeStruct((2, T, 6, 72), jnp.bfloat16),
-        jax.ShapeDtypeStruct((2, S, 3, 72), jnp.bfloat16),
-    )
-    for causal, count in ((False, T * S), (True, pairs)):
-        forward = cost.forward(q, kv, kv, causal=causal, scale=None)
-        assert forward.flops == 4 * 2 * 6 * count * 72
-        assert forward.transcendentals == 2 * 6 * count
-        assert 2 * cost.backward(q, kv, kv, causal=causal, scale=None).flops == 5 * forward.flops
+def shapes(B, T, N, H, S, K):
+    q, kv = (jax.ShapeDtypeStruct((B, *rest, H), jnp.bfloat16) for rest in ((T, N), (S, K)))
+    return q, kv, kv
+
+
+@pytest.mark.parametrize("name", EVERY_MASK)
+def test_cost_counts_what_the_mask_leaves(name):
+    mask = EVERY_MASK[name]()
+    pairs = int(dense(mask, 2, 77, 77).sum())
+    arrays = (*shapes(2, 77, 6, 72, 77, 3), mask, None)
+    forward = cost.forward(*arrays)
+    assert forward.flops == 4 * 6 * pairs * 72
+    assert forward.transcendentals == 6 * pairs
+    assert 2 * cost.backward(*arrays).flops == 5 * forward.flops
+
+
+def test_cost_of_a_mask_whose_values_are_not_known_is_that_of_none():
+    mask = jax.eval_shape(lambda: AttentionMask.causal(40, 24))
+    q, k, v = shapes(2, 40, 6, 72, 24, 3)
+    assert cost.forward(q, k, v, mask, None).flops == cost.forward(q, k, v, None, None).flops
 
 
 def test_cost_counts_every_array_once():
-    q, kv = (
-        jax.ShapeDtypeStruct((2, 40, 6, 72), jnp.bfloat16),
-        jax.ShapeDtypeStruct((2, 24, 3, 72), jnp.bfloat16),
-    )
-    static = {"causal": True, "scale": None}
-    out, residuals = jax.eval_shape(functools.partial(triton.forward, **static), q, kv, kv)
+    arrays = (*shapes(2, 40, 6, 72, 24, 3), AttentionMask.causal(40, 24), jax.ShapeDtypeStruct((6,), jnp.float32))
+    static = {"scale": None, "softcap": None, "return_lse": False}
+    out, residuals = jax.eval_shape(functools.partial(triton.forward, **static), *arrays)
     gradients = jax.eval_shape(functools.partial(triton.backward, **static), residuals, out)
-    size = lambda arrays: sum(a.size * a.dtype.itemsize for a in arrays)
-    assert cost.forward(q, kv, kv, **static).bytes == size(residuals)  # q, k, v, the output, lse
-    assert cost.backward(q, kv, kv, **static).bytes == size(residuals) + size([out]) + size(gradients)
+    size = lambda arrays: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))
+    assert cost.forward(*arrays).bytes == size(residuals)  # the inputs, the output, lse
+    assert cost.backward(*arrays).bytes == size(residuals) + size(out) + size(gradients)
 
 
-ZEROS = {
+BAD_SHAPES = {
     "want q (B, T, N, H) and k, v (B, S, K, H)": ((4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)),
     "k and v must have one shape": ((1, 4, 2, 8), (1, 4, 2, 8), (1, 5, 2, 8)),
     "agree in batch and head width, got q (1, 4, 2, 8)": ((1, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)),
     "agree in batch and head width, got q (1, 4, 2, 16)": ((1, 4, 2, 16), (1, 4, 2, 8), (1, 4, 2, 8)),
     "must be a multiple of key heads, got 3 and 2": ((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)),
 }
+BAD_OPTIONS = {
+    "scale must be a finite number, got nan": {"scale": float("nan")},
+    "softcap must be a finite number above 0, got -1.0": {"softcap": -1.0},
+    "sinks must be one score a query head, (N,) = (2,), got (3,)": {"sinks": jnp.zeros(3)},
+    "the mask is for 5 keys (num_keys), k has 4": {"mask": AttentionMask.causal(4, 5)},
+    "no implementation='cuda'; choose from xla, ": {"implementation": "cuda"},
+}
 
 
-@pytest.fixture
-def as_users_have_it():
-    """Without the check of annotations that tests run under, which speaks first and at length."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.parametrize("message", ZEROS)
-def test_arrays_that_do_not_fit_are_refused_in_one_line(message, as_users_have_it):
+def refusal(*shapes, **options):
     with pytest.raises(ValueError) as refused:
-        flash_attention(*(jnp.zeros(shape) for shape in ZEROS[message]))
-    assert message in str(refused.value) and "\n" not in str(refused.value)
+        flash_attention(*(jnp.zeros(shape) for shape in shapes), **options)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("message", BAD_SHAPES)
+def test_arrays_that_do_not_fit_are_refused_in_one_line(message, unchecked_arrays):
+    assert message in refusal(*BAD_SHAPES[message])
+
+
+@pytest.mark.parametrize("message", BAD_OPTIONS)
+def test_options_that_make_no_sense_are_refused_in_one_line(message, unchecked_arrays):
+    assert message in refusal(*[(1, 4, 2, 8)] * 3, **BAD_OPTIONS[message])
 
 
 def test_dtypes_that_differ_are_refused():
@@ -222,3 +334,9 @@ def test_triton_says_which_head_widths_it_takes(width, why):
     q = jnp.zeros((1, 4, 2, width))
     with backend.interpret_mode(), pytest.raises(NotImplementedError, match=why):
         flash_attention(q, q, q, implementation="triton")
+
+
+def test_the_cases_cover_every_kind_of_mask():
+    """What inspect and bench run over: the kinds that a model has, at its own sizes."""
+    kinds = {case.arrays[3].kind for case in FLASH_ATTENTION.cases.values() if case.arrays[3] is not None}
+    assert kinds >= {"causal", "padding", "packed", "mixed", "unified", "sliding_window"}

@@ -1,19 +1,25 @@
 """The benchmark times only what is right, says of the rest why not, and knows what it must measure again."""
 
 import csv
+import dataclasses
 import datetime
 import os
 import subprocess
 import sys
+import types
 from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import bench, measured, timing
+from kernels_pallas import bench, measured, timing, tuning
 from kernels_pallas.hardware import H200
-from kernels_pallas.op import PASSES, Case, Cost, Kernel, Op
+from kernels_pallas.op import Case, Cost, Kernel, Op
+from kernels_pallas.peers import Peer
+
+
+PASSES = ("forward", "backward", "both")
 
 
 def take(x, offset, index, *, factor):
@@ -56,7 +62,7 @@ TOY = Op(
         "nan": kernel(forward_error=jnp.nan, backward_error=jnp.nan),
         "broken": Kernel(broken, broken, lambda *_, **__: None),
     },
-    dict.fromkeys(PASSES, lambda *_, factor: Cost(flops=10**9, bytes=2 * 10**9)),
+    dict.fromkeys(("forward", "backward"), lambda *_, factor: Cost(flops=10**9, bytes=2 * 10**9)),
     CASES,
 )
 
@@ -89,8 +95,9 @@ def test_what_is_right_is_timed(rows, implementation, pass_):
     assert row["status"] == "ok"
     assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
     seconds = float(row["median_us"]) / 1e6
-    assert float(row["gbps"]) == pytest.approx(2 / seconds, rel=1e-3)  # the file has three decimals
-    assert float(row["tflops"]) == pytest.approx(1e-3 / seconds, rel=1e-3)
+    work = 2 if pass_ == "both" else 1
+    assert float(row["gbps"]) == pytest.approx(2 * work / seconds, rel=1e-3)  # the file has three decimals
+    assert float(row["tflops"]) == pytest.approx(1e-3 * work / seconds, rel=1e-3)
 
 
 def test_a_row_says_where_it_is_from(rows):
@@ -109,6 +116,8 @@ def test_a_row_says_where_it_is_from(rows):
         ("wrong_forward", "backward", "ok"),
         ("wrong_backward", "forward", "ok"),
         ("wrong_backward", "backward", "wrong: relative error 1.0e-01"),
+        ("wrong_forward", "both", "wrong: relative error 1.0e-01"),
+        ("wrong_backward", "both", "wrong: relative error 1.0e-01"),
         ("nan", "forward", "wrong: relative error nan"),
         ("nan", "backward", "wrong: relative error nan"),
         ("broken", "forward", "RuntimeError: out of order"),
@@ -193,6 +202,16 @@ def test_stale_lists_old_source_and_what_was_never_timed(tmp_path, monkeypatch, 
     assert "gone" not in capsys.readouterr().out
 
 
+def test_stale_lists_blocks_that_were_tuned_on_old_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path)
+    entry = dict.fromkeys(tuning.FIELDS, "x") | {"op": "toy", "size": 256, "date": "2026-01-01"}
+    old, new = entry | {"mask": "none", "digest": "old"}, entry | {"mask": "causal", "digest": measured.digest(TOY)}
+    tuning.save(tmp_path / "nvidia_h200.json", [old, new])
+    lines = [line for line in bench.stale([TOY], everything=False) if line.startswith("stale")]
+    assert lines == ["stale: nvidia_h200: blocks of x x width=x mask=none size=256: measured 2026-01-01"]
+
+
 def test_stale_starts_no_backend():
     done = subprocess.run(
         [sys.executable, "-m", "kernels_pallas.bench", "--stale"],
@@ -203,12 +222,182 @@ def test_stale_starts_no_backend():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def library(error=1.0):
+    return dataclasses.replace(kernel(forward_error=error), library=True)
+
+
+def test_where_xla_fails_a_library_stands_in_but_no_kernel_of_ours():
+    ours = {"good": kernel(), "wrong": kernel(forward_error=1.1)}
+    op = Op("toy", broken, {**ours, "theirs": library()}, TOY.cost, CASES)
+    assert {row["implementation"]: row["status"] for row in bench.measure(op, "one", "forward")} == {
+        "xla": "RuntimeError: out of order",
+        "theirs": "ok",
+        "good": "ok",
+        "wrong": "wrong: relative error 1.0e-01",
+    }
+
+
+def test_what_xla_says_counts_more_than_a_library():
+    op = Op("toy", take, {"good": kernel(), "theirs": library(error=1.1)}, TOY.cost, CASES)
+    status = {row["implementation"]: row["status"] for row in bench.measure(op, "one", "forward")}
+    assert status == {"xla": "ok", "theirs": "wrong: relative error 1.0e-01", "good": "ok"}
+
+
+def test_a_peer_has_a_row_and_is_never_chosen(tmp_path, monkeypatch):
+    def call(pass_, copies, *, factor):
+        return timing.call(lambda *arrays: take(*arrays, factor=factor), pass_, copies)
+
+    peers = {
+        "friend": Peer(lambda *_, **__: None, call),
+        "absent": Peer(lambda *_, **__: "needs what is not here", call),
+    }
+    monkeypatch.setitem(bench.PEERS, "toy", peers)
+    op = Op("toy", take, {"good": kernel()}, TOY.cost, CASES)
+    path = tmp_path / "cpu.csv"
+    run("--case", "one", "--out", path, ops=(op,))
+    found = read(path)
+    assert set(found) == {("one", i, p) for i in ("xla", "good", "friend", "absent") for p in PASSES}
+    assert float(found["one", "friend", "backward"]["median_us"]) > 0
+    assert found["one", "absent", "both"]["status"] == "needs what is not here"
+    assert not found["one", "absent", "both"]["median_us"]
+
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    measured.rows.cache_clear()
+    sums = {}
+    for (_, implementation, pass_), row in found.items():
+        if pass_ != "both" and implementation in ("xla", "good"):
+            sums[implementation] = sums.get(implementation, 0) + float(row["median_us"])
+    static = {"factor": 3.0}
+    assert op.choose(*CASES["one"].arrays, **static) == min(sums, key=sums.__getitem__)
+    measured.rows.cache_clear()
+
+
+def test_the_fastest_adds_forward_and_backward_and_nothing_else(tmp_path, monkeypatch):
+    times = {"xla": (5, 5, 1), "good": (4, 5, 30), "stranger": (1, 1, 1)}
+    rows = [
+        planted("toy", name, "today") | {"pass": pass_, "median_us": str(time)}
+        for name, row in times.items()
+        for pass_, time in zip(PASSES, row, strict=True)
+    ]
+    bench.merge(tmp_path / "cpu.csv", rows)
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    measured.rows.cache_clear()
+    op = Op("toy", take, {"good": kernel()}, TOY.cost, CASES)
+    assert measured.fastest(op, ["good", "xla"], CASES["one"].arrays, {"factor": 3.0}) == "good"
+    measured.rows.cache_clear()
+
+
+def tree_reference(pair, weights, *, flag):
+    """A toy with a tree and a None among its arrays, and two outputs of which one may be infinite."""
+    assert weights is None and flag
+    return {"sum": pair["x"] + pair["y"], "log": jnp.log(jnp.abs(pair["x"]))}
+
+
+def tree_inputs(key):
+    x, y = jax.random.normal(key, (2, 5, 8))
+    return {"x": x.at[0, 0].set(0.0), "y": y.astype(jnp.bfloat16), "count": jnp.arange(5)}, None
+
+
+def tree_kernel(error):
+    return Kernel(
+        lambda *arrays, flag: (jax.tree.map(lambda a: a * error, tree_reference(*arrays, flag=flag)), arrays),
+        lambda residuals, d_out, flag: jax.vjp(lambda *a: tree_reference(*a, flag=flag), *residuals)[1](d_out),
+        lambda *_, **__: None,
+    )
+
+
+def test_trees_of_arrays_are_measured_and_their_values_cost(monkeypatch):
+    case = Case(jax.eval_shape(tree_inputs, jax.random.key(0)), {"flag": True}, tiny=True, make=tree_inputs)
+    count = lambda pair, weights, *, flag: Cost(flops=int(pair["count"].sum()) * 10**9, bytes=1)
+    kernels = {"good": tree_kernel(1.0), "wrong": tree_kernel(1.5)}
+    op = Op("toy", tree_reference, kernels, {"forward": count, "backward": count}, {"one": case})
+    assert bench.cost(op, "both", case.random(jax.random.key(0)), case.static).flops == 20 * 10**9
+    assert bench.cost(op, "forward", case.random(jax.random.key(0)), case.static).flops == 10 * 10**9
+    rows = {row["implementation"]: row for row in bench.measure(op, "one", "forward")}
+    assert [rows[name]["status"] for name in ("xla", "good")] == ["ok", "ok"]
+    assert rows["wrong"]["status"].startswith("wrong: relative error 5.0e-01")
+    seconds = float(rows["good"]["median_us"]) / 1e6
+    assert float(rows["good"]["tflops"]) == pytest.approx(1e-2 / seconds, rel=1e-3)
+
+
+def test_gradients_of_trees_are_held_to_xla():
+    case = Case(jax.eval_shape(inputs, jax.random.key(0)), {"factor": 3.0}, make=inputs)
+    pair = lambda x, offset, index, *, factor: (take(x, offset, index, factor=factor), x * 2)
+    op = Op("toy", pair, {}, TOY.cost, {"one": case})
+    for pass_ in PASSES:
+        [row] = bench.measure(op, "one", pass_)
+        assert row["status"] == "ok" and float(row["median_us"]) > 0
+
+
+def test_an_op_without_backward_has_only_its_forward(tmp_path):
+    op = Op("toy", take, {"good": kernel()}, {"forward": TOY.cost["forward"]}, CASES)
+    run("--case", "one", "--out", tmp_path / "toy.csv", ops=(op,))
+    assert set(read(tmp_path / "toy.csv")) == {("one", "xla", "forward"), ("one", "good", "forward")}
+
+
+def test_a_sweep_is_run_when_asked_for(tmp_path):
+    op = Op("toy", take, {}, {"forward": TOY.cost["forward"]}, {"one": CASES["one"]}, {"two": CASES["two"]})
+    for words, wanted in [
+        ([], {"one"}),
+        (["--sweep"], {"two"}),
+        (["--all"], {"one", "two"}),
+        (["--case", "two"], {"two"}),
+    ]:
+        path = tmp_path / f"{len(words)}{wanted}.csv"
+        run(*words, "--out", path, ops=(op,))
+        assert {case for case, _, _ in read(path)} == wanted
+
+
 def test_calls_take_turns():
     ran = []
-    calls = {name: (ran.append, (name,)) for name in "ab"}
+    calls = {name: timing.Call(ran.append, [(name,)]) for name in "ab"}
     samples = timing.in_turns(calls, rounds=3)
     assert ran == list("aabb") * 3  # each run after one that is not counted
     assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3}
+
+
+def test_each_run_takes_the_next_copy_of_the_inputs():
+    ran = []
+    timing.in_turns({"a": timing.Call(ran.append, [(0,), (1,), (2,)])}, rounds=4)
+    assert ran[1::2] == [1, 2, 0, 1]  # those that count
+    assert all(counted != before for before, counted in zip(ran[::2], ran[1::2], strict=True))
+
+
+def test_copies_outgrow_the_cache_and_are_apart():
+    arrays = {"x": jnp.ones(2**18)}, None, jnp.ones(2**18, jnp.int32)  # 2 MiB
+    copies = timing.copies(arrays, cache=5 * 2**20)
+    assert len(copies) == 8
+    assert len({copy[0]["x"].unsafe_buffer_pointer() for copy in copies}) == 8
+    assert len(timing.copies(arrays, cache=2**40)) == timing.MOST_COPIES
+    assert len(timing.copies(arrays)) == 1  # a CPU's is not our subject
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_a_backward_rotates_all_that_it_reads(pass_):
+    call = timing.call(jnp.sin, pass_, timing.copies((jnp.ones(1000),), cache=4000))
+    pointers = [{leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(copy)} for copy in call.copies]
+    assert len(pointers) == 3
+    assert not (pointers[0] & pointers[1] or pointers[1] & pointers[2] or pointers[0] & pointers[2])
+
+
+def test_cupti_counts_the_run_after_the_one_that_warms_up(monkeypatch):
+    profiler = pytest.importorskip("jax.experimental.mosaic.gpu.profiler")  # jax's own, over a stand-in for CUPTI
+    events = []
+
+    def timings(finalize):
+        events.append("read")
+        return [("a_kernel", 0.25), ("another", 0.5)]  # milliseconds
+
+    cupti = types.SimpleNamespace(_cupti_init=lambda: events.append("start"), _cupti_get_timings=timings)
+    monkeypatch.setattr(profiler, "mosaic_gpu_lib", types.SimpleNamespace(_mosaic_gpu_ext=cupti))
+    call = timing.Call(events.append, [(number,) for number in range(3)], wait=lambda _: events.append("wait"))
+    assert timing._by_cupti(call, 1) == 750
+    assert events == [1, "wait", "start", 2, "wait", "read"]
+
+
+def test_a_copy_is_counted_both_ways(monkeypatch):
+    monkeypatch.setattr(timing, "microseconds", lambda call, turn: 2.0)
+    assert timing.copy_gbps(10**6) == pytest.approx(2 * 10**6 / 2e-6 / 1e9)
 
 
 @pytest.mark.gpu
