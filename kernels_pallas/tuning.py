@@ -135,10 +135,12 @@ def load(path: Path) -> dict[Key, dict[str, Any]]:
         for entry in entries:
             if wrong := sorted(set(entry) ^ set(FIELDS)):
                 raise ValueError(f"an entry has not exactly the fields of this version: {', '.join(wrong)}")
-        found = {Key(**{name: entry[name] for name in KEY}): entry for entry in entries}
-        if not all(isinstance(key.size, int) and key.size > 0 for key in found):
-            raise ValueError("a size is no positive integer")
-        return found
+            if (
+                any(type(entry[name]) is not wanted for name, wanted in Key.__annotations__.items())
+                or entry["size"] < 1
+            ):
+                raise ValueError(f"an entry's key is none: {', '.join(str(entry[name]) for name in KEY)}")
+        return {Key(**{name: entry[name] for name in KEY}): entry for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"no list of entries ({error!r})" if isinstance(error, KeyError | TypeError) else str(error)
         raise ValueError(f"{path}: not a file of tuned blocks: {what.partition('\n')[0]}; {cure}.") from None

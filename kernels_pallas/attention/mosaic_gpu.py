@@ -176,6 +176,7 @@ def _forward_kernel(
             slot = lax.rem(i, jnp.int32(blocks.stages))
             rows = (batch, pl.ds(walk.nth(i) * block_k, block_k), kv_head)
             for ref, smem, ready, free in ((k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)):
+
                 @pl.when(i >= blocks.stages)
                 def _wait(free=free):
                     plgpu.barrier_wait(free.at[slot])
@@ -285,7 +286,9 @@ def _seen_by_queries(mask, batch, start_q, block_q):
     if mask is None:
         return None
     example = _example(mask.start, batch)
-    load = lambda ref, start, size, layout: plgpu.load(ref.at[example, pl.ds(start, size)], layout=layout, optimized=False)
+    load = lambda ref, start, size, layout: plgpu.load(
+        ref.at[example, pl.ds(start, size)], layout=layout, optimized=False
+    )
     start, end = (load(ref, start_q, block_q, ROWS) for ref in (mask.start, mask.end))
     private = None if mask.q_private is None else load(mask.q_private, start_q, block_q, ROWS)
 

@@ -4,29 +4,23 @@ Forward, and the backward for queries, walk the key tiles that a query tile sees
 query tiles that see a key tile. So every output is written once, by one program, in one order: no atomics, and two
 runs agree to the bit. Tiles that the mask hides are not walked, and those seen whole know no mask (tiles.py).
 
-Scores are kept times log2(e), because the chip computes exp2 and not exp.
-
 Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
 from . import cost, tiles
-from .heads import dot, load, load_row, product, rows, store, store_row, zeros
-from .mask import AttentionMask
+from .heads import dot, load, load_row, product, store, store_row, zeros
+from .programs import key_lists, kv_head_of, program, run, seen_in, walk
+from .scores import LOG2_E, LOWEST, Scores
 
 
-LOG2_E = math.log2(math.e)
-# Where a running maximum starts; finite, for exp2(-inf - LOWEST) is 0 where exp2(-inf + inf) is nan.
-LOWEST = float(jnp.finfo(jnp.float32).min)
 WIDEST = 256
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -82,7 +76,7 @@ _AMPERE = {  # 163 KiB of shared memory to Hopper's 227, and both operands of a 
     ("dkv", 64): Blocks(32, 128, 8, 2),
     ("dkv", 96): Blocks(32, 64, 8, 2),
     ("dkv", 128): Blocks(64, 64, 8, 2),
-    ("dkv", 256): Blocks(32, 64, 8, 2),
+    ("dkv", 256): Blocks(64, 32, 8, 2),
 }
 
 
@@ -103,9 +97,9 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
     """
     B, T, N, H = q.shape
     blocks = blocks_for("forward", H, q.dtype, mask is not None)
-    out, lse = _run(
+    out, lse = run(
         functools.partial(_forward_kernel, scores=Scores.of(q, scale, softcap), blocks=blocks),
-        *(q, k, v, *_key_lists(mask, q, k, blocks), sinks),
+        *(q, k, v, *key_lists(mask, q, k, blocks), sinks),
         name="flash_attention_forward",
         programs=pl.cdiv(T, blocks.block_q) * N * B,
         blocks=blocks,
@@ -117,37 +111,44 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
 
 
 def backward(residuals, d_out, *, scale, softcap, return_lse):
-    """d_q, d_k, d_v and d_sinks, by two kernels.
-
-    The first also writes delta = rowsum(out * d_out) - d_lse, which is all that the second needs of either.
-    """
+    """d_q, d_k, d_v and d_sinks."""
     q, k, v, mask, sinks, out, lse = residuals
     d_out, d_lse = (d_out[0], jnp.swapaxes(d_out[1], 1, 2)) if return_lse else (d_out, None)
+    scores = Scores.of(q, scale, softcap)
+    name = "flash_attention_backward"
+    d_q, d_k, d_v, delta = gradients(q, k, v, mask, out, lse, d_out, d_lse, scores=scores, name=name)
+    return d_q, d_k, d_v, None, None if sinks is None else _d_sinks(sinks, lse, delta)
+
+
+def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scores, name):
+    """d_q, d_k, d_v and delta = rowsum(out * d_out) - d_lse, by two kernels.
+
+    The first writes delta, which is all that the second needs of out and d_lse.
+    """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    scores = Scores.of(q, scale, softcap)
     blocks = blocks_for("dq", H, q.dtype, mask is not None)
-    d_q, delta = _run(
+    d_q, delta = run(
         functools.partial(_dq_kernel, scores=scores, blocks=blocks),
-        *(q, k, v, *_key_lists(mask, q, k, blocks), out, d_out, lse, d_lse),
-        name="flash_attention_backward_dq",
+        *(q, k, v, *key_lists(mask, q, k, blocks), out, d_out, lse, d_lse),
+        name=f"{name}_dq",
         programs=pl.cdiv(T, blocks.block_q) * N * B,
         blocks=blocks,
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
         work=cost.backward_dq(q, k, v, mask),
     )
     blocks = blocks_for("dkv", H, q.dtype, mask is not None)
-    d_k, d_v = _run(
+    d_k, d_v = run(
         functools.partial(_dkv_kernel, scores=scores, blocks=blocks),
         *(q, k, v, mask, None if mask is None else tiles.query_tiles(mask, blocks.block_q, blocks.block_k)),
         *(d_out, lse, delta),
-        name="flash_attention_backward_dkv",
+        name=f"{name}_dkv",
         programs=pl.cdiv(S, blocks.block_k) * K * B,
         blocks=blocks,
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         work=cost.backward_dkv(q, k, v, mask),
     )
-    return d_q, d_k, d_v, None, None if sinks is None else _d_sinks(sinks, lse, delta)
+    return d_q, d_k, d_v, delta
 
 
 def _d_sinks(sinks, lse, delta):
@@ -161,59 +162,10 @@ def _natural(lse):
     return jnp.swapaxes(jnp.where(lse == LOWEST, -jnp.inf, lse / LOG2_E), 1, 2)
 
 
-def _key_lists(mask, q, k, blocks):
-    """The mask and its tile lists; neither where every key tile is seen whole."""
-    if mask is None and k.shape[1] % blocks.block_k == 0:
-        return None, None
-    mask = AttentionMask.full(q.shape[1], k.shape[1]) if mask is None else mask
-    return mask, tiles.key_tiles(mask, blocks.block_q, blocks.block_k)
-
-
-def _run(kernel, *arrays, name, programs, blocks, out_shape, work):
-    """A grid of one dimension: the others hold 65,535 at most, and are left to vmap."""
-    return pl.pallas_call(
-        kernel,
-        name=name,
-        grid=(programs,),
-        in_specs=jax.tree.map(lambda _: pl.BlockSpec(), arrays),
-        out_specs=[pl.BlockSpec()] * len(out_shape),
-        out_shape=out_shape,
-        compiler_params=pltriton.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
-        cost_estimate=work.estimate(),
-        interpret=backend.interpret(),
-    )(*arrays)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """From products of a query and a key to scores times log2(e), and the derivative of that.
-
-    score = scale product, or softcap tanh(scale product / softcap).
-    """
-
-    scale: float
-    softcap: float | None
-
-    @classmethod
-    def of(cls, q, scale: float | None, softcap: float | None) -> "Scores":
-        return cls(q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-
-    def __call__(self, products):
-        """The scores, and tanh of the soft cap or None: what `through` needs."""
-        if self.softcap is None:
-            return products * (self.scale * LOG2_E), None
-        tanh = jnp.tanh(products * (self.scale / self.softcap))
-        return tanh * (self.softcap * LOG2_E), tanh
-
-    def through(self, d_scores, tanh):
-        """d_products / scale: the scale is left to the end, where it multiplies once."""
-        return d_scores if tanh is None else d_scores * (1 - tanh * tanh)
-
-
 def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_ref, *, scores, blocks):
     """Online softmax over the key tiles: FlashAttention-2, algorithm 1."""
-    batch, head, tile_q = _program(q_ref, blocks.block_q)
-    kv_head, start_q = _kv_head(head, q_ref, k_ref), tile_q * blocks.block_q
+    batch, head, tile_q = program(q_ref, blocks.block_q)
+    kv_head, start_q = kv_head_of(head, q_ref, k_ref), tile_q * blocks.block_q
     q = load(q_ref, batch, head, start_q, blocks.block_q)
 
     def step(tile, carry, *, masked):
@@ -221,7 +173,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_re
         start_k = tile * blocks.block_k
         score, _ = scores(product(q, load(k_ref, batch, kv_head, start_k, blocks.block_k)))
         if masked:
-            score = jnp.where(_seen(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
+            score = jnp.where(seen_in(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(score, axis=1))
         weights = jnp.exp2(score - new_top[:, None])
         decay = jnp.exp2(top - new_top)
@@ -233,7 +185,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_re
     sink = -jnp.inf if sinks_ref is None else sinks_ref[head].astype(jnp.float32) * LOG2_E
     top = jnp.maximum(jnp.full((blocks.block_q,), sink, jnp.float32), LOWEST)
     carry = zeros(blocks.block_q, q_ref), top, jnp.exp2(sink - top)
-    acc, top, total = _walk(step, carry, lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
+    acc, top, total = walk(step, carry, lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
     total = jnp.where(total == 0, 1.0, total)  # a query that saw nothing: its output is 0
     store(out_ref, batch, head, start_q, [a / total[:, None] for a in acc])
     store_row(lse_ref, batch, head, start=start_q, values=top + jnp.log2(total))
@@ -243,8 +195,8 @@ def _dq_kernel(
     q_ref, k_ref, v_ref, mask, lists, out_ref, d_out_ref, lse_ref, d_lse_ref, d_q_ref, delta_ref, *, scores, blocks
 ):
     """d_q = scale d_scores k, with d_scores = weights (d_out v^T - delta): FlashAttention-2, algorithm 2."""
-    batch, head, tile_q = _program(q_ref, blocks.block_q)
-    kv_head, start_q = _kv_head(head, q_ref, k_ref), tile_q * blocks.block_q
+    batch, head, tile_q = program(q_ref, blocks.block_q)
+    kv_head, start_q = kv_head_of(head, q_ref, k_ref), tile_q * blocks.block_q
     q = load(q_ref, batch, head, start_q, blocks.block_q)
     d_out = load(d_out_ref, batch, head, start_q, blocks.block_q)
     lse = load_row(lse_ref, batch, head, start=start_q, block=blocks.block_q)
@@ -260,13 +212,13 @@ def _dq_kernel(
         k = load(k_ref, batch, kv_head, start_k, blocks.block_k)
         score, tanh = scores(product(q, k))
         if masked:
-            score = jnp.where(_seen(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
+            score = jnp.where(seen_in(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
         weights = jnp.exp2(score - lse[:, None])
         d_weights = product(d_out, load(v_ref, batch, kv_head, start_k, blocks.block_k))
         d_scores = scores.through(weights * (d_weights - delta[:, None]), tanh).astype(k_ref.dtype)
         return tuple(d + dot(d_scores, x) for d, x in zip(d_q, k, strict=True))
 
-    d_q = _walk(step, zeros(blocks.block_q, q_ref), lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
+    d_q = walk(step, zeros(blocks.block_q, q_ref), lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
     store(d_q_ref, batch, head, start_q, [d * scores.scale for d in d_q])
 
 
@@ -277,7 +229,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref,
     edges they need no mask: q, d_out, lse and delta of a query there are 0, and it adds 0; a key there is not
     stored.
     """
-    batch, kv_head, tile_k = _program(k_ref, blocks.block_k)
+    batch, kv_head, tile_k = program(k_ref, blocks.block_k)
     start_k = tile_k * blocks.block_k
     k = load(k_ref, batch, kv_head, start_k, blocks.block_k)
     v = load(v_ref, batch, kv_head, start_k, blocks.block_k)
@@ -289,7 +241,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref,
         q = load(q_ref, batch, head, start_q, blocks.block_q)
         score, tanh = scores(product(k, q))
         if masked:
-            seen = _seen(mask, batch, start_q, start_k, blocks, transposed=True)
+            seen = seen_in(mask, batch, start_q, start_k, blocks, transposed=True)
             score = jnp.where(seen, score, -jnp.inf)
         weights = jnp.exp2(score - load_row(lse_ref, batch, head, start=start_q, block=blocks.block_q)[None, :])
         d_out = load(d_out_ref, batch, head, start_q, blocks.block_q)
@@ -301,52 +253,9 @@ def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref,
 
     def one_head(member, carry):
         of_head = functools.partial(step, head=kv_head * group + member)
-        return _walk(of_head, carry, lists, batch, tile_k, pl.cdiv(q_ref.shape[1], blocks.block_q))
+        return walk(of_head, carry, lists, batch, tile_k, pl.cdiv(q_ref.shape[1], blocks.block_q))
 
     none = zeros(blocks.block_k, k_ref)
     d_k, d_v = jax.lax.fori_loop(0, group, one_head, (none, none))
     store(d_k_ref, batch, kv_head, start_k, [d * scores.scale for d in d_k])
     store(d_v_ref, batch, kv_head, start_k, d_v)
-
-
-def _program(ref, block: int):
-    """Batch index, head and number of this program's tile; a head's tiles run side by side."""
-    _, length, heads, _ = ref.shape
-    count = pl.cdiv(length, block)
-    rest = jax.lax.div(pl.program_id(0), count)
-    return jax.lax.div(rest, heads), jax.lax.rem(rest, heads), jax.lax.rem(pl.program_id(0), count)
-
-
-def _kv_head(head, q_ref, k_ref):
-    return jax.lax.div(head, q_ref.shape[2] // k_ref.shape[2])
-
-
-def _walk(step, carry, lists, batch, row, count: int):
-    """Runs `step` over one row's tiles: those seen whole, then those seen in part; without lists, all `count`."""
-    if lists is None:
-        return jax.lax.fori_loop(0, count, functools.partial(step, masked=False), carry)
-    example = _example(lists.whole, batch)
-    whole, seen = lists.whole[example, row], lists.seen[example, row]
-    nth = lambda i, carry, *, masked: step(lists.order[example, row, i], carry, masked=masked)
-    carry = jax.lax.fori_loop(0, whole, functools.partial(nth, masked=False), carry)
-    return jax.lax.fori_loop(whole, seen, functools.partial(nth, masked=True), carry)
-
-
-def _example(ref, batch):
-    """Which row of a mask's array belongs to an example; one row may serve all."""
-    return jnp.int32(0) if ref.shape[0] == 1 else batch
-
-
-def _seen(mask, batch, start_q, start_k, blocks, *, transposed=False):
-    """Which scores of a tile count; a query past the edge sees nothing, and no query sees a key past it."""
-    of_queries, of_keys = (
-        ((None, slice(None)), (slice(None), None)) if transposed else ((slice(None), None), (None, slice(None)))
-    )
-    example = _example(mask.start, batch)
-    queries = lambda ref: load_row(ref, example, start=start_q, block=blocks.block_q)[of_queries]
-    key = rows(start_k, blocks.block_k)[of_keys]
-    seen = (queries(mask.start) <= key) & (key < queries(mask.end))
-    if mask.k_private is None:
-        return seen
-    k_private = load_row(mask.k_private, example, start=start_k, block=blocks.block_k)[of_keys]
-    return seen & ((k_private == 0) | (k_private == queries(mask.q_private)))

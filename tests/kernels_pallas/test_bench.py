@@ -205,11 +205,11 @@ def test_stale_lists_old_source_and_what_was_never_timed(tmp_path, monkeypatch, 
 def test_stale_lists_blocks_that_were_tuned_on_old_source(tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "RESULTS", tmp_path)
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path)
-    entry = dict.fromkeys(tuning.FIELDS, "x") | {"op": "toy", "size": 256, "date": "2026-01-01"}
+    entry = dict.fromkeys(tuning.FIELDS, "x") | {"op": "toy", "width": 64, "size": 256, "date": "2026-01-01"}
     old, new = entry | {"mask": "none", "digest": "old"}, entry | {"mask": "causal", "digest": measured.digest(TOY)}
     tuning.save(tmp_path / "nvidia_h200.json", [old, new])
     lines = [line for line in bench.stale([TOY], everything=False) if line.startswith("stale")]
-    assert lines == ["stale: nvidia_h200: blocks of x x width=x mask=none size=256: measured 2026-01-01"]
+    assert lines == ["stale: nvidia_h200: blocks of x x width=64 mask=none size=256: measured 2026-01-01"]
 
 
 def test_stale_starts_no_backend():

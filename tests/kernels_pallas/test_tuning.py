@@ -119,7 +119,8 @@ def test_the_nearest_size_is_taken_and_said_once(files, caplog):
         ("[]", "no list of entries"),
         ('{"entries": [3]}', "no list of entries"),
         (json.dumps({"entries": [entry(16) | {"colour": "red"}]}), "not exactly the fields of this version: colour"),
-        (json.dumps({"entries": [entry(16, size=0)]}), "size is no positive integer"),
+        (json.dumps({"entries": [entry(16, size=0)]}), "key is none: toy_forward.triton, bfloat16, 64, none, 0"),
+        (json.dumps({"entries": [entry(16, width="64")]}), "key is none"),
     ],
 )
 def test_a_corrupt_file_is_one_line_and_the_rest_is_used(files, caplog, text, wanted):

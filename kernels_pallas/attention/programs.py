@@ -1,0 +1,79 @@
+"""How the Triton kernels are launched: one program a tile of the output, the tiles it walks, the scores that count."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from .. import backend
+from . import tiles
+from .heads import load_row, rows
+from .mask import AttentionMask
+
+
+def key_lists(mask, q, k, blocks):
+    """The mask and its tile lists; neither where every key tile is seen whole."""
+    if mask is None and k.shape[1] % blocks.block_k == 0:
+        return None, None
+    mask = AttentionMask.full(q.shape[1], k.shape[1]) if mask is None else mask
+    return mask, tiles.key_tiles(mask, blocks.block_q, blocks.block_k)
+
+
+def run(kernel, *arrays, name, programs, blocks, out_shape, work):
+    """A grid of one dimension: the others hold 65,535 at most, and are left to vmap."""
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=(programs,),
+        in_specs=jax.tree.map(lambda _: pl.BlockSpec(), arrays),
+        out_specs=[pl.BlockSpec()] * len(out_shape),
+        out_shape=out_shape,
+        compiler_params=pltriton.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
+        cost_estimate=work.estimate(),
+        interpret=backend.interpret(),
+    )(*arrays)
+
+
+def program(ref, block: int):
+    """Batch index, head and number of this program's tile; a head's tiles run side by side."""
+    _, length, heads, _ = ref.shape
+    count = pl.cdiv(length, block)
+    rest = jax.lax.div(pl.program_id(0), count)
+    return jax.lax.div(rest, heads), jax.lax.rem(rest, heads), jax.lax.rem(pl.program_id(0), count)
+
+
+def kv_head_of(head, q_ref, k_ref):
+    """Whose keys and values a query head reads."""
+    return jax.lax.div(head, q_ref.shape[2] // k_ref.shape[2])
+
+
+def walk(step, carry, lists, batch, row, count: int):
+    """Runs `step` over one row's tiles: those seen whole, then those seen in part; without lists, all `count`."""
+    if lists is None:
+        return jax.lax.fori_loop(0, count, functools.partial(step, masked=False), carry)
+    example = row_of(lists.whole, batch)
+    whole, seen = lists.whole[example, row], lists.seen[example, row]
+    nth = lambda i, carry, *, masked: step(lists.order[example, row, i], carry, masked=masked)
+    carry = jax.lax.fori_loop(0, whole, functools.partial(nth, masked=False), carry)
+    return jax.lax.fori_loop(whole, seen, functools.partial(nth, masked=True), carry)
+
+
+def row_of(ref, batch):
+    """Which row of a mask's array belongs to an example; one row may serve all."""
+    return jnp.int32(0) if ref.shape[0] == 1 else batch
+
+
+def seen_in(mask, batch, start_q, start_k, blocks, *, transposed=False):
+    """Which scores of a tile count; a query past the edge sees nothing, and no query sees a key past it."""
+    down, across = (slice(None), None), (None, slice(None))
+    of_queries, of_keys = (across, down) if transposed else (down, across)
+    example = row_of(mask.start, batch)
+    queries = lambda ref: load_row(ref, example, start=start_q, block=blocks.block_q)[of_queries]
+    key = rows(start_k, blocks.block_k)[of_keys]
+    seen = (queries(mask.start) <= key) & (key < queries(mask.end))
+    if mask.k_private is None:
+        return seen
+    k_private = load_row(mask.k_private, example, start=start_k, block=blocks.block_k)[of_keys]
+    return seen & ((k_private == 0) | (k_private == queries(mask.q_private)))
