@@ -2,11 +2,13 @@
 
 from .attention import (
     FLASH_ATTENTION as FLASH_ATTENTION,
+    FLASH_ATTENTION_TANGENT as FLASH_ATTENTION_TANGENT,
     AttentionMask as AttentionMask,
     flash_attention as flash_attention,
+    flash_attention_jvp as flash_attention_jvp,
     merge_attention as merge_attention,
 )
 from .norms import MODULATED_NORM as MODULATED_NORM, modulated_norm as modulated_norm
 
 
-OPS = (FLASH_ATTENTION, MODULATED_NORM)  # what tests, bench and inspect run over
+OPS = (FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, MODULATED_NORM)  # what tests, bench and inspect run over

@@ -115,12 +115,11 @@ def measure(op: Op, name: str, pass_: str) -> list[dict[str, str]]:
             ready = prepare()
             got = ready.answer()
             timing.microseconds(ready)  # what cannot be timed shows here
+            want = got if want is None and independent else want
+            status[implementation] = judge(got, want, arrays)
         except Exception as error:  # whatever it is, the other implementations still have their rows
             status[implementation] = command_line.one_line(error)
             continue
-        if want is None and independent:
-            want = got
-        status[implementation] = judge(got, want, arrays)
         if not status[implementation].startswith("wrong"):
             calls[implementation] = ready
     samples = timing.in_turns(calls, ROUNDS)

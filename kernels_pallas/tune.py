@@ -1,6 +1,6 @@
 """Searches block sizes for this GPU, and writes what is faster than the defaults; tuning.py looks it up.
 
-    python -m kernels_pallas.tune [op ...] [--case NAME] [--kernel triton] [--ship | --out FILE] [--seconds 120]
+    python -m kernels_pallas.tune [op ...] [--case NAME] [--kernel triton] [--ship | --out FILE] [--seconds 180]
     python -m kernels_pallas.tune [op ...] --prune-only [--device h200]
     python -m kernels_pallas.tune [op ...] --dry-run
 
@@ -11,8 +11,9 @@ For every case of a real model, and each kernel in it whose family names candida
   2. On a GPU, each is run once, and held to the default's result: one that raises, or is wrong, is out.
   3. The others take turns, timed as timing.py does. After 3 rounds those that take 1.5 times the best are out.
   4. The fastest is written, if it is 2 % faster than the default; else the default is.
-Each kernel and case has --seconds at most, and is written once it is done: a run cut short keeps the rest, and the
-next goes on where it stopped. --again measures anew what today's source was measured for.
+Each kernel and case has --seconds at most, compiling included; the candidates that were not reached are named in
+its entry. An entry is written once it is done: a run cut short keeps the rest, and the next goes on where it
+stopped. --again measures anew what today's source was measured for.
 
 Entries go to the user's own file (tuning.py says which), --ship puts them in kernels_pallas/tuned/. Without a GPU
 the command does the first step alone.
@@ -41,6 +42,7 @@ from .op import Case, Kernel, Op
 
 FIRST_ROUNDS, ROUNDS = 3, 20
 TOO_SLOW = 1.5  # times the best, after the first rounds
+COMPILING = 0.7  # of the time that a search has, at most; the rest is for measuring
 MARGIN = 0.98  # of the default's time: what is less than that is noise
 PRUNED = (
     "kernel", "dtype", "width", "mask", "size", "config", "registers", "spill_bytes", "shared_memory_bytes", "verdict",
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
     where.add_argument("--out", type=Path, metavar="FILE", help="write to this file")
     parser.add_argument("--kernel", metavar="NAME", help="only the kernel of this name, e.g. triton")
     parser.add_argument("--device", metavar="|".join(hardware.GPUS), help="the GPU to compile for; h200, or this one")
-    parser.add_argument("--seconds", type=float, default=120.0, help="most for one kernel and case (120)")
+    parser.add_argument("--seconds", type=float, default=180.0, help="most for one kernel and case (180)")
     parser.add_argument("--again", action="store_true", help="also what was measured already")
     parser.add_argument("--json", action="store_true", help="with --prune-only: print one JSON list")
     args = parser.parse_args(argv)
@@ -110,6 +112,8 @@ def tasks(ops: Sequence[Op], args) -> list[Task]:
                         more = candidates(kernel)[key.kernel](default, **_problem(key))
                         configs = tuple(dict.fromkeys([default, *more]))
                         found[key] = Task(op, implementation, name, pass_, key, default, configs)
+    if not found:
+        print("nothing to search: no kernel here names candidates for such a case", file=sys.stderr)
     return list(found.values())
 
 
@@ -152,7 +156,7 @@ def _prune_command(parser, args, ops) -> int:
                 print(task, file=sys.stderr)
                 rows += prune(task, hardware.GPUS[device], mesh, dump)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
-    plausible = sum(row["verdict"] == "plausible" for row in rows)
+    plausible = sum(_is_plausible(row) for row in rows)
     print(f"{plausible} of {len(rows)} plausible on {device}, {time.monotonic() - start:.0f} s", file=sys.stderr)
     return 0
 
@@ -172,14 +176,18 @@ def prune(task: Task, gpu: hardware.Hardware, mesh: jax.sharding.Mesh, dump: Pat
             with tuning.trying(task.key.kernel, config):
                 inspect._compile(task.op.kernels[task.implementation], task.op.cases[task.case], task.pass_, mesh)
             functions = list(inspect._functions(task.key.kernel.rpartition(".")[0], dump, gpu.arch))
-            for column in ("registers", "spill_bytes", "shared_memory_bytes"):
+            for column in ("registers", "spill_bytes", "shared_memory_bytes") if functions else ():
                 row[column] = max(function[column] for function in functions)
-            row["verdict"] = _verdict(row, gpu)
+            row["verdict"] = _verdict(row, gpu) if functions else "plausible: it compiles, and no PTX says more"
         except Exception as error:  # whatever it is, the other candidates still have their rows
             row["verdict"] = command_line.one_line(error)
         print(f"  {_name(config)}: {row['verdict']}", file=sys.stderr)
         rows.append(row)
     return rows
+
+
+def _is_plausible(row: dict[str, Any]) -> bool:
+    return row["verdict"].startswith("plausible")
 
 
 def _verdict(row: dict[str, Any], gpu: hardware.Hardware) -> str:
@@ -254,7 +262,7 @@ def _survivors(task: Task, name: str | None, device: backend.Target, pruned: dic
         rows, why_not = _pruned_apart(task, str(name))
         for row in rows:
             out = pruned.setdefault(_any_size(tuning.Key(**{field: row[field] for field in tuning.KEY})), [])
-            out += [row["config"]] if row["verdict"] != "plausible" else []
+            out += [] if _is_plausible(row) else [row["config"]]
     if why_not:
         print(f"{task.key}: candidates are not pruned: {why_not}", file=sys.stderr)
     out = pruned.get(_any_size(task.key), [])
@@ -273,15 +281,15 @@ def _pruned_apart(task: Task, device: str) -> tuple[list[dict[str, Any]], str | 
 
 def search(task: Task, configs: Sequence[Any], seconds: float) -> dict[str, Any]:
     """The entry of one task, without what is true of the whole run. Its status is "ok", or why there is no config."""
-    deadline = time.monotonic() + seconds
-    calls, failed = _ready(task, configs, deadline)
+    start = time.monotonic()
+    calls, failed = _ready(task, configs, start + COMPILING * seconds)
     entry = dataclasses.asdict(task.key) | {
         "op": task.op.name, "case": task.case, "digest": measured.digest(task.op), "failed": failed,
         "config": dataclasses.asdict(task.default), "status": "ok", "median_us": None, "default_us": None,
     }  # fmt: skip
     if task.default not in calls:
         return entry | {"status": f"the default does not run: {failed.get(_name(task.default), 'not tried')}"}
-    samples = _race(calls, task.default, deadline)
+    samples = _race(calls, task.default, start + seconds)
     medians = {config: float(np.median(times)) for config, times in samples.items()}
     best = min(medians, key=medians.__getitem__)
     if medians[best] > MARGIN * medians[task.default]:

@@ -115,10 +115,15 @@ def shipped_path(device: str) -> Path:
 
 def user_path(device: str) -> Path:
     """The file that DITO_TUNED names, whose entries may be of several devices, else one a device in ~/.cache."""
-    if named := os.environ.get("DITO_TUNED"):
-        return Path(named)
+    if named := _named_file():
+        return named
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "dito_jax", "tuned", shipped_path(device).name)
+
+
+def _named_file() -> Path | None:
+    named = os.environ.get("DITO_TUNED")
+    return Path(named) if named else None
 
 
 def load(path: Path) -> dict[Key, dict[str, Any]]:
@@ -162,6 +167,8 @@ def save(path: Path, entries: list[dict[str, Any]]) -> None:
 
 def _known(device: str) -> dict[Key, tuple[Path, dict[str, Any]]]:
     """What both files say of a device, and which of them: the user's entries over the shipped ones."""
+    if (named := _named_file()) is not None and not named.exists():
+        _log_once(f"DITO_TUNED names {named}, which is not there. It is not used.")
     return {
         key: (path, entry)
         for path in (shipped_path(device), user_path(device))

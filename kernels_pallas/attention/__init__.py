@@ -5,4 +5,8 @@ from .api import (
     flash_attention as flash_attention,
     merge_attention as merge_attention,
 )
+from .jvp import (
+    FLASH_ATTENTION_TANGENT as FLASH_ATTENTION_TANGENT,
+    flash_attention_jvp as flash_attention_jvp,
+)
 from .mask import AttentionMask as AttentionMask

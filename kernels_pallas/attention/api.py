@@ -60,11 +60,7 @@ def flash_attention(
     Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2. Soft cap: Gemma 2,
     https://arxiv.org/abs/2408.00118, section 2. Sinks: https://arxiv.org/abs/2309.17453, as a learned score a head.
     """
-    wrong = _misfit(q, k, v) or _bad_option(q, sinks, scale, softcap)
-    if wrong is None and mask is not None:
-        wrong = misfit(mask, q.shape[0], q.shape[1], k.shape[1])
-    if wrong:
-        raise ValueError(f"flash_attention: {wrong}.")
+    check("flash_attention", q, k, v, mask, sinks, scale, softcap)
     options = {"scale": scale, "softcap": softcap, "return_lse": return_lse}
     return FLASH_ATTENTION(q, k, v, mask, sinks, implementation=implementation, **options)
 
@@ -88,6 +84,15 @@ def merge_attention(
     some = jnp.where(total == 0, 1, total)
     out32 = (out_a * (weight_a / some)[..., None] + out_b * (weight_b / some)[..., None]).astype(jnp.float32)
     return out32.astype(out_a.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
+
+
+def check(name: str, q, k, v, mask, sinks, scale, softcap) -> None:
+    """Raises ValueError, in the name of a function, where its arguments make no attention."""
+    wrong = _misfit(q, k, v) or _bad_option(q, sinks, scale, softcap)
+    if wrong is None and mask is not None:
+        wrong = misfit(mask, q.shape[0], q.shape[1], k.shape[1])
+    if wrong:
+        raise ValueError(f"{name}: {wrong}.")
 
 
 def _misfit(q, k, v) -> str | None:

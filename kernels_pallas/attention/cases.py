@@ -9,6 +9,7 @@ import numpy as np
 
 from ..op import Case
 from .mask import AttentionMask
+from .reference import flash_attention
 
 
 def _case(
@@ -122,3 +123,30 @@ SWEEP = {
     for length in (512, 1024, 2048, 4096, 8192, 16384)
     for suffix, mask in (("", None), ("_causal", "causal"))
 }  # fmt: skip
+
+
+def _tangent(case: Case) -> Case:
+    """The tangent at a case of attention: its output and lse, and tangents beside q, k and v."""
+    q, k, v, mask, _ = case.arrays
+    lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+    static = {name: case.static[name] for name in ("scale", "softcap")}
+    shapes = (q, k, v, mask, q, lse, q, k, v)
+    return Case(shapes, static, case.origin, case.tiny, functools.partial(_make_tangent, case, static))
+
+
+def _make_tangent(case, static, key):
+    key, key_tangent = jax.random.split(key)
+    q, k, v, mask, _ = case.random(key)
+    out, lse = flash_attention(q, k, v, mask, None, return_lse=True, **static)
+    return q, k, v, mask, out, lse, *Case(case.arrays[:3]).random(key_tangent)
+
+
+TANGENT_CASES = {
+    name: _tangent(CASES[name])
+    for name in (
+        "tiny_full_h64", "tiny_full_h72", "tiny_causal_unseeing", "tiny_padding",
+        "tiny_unified_bf16_h72", "dit_b2_256", "dit_xl2_256", "dit_xl2_text", "llm_4k", "packed_8k",
+    )
+}  # fmt: skip
+TANGENT_CASES["tiny_bf16_h128"] = _tangent(tiny(1, 40, 2, 128, dtype=jnp.bfloat16, origin="the widest of the common"))
+TANGENT_CASES["tiny_softcap"] = _tangent(tiny(1, 40, 2, 32, softcap=3.0, origin="soft cap"))

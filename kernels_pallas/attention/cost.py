@@ -36,6 +36,18 @@ def backward_dkv(q, k, v, mask) -> Cost:
     return _cost(q, k, mask, products=4, traffic=_size(q, k, v, mask, q, k, v) + 2 * _statistic(q))
 
 
+def tangent_forward(q, k, v, mask, out, lse, *tangents, **options) -> Cost:
+    """10 N H pairs flops: scores, their tangent (two products), and its two sums of values."""
+    del options
+    return _cost(q, k, mask, products=5, traffic=_size(q, k, v, mask, out, lse, tangents, out))
+
+
+def tangent_backward(q, k, v, mask, out, lse, *tangents, **options) -> Cost:
+    """The backward of attention itself, for the cotangents of t_q, t_k and t_v."""
+    del options
+    return _cost(q, k, mask, products=5, traffic=_size(q, k, v, mask, out, lse, out, tangents))
+
+
 def visible_pairs(mask: AttentionMask | None, B: int, T: int, S: int) -> int:
     """How many (query, key) pairs of one head the mask leaves, over the batch; B T S where its values are not known.
 

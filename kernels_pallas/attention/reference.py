@@ -22,16 +22,7 @@ def flash_attention(
 
     Source: Attention Is All You Need, https://arxiv.org/abs/1706.03762, equation 1.
     """
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q.reshape(B, T, K, N // K, H), k, v))
-    highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("btkgh,bskh->btkgs", q32, k32, precision=highest).reshape(B, T, N, S)
-    scores = scores * (H**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if mask is not None:
-        scores = jnp.where(mask.dense()[:, :, None, :], scores, -jnp.inf)
+    scores = _scores(q, k, mask, scale, softcap)
     # A finite floor under the maximum: a row that sees nothing then weighs exp(-inf - floor) = 0, not nan.
     top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
     if sinks is not None:
@@ -42,7 +33,60 @@ def flash_attention(
     if sinks is not None:
         total = total + jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - top)
     some = jnp.where(total == 0, 1, total)
-    weights = (weights / some).reshape(B, T, K, N // K, S)
-    out = jnp.einsum("btkgs,bskh->btkgh", weights, v32, precision=highest).reshape(q.shape).astype(q.dtype)
+    out = _weighted(weights / some, v).astype(q.dtype)
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(some))[..., 0]
     return (out, lse) if return_lse else out
+
+
+def flash_attention_tangent(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask | None,
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B T N"],
+    t_q: Float[Array, "B T N H"],
+    t_k: Float[Array, "B S K H"],
+    t_v: Float[Array, "B S K H"],
+    *,
+    scale: float | None,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """The tangent of `flash_attention`'s output along (t_q, t_k, t_v), given that output and its lse.
+
+    With p = exp(score - lse) and t_score the tangent of the scores,
+    t_out = sum_s p (t_score v + t_v) - (sum_s p t_score) out.
+
+    A linear function of the tangents, and of them alone: nothing else is differentiated through it.
+
+    Source: sCM, https://arxiv.org/abs/2410.11081, appendix on the Jacobian-vector product of flash attention.
+    """
+    q, k, v, out, lse = jax.lax.stop_gradient((q, k, v, out, lse))
+    scores = lambda q, k: _scores(q, k, mask, scale, softcap)
+    score, t_score = jax.jvp(scores, (q, k), (t_q, t_k))
+    weights = jnp.exp(score - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
+    t_weights = weights * t_score
+    mean = jnp.sum(t_weights, axis=-1, keepdims=True)
+    t_out = _weighted(t_weights, v) + _weighted(weights, t_v) - mean * out.astype(jnp.float32)
+    return t_out.astype(q.dtype)
+
+
+def _scores(q, k, mask, scale, softcap):
+    """(B, T, N, S) in float32, -inf where the mask hides a key."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    q32, k32 = q.astype(jnp.float32).reshape(B, T, K, N // K, H), k.astype(jnp.float32)
+    scores = jnp.einsum("btkgh,bskh->btkgs", q32, k32, precision=jax.lax.Precision.HIGHEST).reshape(B, T, N, S)
+    scores = scores * (H**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return scores if mask is None else jnp.where(mask.dense()[:, :, None, :], scores, -jnp.inf)
+
+
+def _weighted(weights, v):
+    """Sums of values by (B, T, N, S) weights: (B, T, N, H) in float32."""
+    B, T, N, S = weights.shape
+    K, H = v.shape[2:]
+    grouped = weights.reshape(B, T, K, N // K, S)
+    out = jnp.einsum("btkgs,bskh->btkgh", grouped, v.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return out.reshape(B, T, N, H)

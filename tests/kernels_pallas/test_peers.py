@@ -27,8 +27,8 @@ MASKS = {
     "unified": (
         lambda: AttentionMask.unified(
             np.repeat([[0, 1, -1]], [12, 9, 3], axis=1),
-            np.repeat([[-1, 0, 1, -1, 2, 3, -1]], [2, 5, 5, 3, 3, 3, 3], axis=1),
-            np.repeat([[False, True, False, True, False]], [2, 5, 8, 3, 6], axis=1),
+            np.repeat([[0, 1, -1, 2, 3, -1]], [5, 5, 2, 3, 3, 6], axis=1),
+            np.repeat([[True, False, True, False]], [5, 7, 3, 9], axis=1),  # key 0, of all keys, is private
         ),
         T,
     ),
@@ -130,6 +130,18 @@ def test_peers_are_of_ops_and_bear_no_kernels_name():
     table = {op.name: op for op in OPS}
     for name, of_op in peers.PEERS.items():
         assert not set(of_op) & {"xla", *table[name].kernels}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pass_", ["forward", "backward", "both"])
+def test_installed_peers_are_right_on_a_gpu(pass_):
+    if jax.default_backend() != "gpu":
+        pytest.skip("no NVIDIA GPU")
+    rows = {row["implementation"]: row for row in bench.measure(FLASH_ATTENTION, "tiny_unified_bf16_h72", pass_)}
+    arrays = FLASH_ATTENTION.cases["tiny_unified_bf16_h72"].arrays
+    for name, peer in peers.PEERS["flash_attention"].items():
+        if peer.unsupported(*arrays, **OPTIONS) is None:
+            assert rows[name]["status"] == "ok"
 
 
 # PyTorch: the real one where it is installed, else a stand-in that sees what it is asked.
@@ -250,3 +262,6 @@ def test_a_query_that_sees_nothing_gets_a_key_and_the_mask_is_else_the_same():
     assert bool(jnp.all(jnp.any(sighted.dense(), axis=-1)))
     assert bool(jnp.all(jnp.where(blind[:, :, None], mask.dense(), sighted.dense()) == mask.dense()))
     assert peers._sighted(dataclasses.replace(mask, end=mask.start + 1))[1] is None
+    sighted, blind = peers._sighted(MASKS["unified"][0]())  # where the key that it would get is private
+    assert not bool(jnp.all(jnp.any(sighted.dense(), axis=-1)))
+    assert bool(jnp.all(jnp.any(peers._dense(sighted, blind), axis=-1)))

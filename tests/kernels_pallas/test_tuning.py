@@ -49,7 +49,8 @@ def entry(block, size=256, **changes):
 def files(tmp_path, monkeypatch, caplog):
     """Where the shipped and the user's entries are looked for: two empty folders."""
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setenv("DITO_TUNED", str(tmp_path / "user" / "mine.json"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.delenv("DITO_TUNED", raising=False)
     tuning._read.cache_clear()
     tuning._log_once.cache_clear()
     caplog.set_level(logging.WARNING, "kernels_pallas")
@@ -126,7 +127,7 @@ def test_the_nearest_size_is_taken_and_said_once(files, caplog):
 def test_a_corrupt_file_is_one_line_and_the_rest_is_used(files, caplog, text, wanted):
     shipped, user = files
     tuning.save(shipped, [entry(32)])
-    user.parent.mkdir()
+    user.parent.mkdir(parents=True)
     user.write_text(text)
     assert [ask().block, ask().block] == [32, 32]
     [record] = caplog.records
@@ -154,6 +155,17 @@ def test_the_users_file_is_named_or_in_the_cache_folder(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     assert tuning.user_path("NVIDIA H200") == Path("/c/dito_jax/tuned/nvidia_h200.json")
     assert tuning.shipped_path("NVIDIA H200").parts[-3:] == ("kernels_pallas", "tuned", "nvidia_h200.json")
+
+
+def test_a_named_file_is_used_and_one_that_is_not_there_said_once(files, tmp_path, monkeypatch, caplog):
+    tuning.save(files[1], [entry(32)])
+    named = tmp_path / "named.json"
+    monkeypatch.setenv("DITO_TUNED", str(named))
+    assert [ask(), ask()] == [DEFAULT, DEFAULT]
+    [record] = caplog.records
+    assert record.getMessage() == f"DITO_TUNED names {named}, which is not there. It is not used."
+    tuning.save(named, [entry(8)])
+    assert ask().block == 8
 
 
 def test_a_file_is_written_whole_or_not_at_all(files, monkeypatch):
@@ -301,6 +313,7 @@ def test_a_default_that_does_not_run_leaves_nothing_to_use(files):
     task = dataclasses.replace(task_of(toy()), default=Tile(1, 99, 2))
     found = tune.search(task, task.configs, seconds=60.0)
     assert found["status"] == "the default does not run: RuntimeError: too many warps"
+    assert len(found["failed"]) == 1  # there is nothing to hold the others to
 
 
 def test_blocks_compiled_in_before_are_no_candidates(files):
@@ -313,13 +326,12 @@ def test_blocks_compiled_in_before_are_no_candidates(files):
     assert "it did not ask for its blocks" in found["status"]
 
 
-def test_the_slow_drop_out_early_and_time_is_bounded(files, monkeypatch):
-    task = task_of(toy(lambda default, **_: [Tile(1, 4, 2), Tile(3000, 4, 2), Tile(2, 4, 2)]))
+def take_so_long(monkeypatch, took):
+    """Tiles take the times of `took`, by their block, in microseconds; returns the blocks that ran, in order."""
     runs = []
-    took = {400: 10.0, 1: 6.0, 3000: 60.0, 2: 9.5}
 
     def call(*_):
-        tile = tuning.blocks(KERNEL, task.default, dtype="float32", width=64, mask="none", size=256)
+        tile = tuning.blocks(KERNEL, Tile(400, 4, 2), dtype="float32", width=64, mask="none", size=256)
         return timing.Call(lambda block: jnp.ones(3), [(tile.block,)])
 
     def microseconds(call, turn=0):
@@ -329,6 +341,13 @@ def test_the_slow_drop_out_early_and_time_is_bounded(files, monkeypatch):
 
     monkeypatch.setattr(bench, "call", call)
     monkeypatch.setattr(timing, "microseconds", microseconds)
+    return runs
+
+
+def test_the_slow_drop_out_early_and_time_is_bounded(files, monkeypatch):
+    task = task_of(toy(lambda default, **_: [Tile(1, 4, 2), Tile(3000, 4, 2), Tile(2, 4, 2)]))
+    took = {400: 10.0, 1: 6.0, 3000: 60.0, 2: 9.5}
+    runs = take_so_long(monkeypatch, took)
     found = tune.search(task, task.configs, seconds=60.0)
     assert (found["config"]["block"], found["median_us"], found["default_us"]) == (1, 6.0, 10.0)
     assert {block: runs.count(block) - 1 for block in took} == {
@@ -338,11 +357,33 @@ def test_the_slow_drop_out_early_and_time_is_bounded(files, monkeypatch):
     assert set(late["failed"].values()) == {"not tried: out of time"} and len(late["failed"]) == 3
 
 
+@pytest.mark.parametrize("microseconds, block", [(9.9, 400), (9.7, 1)])
+def test_a_hair_faster_than_the_default_is_noise(files, monkeypatch, microseconds, block):
+    task = task_of(toy(lambda default, **_: [Tile(1, 4, 2)]))
+    take_so_long(monkeypatch, {400: 10.0, 1: microseconds})
+    assert tune.search(task, task.configs, seconds=60.0)["config"]["block"] == block
+
+
 def test_a_dry_run_lists_what_would_be_searched(files, capsys):
     assert tune.main(["--dry-run"], ops=(toy(),)) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{KERNEL} float32 width=64 mask=none size=256: toy one forward, 5 candidates"
     ]
+
+
+def test_a_kernel_without_candidates_leaves_nothing_to_search(capsys):
+    assert tune.main(["--dry-run", "--kernel", "plain"], ops=(toy(),)) == 0
+    assert capsys.readouterr().err.startswith("nothing to search")
+
+
+def test_only_the_real_cases_are_searched_unless_one_is_named(capsys):
+    op = toy(lambda default, **_: [])
+    of_length = lambda length, **more: Case((jax.ShapeDtypeStruct((length, 64), jnp.float32),), {"gain": 2.0}, **more)
+    cases = {"one": of_length(256), "same": of_length(256), "small": of_length(8, tiny=True)}
+    op = dataclasses.replace(op, cases=cases, sweep={"wide": of_length(4096)})
+    for words, searched in [([], ["one"]), (["--case", "small"], ["small"]), (["--case", "wide"], ["wide"])]:
+        tune.main(["--dry-run", *words], ops=(op,))
+        assert [line.split()[6] for line in capsys.readouterr().out.splitlines()] == searched
 
 
 @pytest.mark.parametrize(
@@ -362,7 +403,7 @@ def test_a_mistake_is_one_line(words, wanted):
 
 
 def test_a_file_that_is_in_the_way_is_one_line(files, monkeypatch, capsys):
-    files[1].parent.mkdir()
+    files[1].parent.mkdir(parents=True)
     files[1].write_text("{")
     with pytest.raises(SystemExit):
         as_if_on_a_gpu(monkeypatch, ops=(toy(),))
@@ -436,6 +477,23 @@ def test_what_spills_or_does_not_fit_is_pruned():
     assert "Shared memory size limit exceeded" in rows[Tile(256, 8, 4)]["verdict"]
     assert rows[Tile(48, 4, 2)]["verdict"]  # no power of two: refused when lowered
     assert "2 of 5 plausible on h200" in run.stderr
+
+
+def test_candidates_that_pruning_refused_are_not_timed(monkeypatch):
+    task = task_of(toy())
+    out = [Tile(1, 4, 2), task.default]  # the default stays, whatever the compiler says of it
+    row = lambda tile, verdict: {"config": dataclasses.asdict(tile), "verdict": verdict}
+    rows = [row(tile, "spills 8 bytes" if tile in out else "plausible") for tile in task.configs]
+    rows = [dataclasses.asdict(task.key) | row for row in rows]
+    asked = []
+    monkeypatch.setattr(deviceless, "why_not", lambda: None)
+    monkeypatch.setattr(tune, "_pruned_apart", lambda task, device: asked.append(device) or (rows, None))
+    h200, pruned = backend.Target("gpu", "NVIDIA H200", 9.0), {}
+    wanted = tuple(tile for tile in task.configs if tile != Tile(1, 4, 2))
+    assert tune._survivors(task, None, h200, pruned) == wanted
+    longer = dataclasses.replace(task, key=dataclasses.replace(task.key, size=4096))
+    assert tune._survivors(longer, None, h200, pruned) == wanted  # the length changes nothing
+    assert asked == ["h200"]
 
 
 def test_the_table_shows_verdicts_in_columns():

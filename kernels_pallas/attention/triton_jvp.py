@@ -1,0 +1,100 @@
+"""The tangent of attention with Pallas-Triton: one pass over the key tiles, beside the forward's.
+
+The output and lse are there already, so nothing is rescaled on the way: five products a tile, one accumulator.
+Its transpose is the backward of attention, with the tangent's cotangent for the output's.
+
+Source: sCM, https://arxiv.org/abs/2410.11081, appendix on the Jacobian-vector product of flash attention.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from .. import backend
+from . import cost, triton
+from .heads import dot, load, load_row, product, store, zeros
+from .programs import key_lists, kv_head_of, program, run, seen_in, walk
+from .scores import LOG2_E, LOWEST, Scores
+from .triton import Blocks
+
+
+def blocks_for(width: int, dtype) -> Blocks:
+    """None spills on sm_90a and sm_80 at the cases' head widths, but float32 above 96, in any blocks."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return Blocks(16, 16, 8, 2)
+    capability = backend.target().capability
+    if capability is not None and capability < 9.0:
+        return Blocks(128, 32, 8, 2) if width <= 96 else Blocks(64, 32, 8, 2)
+    return Blocks(128, 64, 8, 2) if width <= 128 else Blocks(64, 32, 4, 2)
+
+
+def unsupported(q, k, v, mask, out, lse, t_q, t_k, t_v, *, scale, softcap) -> str | None:
+    """Why these arguments cannot run here, or None."""
+    del out, lse, t_q, t_k, t_v
+    return triton.unsupported(q, k, v, mask, None, scale=scale, softcap=softcap, return_lse=False)
+
+
+def forward(q, k, v, mask, out, lse, t_q, t_k, t_v, *, scale, softcap):
+    """t_out, and (q, k, v, mask, out, lse) for `backward`."""
+    B, T, N, H = q.shape
+    blocks = blocks_for(H, q.dtype)
+    lse = jnp.swapaxes(jnp.where(lse == -jnp.inf, LOWEST, lse * LOG2_E), 1, 2)
+    [t_out] = run(
+        functools.partial(_tangent_kernel, scores=Scores.of(q, scale, softcap), blocks=blocks),
+        *(q, k, v, *key_lists(mask, q, k, blocks), out, lse, t_q, t_k, t_v),
+        name="flash_attention_tangent_forward",
+        programs=pl.cdiv(T, blocks.block_q) * N * B,
+        blocks=blocks,
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        work=cost.tangent_forward(q, k, v, mask, out, lse, t_q, t_k, t_v),
+    )
+    return t_out, (q, k, v, mask, out, lse)
+
+
+def backward(residuals, d_t_out, *, scale, softcap):
+    """The cotangents of t_q, t_k and t_v."""
+    q, k, v, mask, out, lse = residuals
+    scores, name = Scores.of(q, scale, softcap), "flash_attention_tangent_backward"
+    *d_tangents, _ = triton.gradients(q, k, v, mask, out, lse, d_t_out, None, scores=scores, name=name)
+    return (*(None for _ in residuals), *d_tangents)
+
+
+def _tangent_kernel(
+    q_ref, k_ref, v_ref, mask, lists, out_ref, lse_ref, t_q_ref, t_k_ref, t_v_ref, t_out_ref, *, scores, blocks
+):
+    """t_out = sum_s p (t_score v + t_v) - (sum_s p t_score) out, with p = exp(score - lse)."""
+    batch, head, tile_q = program(q_ref, blocks.block_q)
+    kv_head, start_q = kv_head_of(head, q_ref, k_ref), tile_q * blocks.block_q
+    q = load(q_ref, batch, head, start_q, blocks.block_q)
+    t_q = load(t_q_ref, batch, head, start_q, blocks.block_q)
+    lse = load_row(lse_ref, batch, head, start=start_q, block=blocks.block_q)
+
+    def step(tile, carry, *, masked):
+        acc, mean = carry
+        start_k = tile * blocks.block_k
+        k = load(k_ref, batch, kv_head, start_k, blocks.block_k)
+        t_k = load(t_k_ref, batch, kv_head, start_k, blocks.block_k)
+        score, tanh = scores(product(q, k))
+        if masked:
+            score = jnp.where(seen_in(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
+        weights = jnp.exp2(score - lse[:, None])
+        t_score = scores.through(product(t_q, k) + product(q, t_k), tanh) * scores.scale
+        t_weights = weights * t_score
+        v = load(v_ref, batch, kv_head, start_k, blocks.block_k)
+        t_v = load(t_v_ref, batch, kv_head, start_k, blocks.block_k)
+        narrow, t_narrow = weights.astype(v_ref.dtype), t_weights.astype(v_ref.dtype)
+        acc = tuple(a + dot(t_narrow, x) + dot(narrow, y) for a, x, y in zip(acc, v, t_v, strict=True))
+        return acc, mean + jnp.sum(t_weights, axis=1)
+
+    carry = zeros(blocks.block_q, q_ref), jnp.zeros((blocks.block_q,), jnp.float32)
+    acc, mean = walk(step, carry, lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
+    out = load(out_ref, batch, head, start_q, blocks.block_q)
+    store(
+        t_out_ref,
+        batch,
+        head,
+        start_q,
+        [a - mean[:, None] * o.astype(jnp.float32) for a, o in zip(acc, out, strict=True)],
+    )
