@@ -8,7 +8,7 @@ one line in it.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -80,6 +80,9 @@ class Kernel:
     backward: Callable[..., Any]
     unsupported: Callable[..., str | None]
     library: bool = False  # somebody else's: nothing here to interpret or to inspect
+    # What `tune` tries for each GPU function that asks `tuning.blocks`, by its full name:
+    # (default, *, dtype, width, mask, size) -> configs of the default's class.
+    candidates: Mapping[str, Callable[..., Iterable[Any]]] = dataclasses.field(default_factory=dict)
     needs_gpu_proof: bool = False  # chosen only on a device with a passing run of today's source in results/
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from ..op import Kernel, Op
 from . import cost, cudnn, triton
+from .blocks import CANDIDATES
 from .cases import CASES, SWEEP
 from .mask import AttentionMask, misfit
 from .reference import flash_attention as reference
@@ -16,7 +17,7 @@ FLASH_ATTENTION = Op(
     name="flash_attention",
     reference=reference,
     kernels={
-        "triton": Kernel(triton.forward, triton.backward, triton.unsupported),
+        "triton": Kernel(triton.forward, triton.backward, triton.unsupported, candidates=CANDIDATES),
         "cudnn": Kernel(cudnn.forward, cudnn.backward, cudnn.unsupported, library=True),
     },
     cost={"forward": cost.forward, "backward": cost.backward},

@@ -7,7 +7,6 @@ runs agree to the bit. Tiles that the mask hides are not walked, and those seen 
 Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -16,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from .. import backend
 from . import cost, tiles
+from .blocks import blocks_for
 from .heads import dot, load, load_row, product, store, store_row, zeros
 from .programs import key_lists, kv_head_of, program, run, seen_in, walk
 from .scores import LOG2_E, LOWEST, Scores
@@ -23,61 +23,6 @@ from .scores import LOG2_E, LOWEST, Scores
 
 WIDEST = 256
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How one kernel cuts its work; powers of two, at least 16."""
-
-    block_q: int
-    block_k: int
-    num_warps: int
-    num_stages: int  # tiles in flight between memory and the tensor cores
-
-
-def blocks_for(kernel: str, width: int, dtype, masked: bool) -> Blocks:
-    """The blocks of "forward", "dq" or "dkv": none spills on sm_90a and sm_80 at the cases' head widths."""
-    if jnp.dtype(dtype).itemsize == 4:
-        # Products that keep all of float32 run on the plain cores, and larger tiles spill.
-        return Blocks(16, 16, 8 if kernel == "dq" or width > 128 else 4, 2)
-    bucket = next(w for w in (64, 96, 128, 256) if width <= w)
-    capability = backend.target().capability
-    if capability is not None and capability < 9.0:
-        return _AMPERE[kernel, bucket]
-    if kernel == "dkv" and masked and 64 < width <= 128:
-        return _DKV_MASKED
-    return _HOPPER[kernel, bucket]
-
-
-_HOPPER = {
-    ("forward", 64): Blocks(64, 128, 4, 3),
-    ("forward", 96): Blocks(128, 64, 8, 3),
-    ("forward", 128): Blocks(128, 128, 8, 3),
-    ("forward", 256): Blocks(128, 32, 8, 3),
-    ("dq", 64): Blocks(64, 64, 4, 3),
-    ("dq", 96): Blocks(64, 64, 4, 3),
-    ("dq", 128): Blocks(64, 64, 4, 3),
-    ("dq", 256): Blocks(64, 32, 8, 2),
-    ("dkv", 64): Blocks(64, 64, 4, 3),
-    ("dkv", 96): Blocks(64, 64, 4, 3),
-    ("dkv", 128): Blocks(64, 64, 4, 2),
-    ("dkv", 256): Blocks(16, 64, 8, 2),
-}
-_DKV_MASKED = Blocks(32, 128, 8, 3)  # two loops, one with the mask, take more registers than one
-_AMPERE = {  # 163 KiB of shared memory to Hopper's 227, and both operands of a product in registers
-    ("forward", 64): Blocks(128, 64, 8, 2),
-    ("forward", 96): Blocks(128, 64, 8, 2),
-    ("forward", 128): Blocks(128, 64, 8, 2),
-    ("forward", 256): Blocks(64, 32, 8, 2),
-    ("dq", 64): Blocks(128, 32, 8, 2),
-    ("dq", 96): Blocks(128, 32, 8, 2),
-    ("dq", 128): Blocks(128, 32, 8, 2),
-    ("dq", 256): Blocks(64, 32, 8, 2),
-    ("dkv", 64): Blocks(32, 128, 8, 2),
-    ("dkv", 96): Blocks(32, 64, 8, 2),
-    ("dkv", 128): Blocks(64, 64, 8, 2),
-    ("dkv", 256): Blocks(64, 32, 8, 2),
-}
 
 
 def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
@@ -95,8 +40,8 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
 
     lse, float32 (B, N, T), is log2(sum_s exp(score)), with LOWEST for a query that sees nothing.
     """
-    B, T, N, H = q.shape
-    blocks = blocks_for("forward", H, q.dtype, mask is not None)
+    B, T, N, _ = q.shape
+    blocks = blocks_for("forward", q, k, mask)
     out, lse = run(
         functools.partial(_forward_kernel, scores=Scores.of(q, scale, softcap), blocks=blocks),
         *(q, k, v, *key_lists(mask, q, k, blocks), sinks),
@@ -125,9 +70,9 @@ def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scores, name):
 
     The first writes delta, which is all that the second needs of out and d_lse.
     """
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     S, K = k.shape[1:3]
-    blocks = blocks_for("dq", H, q.dtype, mask is not None)
+    blocks = blocks_for("dq", q, k, mask)
     d_q, delta = run(
         functools.partial(_dq_kernel, scores=scores, blocks=blocks),
         *(q, k, v, *key_lists(mask, q, k, blocks), out, d_out, lse, d_lse),
@@ -137,7 +82,7 @@ def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scores, name):
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
         work=cost.backward_dq(q, k, v, mask),
     )
-    blocks = blocks_for("dkv", H, q.dtype, mask is not None)
+    blocks = blocks_for("dkv", q, k, mask)
     d_k, d_v = run(
         functools.partial(_dkv_kernel, scores=scores, blocks=blocks),
         *(q, k, v, mask, None if mask is None else tiles.query_tiles(mask, blocks.block_q, blocks.block_k)),

@@ -12,22 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from .. import backend
 from . import cost, triton
+from .blocks import blocks_for
 from .heads import dot, load, load_row, product, store, zeros
 from .programs import key_lists, kv_head_of, program, run, seen_in, walk
 from .scores import LOG2_E, LOWEST, Scores
-from .triton import Blocks
-
-
-def blocks_for(width: int, dtype) -> Blocks:
-    """None spills on sm_90a and sm_80 at the cases' head widths, but float32 above 96, in any blocks."""
-    if jnp.dtype(dtype).itemsize == 4:
-        return Blocks(16, 16, 8, 2)
-    capability = backend.target().capability
-    if capability is not None and capability < 9.0:
-        return Blocks(128, 32, 8, 2) if width <= 96 else Blocks(64, 32, 8, 2)
-    return Blocks(128, 64, 8, 2) if width <= 128 else Blocks(64, 32, 4, 2)
 
 
 def unsupported(q, k, v, mask, out, lse, t_q, t_k, t_v, *, scale, softcap) -> str | None:
@@ -38,8 +27,8 @@ def unsupported(q, k, v, mask, out, lse, t_q, t_k, t_v, *, scale, softcap) -> st
 
 def forward(q, k, v, mask, out, lse, t_q, t_k, t_v, *, scale, softcap):
     """t_out, and (q, k, v, mask, out, lse) for `backward`."""
-    B, T, N, H = q.shape
-    blocks = blocks_for(H, q.dtype)
+    B, T, N, _ = q.shape
+    blocks = blocks_for("tangent", q, k, mask)
     lse = jnp.swapaxes(jnp.where(lse == -jnp.inf, LOWEST, lse * LOG2_E), 1, 2)
     [t_out] = run(
         functools.partial(_tangent_kernel, scores=Scores.of(q, scale, softcap), blocks=blocks),

@@ -1,0 +1,110 @@
+"""How the Triton kernels cut their work: measured where `tune` has measured, else by these tables."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from .. import backend, tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How one kernel cuts its work; powers of two, at least 16."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int  # tiles in flight between memory and the tensor cores
+
+
+NAMES = {
+    "forward": "flash_attention_forward.triton",
+    "dq": "flash_attention_backward_dq.triton",
+    "dkv": "flash_attention_backward_dkv.triton",
+    "tangent": "flash_attention_tangent_forward.triton",
+}
+
+
+def blocks_for(kernel: str, q, k, mask) -> Blocks:
+    """The blocks of one of NAMES; what was measured counts for lengths like the one that a program walks."""
+    return tuning.blocks(
+        NAMES[kernel],
+        untuned(kernel, q.shape[-1], q.dtype, mask is not None),
+        dtype=q.dtype,
+        width=q.shape[-1],
+        mask="none" if mask is None else mask.kind,
+        size=(q if kernel == "dkv" else k).shape[1],
+    )
+
+
+def untuned(kernel: str, width: int, dtype, masked: bool) -> Blocks:
+    """Without a measurement. None spills on sm_90a and sm_80 at the cases' shapes.
+
+    Elsewhere some do: by 16 and 32 bytes at head widths 112 and 128 without a mask, grouped queries, in "dkv"; by
+    some 700 in float32 above 96, in "tangent".
+    """
+    if jnp.dtype(dtype).itemsize == 4:
+        # Products that keep all of float32 run on the plain cores, and larger tiles spill.
+        return Blocks(16, 16, 8 if kernel in ("dq", "tangent") or width > 128 else 4, 2)
+    bucket = next(w for w in (64, 96, 128, 256) if width <= w)
+    capability = backend.target().capability
+    if capability is not None and capability < 9.0:
+        return _AMPERE[kernel, bucket]
+    if kernel == "dkv" and masked and 64 < width <= 128:
+        return _DKV_MASKED
+    return _HOPPER[kernel, bucket]
+
+
+def candidates(default: Blocks, *, kernel: str, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
+    """What `tune` tries: 64 or 128 rows of a program's own, 16 or 32 for each warp, and tiles of what it walks."""
+    del default, width, mask, size
+    if dtype == "float32":
+        return
+    for own, walked, num_stages in itertools.product((64, 128), (32, 64, 128), (2, 3, 4)):
+        for num_warps in (4, 8) if own == 128 else (4,):
+            block_q, block_k = (walked, own) if kernel == "dkv" else (own, walked)
+            yield Blocks(block_q, block_k, num_warps, num_stages)
+
+
+CANDIDATES = {name: functools.partial(candidates, kernel=kernel) for kernel, name in NAMES.items()}
+
+_HOPPER = {
+    ("forward", 64): Blocks(64, 128, 4, 3),
+    ("forward", 96): Blocks(128, 64, 8, 3),
+    ("forward", 128): Blocks(128, 128, 8, 3),
+    ("forward", 256): Blocks(128, 32, 8, 3),
+    ("dq", 64): Blocks(64, 64, 4, 3),
+    ("dq", 96): Blocks(64, 64, 4, 3),
+    ("dq", 128): Blocks(64, 64, 4, 3),
+    ("dq", 256): Blocks(64, 32, 8, 2),
+    ("dkv", 64): Blocks(64, 64, 4, 3),
+    ("dkv", 96): Blocks(64, 64, 4, 3),
+    ("dkv", 128): Blocks(64, 64, 4, 2),
+    ("dkv", 256): Blocks(16, 64, 8, 2),
+    ("tangent", 64): Blocks(128, 64, 8, 2),
+    ("tangent", 96): Blocks(128, 64, 8, 2),
+    ("tangent", 128): Blocks(128, 64, 8, 2),
+    ("tangent", 256): Blocks(64, 32, 4, 2),
+}
+_DKV_MASKED = Blocks(32, 128, 8, 3)  # two loops, one with the mask, take more registers than one
+_AMPERE = {  # 163 KiB of shared memory to Hopper's 227, and both operands of a product in registers
+    ("forward", 64): Blocks(128, 64, 8, 2),
+    ("forward", 96): Blocks(128, 64, 8, 2),
+    ("forward", 128): Blocks(128, 64, 8, 2),
+    ("forward", 256): Blocks(64, 32, 8, 2),
+    ("dq", 64): Blocks(128, 32, 8, 2),
+    ("dq", 96): Blocks(128, 32, 8, 2),
+    ("dq", 128): Blocks(128, 32, 8, 2),
+    ("dq", 256): Blocks(64, 32, 8, 2),
+    ("dkv", 64): Blocks(32, 128, 8, 2),
+    ("dkv", 96): Blocks(32, 64, 8, 2),
+    ("dkv", 128): Blocks(64, 64, 8, 2),
+    ("dkv", 256): Blocks(64, 32, 8, 2),
+    ("tangent", 64): Blocks(128, 32, 8, 2),
+    ("tangent", 96): Blocks(128, 32, 8, 2),
+    ("tangent", 128): Blocks(64, 32, 8, 2),
+    ("tangent", 256): Blocks(64, 32, 8, 2),
+}
