@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ..op import Cost
-from .mask import AttentionMask
+from .mask import AttentionMask, known
 
 
 def forward(q, k, v, mask, sinks, **options) -> Cost:
@@ -54,7 +54,7 @@ def visible_pairs(mask: AttentionMask | None, B: int, T: int, S: int) -> int:
     Of the keys in a query's range all are seen but the private ones of others: the sum of end - start, less the
     private keys in the range, plus those with the query's own number.
     """
-    if mask is None or any(isinstance(a, jax.core.Tracer | jax.ShapeDtypeStruct) for a in jax.tree.leaves(mask)):
+    if mask is None or not all(known(a) for a in jax.tree.leaves(mask)):
         return B * T * S
     start, end = np.asarray(mask.start, np.int64), np.asarray(mask.end, np.int64)
     pairs = int((end - start).sum())

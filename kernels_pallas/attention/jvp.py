@@ -5,6 +5,8 @@ both. A `HiPrim` has both: reverse mode is the kernels' own backward, forward mo
 tangent's transpose is that backward again, which is how `jax.remat` comes to its gradient.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import hijax
@@ -65,6 +67,8 @@ def flash_attention_jvp(
 class _Attention(hijax.HiPrim):
     """out of (q, k, v, mask, sinks)."""
 
+    params: dict[str, Any]
+
     def __init__(self, in_avals, scale, softcap, implementation):
         self.in_avals = in_avals
         self.out_aval = in_avals[0]
@@ -86,7 +90,7 @@ class _Attention(hijax.HiPrim):
         q, k, v, mask, sinks = primals
         t_q, t_k, t_v = (hijax.instantiate_zeros(t) for t in tangents[:3])
         out, lse = FLASH_ATTENTION(*primals, return_lse=True, **self.params)
-        options = self.params | {"implementation": "xla" if self.params["implementation"] == "xla" else None}
+        options = {**self.params, "implementation": "xla" if self.params["implementation"] == "xla" else None}
         arrays = (q, k, v, mask, out, lse, t_q, t_k, t_v)
         t_out = _Tangent(jax.tree.map(jax.typeof, arrays), **options)(*arrays)
         if sinks is not None and not isinstance(tangents[4], hijax.Zero):
@@ -102,6 +106,8 @@ class _Attention(hijax.HiPrim):
 
 class _Tangent(hijax.HiPrim):
     """t_out of (q, k, v, mask, out, lse, t_q, t_k, t_v): linear in the last three, and of first order."""
+
+    params: dict[str, Any]
 
     def __init__(self, in_avals, scale, softcap, implementation):
         self.in_avals = in_avals

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,21 +157,21 @@ def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> 
     """Why a mask is none for queries (B, T) and keys (B, S), in the words of an error; None where it is one."""
     if mask.num_keys != num_keys:
         return f"the mask is for {mask.num_keys} keys (num_keys), k has {num_keys}; make the mask for this S"
-    wanted = {"start": num_queries, "end": num_queries, "q_private": num_queries, "k_private": num_keys}
-    for name, length in wanted.items():
-        array = getattr(mask, name)
+    vectors: dict[str, Any] = {"start": mask.start, "end": mask.end, "q_private": mask.q_private, "k_private": mask.k_private}
+    for name, array in vectors.items():
         if array is None and "private" in name:
             continue
+        length = num_keys if name == "k_private" else num_queries
         if not jnp.issubdtype(array.dtype, jnp.integer):
             return f"mask.{name} must be integers, got {array.dtype}"
         if array.ndim != 2 or array.shape[0] not in (1, batch) or array.shape[1] != length:
             return f"mask.{name} must be (1 or {batch}, {length}), got {array.shape}"
     if (mask.q_private is None) != (mask.k_private is None):
         return "mask.q_private and mask.k_private must be given both or neither"
-    known = all(_known(a) for a in (mask.start, mask.end))
-    if known and np.any(np.asarray(mask.start) > np.asarray(mask.end)):
+    values = known(mask.start) and known(mask.end)
+    if values and np.any(np.asarray(mask.start) > np.asarray(mask.end)):
         return "mask.start must be <= mask.end, got a query whose range starts after it ends"
-    if known and (np.any(np.asarray(mask.start) < 0) or np.any(np.asarray(mask.end) > num_keys)):
+    if values and (np.any(np.asarray(mask.start) < 0) or np.any(np.asarray(mask.end) > num_keys)):
         return f"mask.start and mask.end must lie between 0 and S = {num_keys}"
     return None
 
@@ -205,8 +206,9 @@ def _or_nothing(sees, start, end):
 # What a constructor is given. Values are checked where they are known: a traced array has none.
 
 
-def _known(array) -> bool:
-    return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
+def known(array) -> bool:
+    """Whether an array has values, not only a shape."""
+    return not isinstance(array, Tracer | jax.ShapeDtypeStruct)
 
 
 def _integers(constructor: str, *, ndim: int, **named) -> jax.Array:
@@ -221,7 +223,7 @@ def _integers(constructor: str, *, ndim: int, **named) -> jax.Array:
 
 
 def _require(array, rule: Callable, constructor: str, name: str, wanted: str) -> None:
-    if _known(array) and not np.all(rule(np.asarray(array))):
+    if known(array) and not np.all(rule(np.asarray(array))):
         wrong = np.asarray(array)[~rule(np.asarray(array))]
         got = "" if wrong.dtype == bool else f", got {wrong[0]}"
         raise ValueError(f"AttentionMask.{constructor}: {name} must be {wanted}{got}.")
@@ -230,7 +232,7 @@ def _require(array, rule: Callable, constructor: str, name: str, wanted: str) ->
 def _require_runs(constructor: str, **named) -> None:
     """Ids that are not negative must lie side by side."""
     for name, ids in named.items():
-        if not _known(ids):
+        if not known(ids):
             continue
         for row in np.asarray(ids):
             heads = row[np.flatnonzero(np.diff(row, prepend=row[:1] - 1))]
