@@ -1,5 +1,8 @@
 """Multi-head self-attention with grouped queries, QK-norm and rotary positions."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -15,10 +18,20 @@ class Attention(nnx.Module):
 
     One projection makes q, k and v. Its output is ordered by key/value head, each with its own group of query heads
     beside it, so that splitting key/value heads over devices (mesh axis "tensor") separates no group and moves no
-    data.
+    data. `attend` is what computes it, e.g. flash_attention_jvp where the model is differentiated forward.
     """
 
-    def __init__(self, width: int, num_heads: int, num_kv_heads: int, *, qk_norm: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        qk_norm: bool,
+        attend: Callable[..., Any] = flash_attention,
+        rngs: nnx.Rngs,
+    ):
+        self.attend = attend
         head_width, group = width // num_heads, num_heads // num_kv_heads
         self.qkv = linear(width, (num_kv_heads, group + 2, head_width), "D K . H", rngs=rngs)
         self.out = linear((num_heads, head_width), width, "N H D", rngs=rngs)
@@ -33,7 +46,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        attend = on_mesh(flash_attention, ("B T N H", "B S K H", "B S K H"), "B T N H")
+        attend = on_mesh(self.attend, ("B T N H", "B S K H", "B S K H"), "B T N H")
         return self.out(attend(q, k, v))
 
 

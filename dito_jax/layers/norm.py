@@ -1,5 +1,6 @@
 """Adaptive normalization: the kernel, on whatever mesh is in force."""
 
+import functools
 from typing import Literal
 
 from jaxtyping import Array, Float
@@ -17,8 +18,12 @@ def adaptive_norm(
     shift: Float[Array, "B D"],
     *,
     kind: NormKind,
+    implementation: str | None = None,
 ) -> Float[Array, "B T D"]:
-    """norm(x) * (1 + scale) + shift, one scale and shift for each example (adaLN, arXiv 2212.09748 §3.2)."""
+    """norm(x) * (1 + scale) + shift, one scale and shift for each example (adaLN, arXiv 2212.09748 §3.2).
+
+    `implementation="xla"` can be differentiated forward too; a kernel cannot.
+    """
     # T D and D are whole on each device: the norm needs a whole row.
-    norm = on_mesh(lambda *arrays: modulated_norm(*arrays, kind=kind), ("B T .", "B .", "B ."), "B T .")
-    return norm(x, scale, shift)
+    norm = functools.partial(modulated_norm, kind=kind, implementation=implementation)
+    return on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)

@@ -27,6 +27,7 @@ from dito_jax.layers.norm import NormKind, adaptive_norm
 from dito_jax.layers.patchify import patchify, unpatchify
 from dito_jax.layers.rope import Rotation, axial_rotation, sincos_table
 from dito_jax.sharding import constrain
+from kernels_pallas import flash_attention, flash_attention_jvp
 
 
 SIZES = {  # depth, width, heads (table 1 of the paper); a name is size/patch: "XL/2"
@@ -57,6 +58,7 @@ class DiTConfig:
     qk_norm: bool = True
     learn_sigma: bool = False  # twice the output channels; the second half parametrises DDPM's variance
     remat: bool = False  # compute each block again in the backward pass: memory for time
+    forward_mode: bool = False  # jax.jvp of the network works on a GPU too, as MeanFlow needs
 
     @classmethod
     def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "DiTConfig":
@@ -70,6 +72,11 @@ class DiTConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def norm_implementation(self) -> str | None:
+        """The norm's kernel has a backward and no tangent."""
+        return "xla" if self.forward_mode else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -118,17 +125,24 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.norm: NormKind = config.norm
+        self.norm_implementation = config.norm_implementation
         self.modulation = linear(config.width, (6, config.width), "D . .", init=zeros, rngs=rngs)
-        self.attention = Attention(config.width, config.num_heads, config.kv_heads, qk_norm=config.qk_norm, rngs=rngs)
+        attend = flash_attention_jvp if config.forward_mode else flash_attention
+        self.attention = Attention(
+            config.width, config.num_heads, config.kv_heads, qk_norm=config.qk_norm, attend=attend, rngs=rngs
+        )
         self.mlp = MLPS[config.mlp](config.width, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], c: Float[Array, "B D"], rotation: Rotation | None
     ) -> Float[Array, "B T D"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.unstack(self.modulation(c), axis=1)  # (B, D) each
-        x = x + gate1[:, None] * self.attention(adaptive_norm(x, scale1, shift1, kind=self.norm), rotation)
-        x = x + gate2[:, None] * self.mlp(adaptive_norm(x, scale2, shift2, kind=self.norm))
+        x = x + gate1[:, None] * self.attention(self._norm(x, scale1, shift1), rotation)
+        x = x + gate2[:, None] * self.mlp(self._norm(x, scale2, shift2))
         return constrain(x, "B T D")
+
+    def _norm(self, x, scale, shift):
+        return adaptive_norm(x, scale, shift, kind=self.norm, implementation=self.norm_implementation)
 
 
 class DiT(nnx.Module):
@@ -167,5 +181,6 @@ class DiT(nnx.Module):
         x, _ = jax.lax.scan(jax.checkpoint(apply) if config.remat else apply, x, self.blocks)
 
         shift, scale = jnp.unstack(self.modulation(c), axis=1)
-        x = self.out(adaptive_norm(x, scale, shift, kind=config.norm))
+        x = adaptive_norm(x, scale, shift, kind=config.norm, implementation=config.norm_implementation)
+        x = self.out(x)
         return unpatchify(x, config.patch, h, w)

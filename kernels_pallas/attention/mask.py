@@ -157,9 +157,9 @@ def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> 
     """Why a mask is none for queries (B, T) and keys (B, S), in the words of an error; None where it is one."""
     if mask.num_keys != num_keys:
         return f"the mask is for {mask.num_keys} keys (num_keys), k has {num_keys}; make the mask for this S"
-    vectors: dict[str, Any] = {"start": mask.start, "end": mask.end, "q_private": mask.q_private, "k_private": mask.k_private}
-    for name, array in vectors.items():
-        if array is None and "private" in name:
+    for name in ("start", "end", "q_private", "k_private"):
+        array: Any = getattr(mask, name)
+        if array is None:
             continue
         length = num_keys if name == "k_private" else num_queries
         if not jnp.issubdtype(array.dtype, jnp.integer):

@@ -198,3 +198,39 @@ def test_impossible_configs_say_why(change, words):
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(ValueError, match="sizes are S, B, L, XL"):
         DiTConfig.preset("XXL/2", (32, 32, 4), 1000)
+
+
+def mean_flow_gradient(config: DiTConfig, graph, params):
+    """MeanFlow's use of a network: its value and its derivative along the path, and a gradient through the value."""
+    image, t, label = inputs(config)
+
+    def loss(params):
+        network = lambda image, t: nnx.merge(graph, params)(image, t, label)
+        u, d_u = jax.jvp(network, (image, t), (jnp.ones_like(image), jnp.ones_like(t)))
+        return jnp.mean((u - jax.lax.stop_gradient(u - 0.3 * d_u)) ** 2) + jnp.mean(u**2)
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+def test_forward_mode_is_the_derivative_of_the_same_network(remat):
+    """Compared on a CPU, where the plain network can be differentiated forward too."""
+    plain = dataclasses.replace(TINY, remat=remat)
+    graph, params = random_params(plain)
+    config = dataclasses.replace(plain, forward_mode=True)
+    value, gradient = jax.jit(lambda p: mean_flow_gradient(config, random_params(config)[0], p))(params)
+    want_value, want = jax.jit(lambda p: mean_flow_gradient(plain, graph, p))(params)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_forward_mode_lowers_for_a_gpu_with_the_tangents_kernel():
+    config = dataclasses.replace(TINY, forward_mode=True, remat=True)
+    graph, params = random_params(config)
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(lambda p: mean_flow_gradient(config, graph, p)).trace(params)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("forward", "tangent_forward", "backward_dq", "backward_dkv"):
+        assert f"flash_attention_{kernel}" in text
