@@ -41,14 +41,15 @@ def blocks_for(kernel: str, q, k, mask) -> Blocks:
 
 
 def untuned(kernel: str, width: int, dtype, masked: bool) -> Blocks:
-    """Without a measurement. None spills on sm_90a and sm_80 at the cases' shapes.
+    """Without a measurement. None spills on sm_90a and sm_80 at the cases' shapes; elsewhere some may.
 
-    Elsewhere some do: by 16 and 32 bytes at head widths 112 and 128 without a mask, grouped queries, in "dkv"; by
-    some 700 in float32 above 96, in "tangent".
+    Float32 does in "tangent" above a width of 96, by some 700 bytes in any blocks.
     """
     if jnp.dtype(dtype).itemsize == 4:
-        # Products that keep all of float32 run on the plain cores, and larger tiles spill.
-        return Blocks(16, 16, 8 if kernel in ("dq", "tangent") or width > 128 else 4, 2)
+        # Products that keep all of float32 run on the plain cores, and larger tiles spill; so do, where heads are
+        # narrow, more warps.
+        narrow = {"forward": 32, "dkv": 64}.get(kernel, 0)
+        return Blocks(16, 16, 4 if width <= narrow else 8, 2)
     bucket = next(w for w in (64, 96, 128, 256) if width <= w)
     capability = backend.target().capability
     if capability is not None and capability < 9.0:
@@ -105,6 +106,6 @@ _AMPERE = {  # 163 KiB of shared memory to Hopper's 227, and both operands of a 
     ("dkv", 256): Blocks(64, 32, 8, 2),
     ("tangent", 64): Blocks(128, 32, 8, 2),
     ("tangent", 96): Blocks(128, 32, 8, 2),
-    ("tangent", 128): Blocks(64, 32, 8, 2),
+    ("tangent", 128): Blocks(128, 32, 8, 2),
     ("tangent", 256): Blocks(64, 32, 8, 2),
 }

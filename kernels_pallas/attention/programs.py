@@ -1,7 +1,5 @@
 """How the Triton kernels are launched: one program a tile of the output, the tiles it walks, the scores that count."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -49,15 +47,26 @@ def kv_head_of(head, q_ref, k_ref):
     return jax.lax.div(head, q_ref.shape[2] // k_ref.shape[2])
 
 
-def walk(step, carry, lists, batch, row, count: int):
-    """Runs `step` over one row's tiles: those seen whole, then those seen in part; without lists, all `count`."""
+def walk(step, carry, lists, batch, row, count: int, *, group: int = 1):
+    """Runs step(tile, member, carry) over one row's tiles, for each of a group of heads in one loop.
+
+    First those seen whole, then those seen in part; without lists, all `count` are seen whole.
+    """
     if lists is None:
-        return jax.lax.fori_loop(0, count, functools.partial(step, masked=False), carry)
+        return _loop(step, carry, lambda i: i, count, group, masked=False)
     example = row_of(lists.whole, batch)
     whole, seen = lists.whole[example, row], lists.seen[example, row]
-    nth = lambda i, carry, *, masked: step(lists.order[example, row, i], carry, masked=masked)
-    carry = jax.lax.fori_loop(0, whole, functools.partial(nth, masked=False), carry)
-    return jax.lax.fori_loop(whole, seen, functools.partial(nth, masked=True), carry)
+    carry = _loop(step, carry, lambda i: lists.order[example, row, i], whole, group, masked=False)
+    return _loop(step, carry, lambda i: lists.order[example, row, whole + i], seen - whole, group, masked=True)
+
+
+def _loop(step, carry, tile_at, count, group: int, *, masked: bool):
+    def nth(i, carry):
+        if group == 1:
+            return step(tile_at(i), 0, carry, masked=masked)
+        return step(tile_at(jax.lax.rem(i, count)), jax.lax.div(i, count), carry, masked=masked)
+
+    return jax.lax.fori_loop(0, count * group, nth, carry)
 
 
 def row_of(ref, batch):

@@ -113,7 +113,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_re
     kv_head, start_q = kv_head_of(head, q_ref, k_ref), tile_q * blocks.block_q
     q = load(q_ref, batch, head, start_q, blocks.block_q)
 
-    def step(tile, carry, *, masked):
+    def step(tile, _, carry, *, masked):
         acc, top, total = carry
         start_k = tile * blocks.block_k
         score, _ = scores(product(q, load(k_ref, batch, kv_head, start_k, blocks.block_k)))
@@ -152,7 +152,7 @@ def _dq_kernel(
         delta -= load_row(d_lse_ref, batch, head, start=start_q, block=blocks.block_q)
     store_row(delta_ref, batch, head, start=start_q, values=delta)
 
-    def step(tile, d_q, *, masked):
+    def step(tile, _, d_q, *, masked):
         start_k = tile * blocks.block_k
         k = load(k_ref, batch, kv_head, start_k, blocks.block_k)
         score, tanh = scores(product(q, k))
@@ -180,8 +180,9 @@ def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref,
     v = load(v_ref, batch, kv_head, start_k, blocks.block_k)
     group = q_ref.shape[2] // k_ref.shape[2]
 
-    def step(tile, carry, *, head, masked):
+    def step(tile, member, carry, *, masked):
         d_k, d_v = carry
+        head = kv_head * group + member
         start_q = tile * blocks.block_q
         q = load(q_ref, batch, head, start_q, blocks.block_q)
         score, tanh = scores(product(k, q))
@@ -196,11 +197,8 @@ def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref,
         d_k = tuple(d + dot(d_scores, x) for d, x in zip(d_k, q, strict=True))
         return d_k, d_v
 
-    def one_head(member, carry):
-        of_head = functools.partial(step, head=kv_head * group + member)
-        return walk(of_head, carry, lists, batch, tile_k, pl.cdiv(q_ref.shape[1], blocks.block_q))
-
     none = zeros(blocks.block_k, k_ref)
-    d_k, d_v = jax.lax.fori_loop(0, group, one_head, (none, none))
+    count = pl.cdiv(q_ref.shape[1], blocks.block_q)
+    d_k, d_v = walk(step, (none, none), lists, batch, tile_k, count, group=group)
     store(d_k_ref, batch, kv_head, start_k, [d * scores.scale for d in d_k])
     store(d_v_ref, batch, kv_head, start_k, d_v)

@@ -60,7 +60,7 @@ def _tangent_kernel(
     t_q = load(t_q_ref, batch, head, start_q, blocks.block_q)
     lse = load_row(lse_ref, batch, head, start=start_q, block=blocks.block_q)
 
-    def step(tile, carry, *, masked):
+    def step(tile, _, carry, *, masked):
         acc, mean = carry
         start_k = tile * blocks.block_k
         k = load(k_ref, batch, kv_head, start_k, blocks.block_k)
