@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless']))")
 
-.PHONY: help train test lint format gpu clean
+.PHONY: help train test lint format gpu tune clean
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint     formatting, lint, types"
 	@echo "make format   write the formatting"
 	@echo "make gpu PYTHON=python3   on a GPU host, nothing installed: GPU tests, then benchmarks"
+	@echo "make tune PYTHON=python3  the same, before it: measures tile sizes, minutes a kernel and case"
 	@echo "make clean    remove .venv and runs/"
 
 train: .venv/installed
@@ -37,6 +38,9 @@ format: .venv/installed-dev
 gpu:
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu tests/kernels_pallas
 	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.bench
+
+tune:
+	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.tune --ship
 
 clean:
 	rm -rf .venv runs
