@@ -128,9 +128,10 @@ def _functions(prefix: str, dump: Path, arch: str) -> Iterator[dict]:
     at_launch = dict(re.findall(r"(\w+) grid: .*shared_memory: (\d+)", launches))
     for ptx in sorted(dump.glob("*.ptx")):
         text = ptx.read_text()
-        [name] = re.findall(r"\.visible \.entry (\w+)", text)  # XLA writes one function a file
-        if not name.startswith(prefix):
+        names = re.findall(r"\.visible \.entry (\w+)", text)  # one a file, or none where it holds constants
+        if not names or not names[0].startswith(prefix):
             continue
+        [name] = names
         command = [deviceless.ptxas(), f"-arch={arch}", "-v", ptx, "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         [registers] = re.findall(r"Used (\d+) registers", log)
