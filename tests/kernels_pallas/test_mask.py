@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from kernels_pallas import AttentionMask, flash_attention
 from kernels_pallas.attention import tiles
@@ -127,22 +126,28 @@ def test_a_mask_of_other_arrays_is_refused_in_one_line(message):
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-@st.composite
-def masks(draw):
-    """Any mask at all: ranges without order, and private tokens anywhere."""
-    M, T, S = (draw(st.integers(1, high)) for high in (2, 30, 30))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+def drawn(seed: int, M: int, T: int, S: int) -> AttentionMask:
+    """Any mask at all: ranges long and short, in runs or without order, and private tokens in runs."""
+    rng = np.random.default_rng(seed)
     start, end = np.sort(rng.integers(0, S + 1, (2, M, T)), axis=0)
-    if draw(st.booleans()):  # as documents have it: long runs of one range
-        start, end = np.repeat(start[:, :1], T, axis=1), np.repeat(end[:, :1], T, axis=1)
-    q_private, k_private = rng.integers(0, 3, (M, T)), np.repeat(rng.integers(0, 3, (M, S)), 4, axis=1)[:, :S]
-    private = (q_private, k_private) if draw(st.booleans()) else (None, None)
+    start, end = np.where(rng.random((M, 1)) < 0.5, 0, start), np.where(rng.random((M, 1)) < 0.5, S, end)
+    if rng.random() < 0.5:  # as documents have it: long runs of one range
+        start, end = (np.repeat(x[:, ::6], 6, axis=1)[:, :T] for x in (start, end))
+    private = [None, None]
+    if rng.random() < 0.7:
+        runs = lambda n: np.repeat(rng.choice([0, 0, 1, 2], (M, n)), rng.integers(1, 7), axis=1)[:, :n]
+        private = [runs(T), runs(S)]
     return AttentionMask(*(x if x is None else x.astype(np.int32) for x in (start, end, *private)), num_keys=S)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(mask=masks(), block_q=st.sampled_from([2, 4, 8]), block_k=st.sampled_from([2, 4, 8]))
-def test_tiles_seen_whole_need_no_mask_and_hidden_tiles_have_nothing(mask, block_q, block_k):
+@pytest.mark.parametrize("blocks", [(2, 4), (8, 4), (4, 8)])
+@pytest.mark.parametrize("shape", [(1, 24, 24), (2, 19, 13)])
+def test_tiles_seen_whole_need_no_mask_and_hidden_tiles_have_nothing(shape, blocks):
+    for seed in range(60):
+        check_tiles(drawn(seed, *shape), *blocks)
+
+
+def check_tiles(mask, block_q, block_k):
     dense = np.asarray(mask.dense())
     by_query, by_key = (of(mask, block_q, block_k) for of in (tiles.key_tiles, tiles.query_tiles))
     classes = {}
@@ -172,3 +177,14 @@ def test_tiles_of_hidden_copies_are_skipped():
     walked = np.asarray(lists.order[0, -1, : lists.seen[0, -1]])  # the last text
     assert sorted(walked) == [0, *range(5, 13)]
     assert int(lists.whole[0, 1]) == 5  # the noised copy sees the text and itself, all of it whole
+
+
+def test_queries_that_see_nothing_stretch_no_range():
+    """Padding at the end of a block does not make the block walk from the first key."""
+    documents = np.repeat([0, 1, -1], [32, 8, 8])[None]
+    lists = tiles.key_tiles(AttentionMask.packed(documents), 16, 8)
+    assert [sorted(np.asarray(lists.order[0, i, : lists.seen[0, i]]).tolist()) for i in range(3)] == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+        [4],
+    ]
