@@ -76,6 +76,9 @@ MATRIX = {
     **{f"{name}, scan": in_a_scan(d) for name, d in DERIVATIVES.items()},
     **{f"{name}, scan of remat": in_a_scan(d, jax.remat) for name, d in DERIVATIVES.items()},
     **{f"{name}, shard_map": on_two_devices(d) for name, d in DERIVATIVES.items()},
+    "gradient of the queries alone, scan of remat": lambda attend, q, kv: in_a_scan(
+        lambda two, q, kv: gradient(lambda q: two(q, kv), q), jax.remat
+    )(attend, q, kv),
     "gradient of each example": of_each_example,
     "tangent of each example": lambda attend, q, kv: jax.vmap(
         lambda q, kv, t_q: jax.jvp(lambda q: attend(q, kv), (q,), (t_q,))
