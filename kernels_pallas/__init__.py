@@ -8,7 +8,14 @@ from .attention import (
     flash_attention_jvp as flash_attention_jvp,
     merge_attention as merge_attention,
 )
+from .decode import (
+    DECODE_ATTENTION as DECODE_ATTENTION,
+    PAGED_DECODE_ATTENTION as PAGED_DECODE_ATTENTION,
+    decode_attention as decode_attention,
+    paged_decode_attention as paged_decode_attention,
+)
 from .norms import MODULATED_NORM as MODULATED_NORM, modulated_norm as modulated_norm
 
 
-OPS = (FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, MODULATED_NORM)  # what tests, bench and inspect run over
+# What tests, bench, tune and inspect run over.
+OPS = (FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM)

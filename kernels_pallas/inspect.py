@@ -4,7 +4,7 @@
 
 One row a GPU function, forward and backward compiled apart: a backward of two kernels gives two rows, and
 XLA numbers a name that occurs again (`name__1`). What a row holds, and where it is from:
-  registers            a thread's, from `ptxas -v`
+  registers            a thread's, from `ptxas -v`; where warpgroups divide them anew, what it is launched with
   spill_bytes          a thread's stores and loads of registers that did not fit, from `ptxas -v`
   shared_memory_bytes  a block's: the static part from `ptxas -v`, and the part asked for at launch, where
                        all of Triton's is, from the list of launches that XLA writes beside the PTX
@@ -81,7 +81,8 @@ def main() -> int:
 
 
 def _dump_ptx_to(folder: Path) -> None:
-    """Makes XLA write PTX and launches to `folder`; it reads its flags once, before the first compile."""
+    """Makes XLA write PTX and launches to `folder`; it reads its flags once, before the first compile. Mosaic too."""
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
     # Only PTX: with every emitter dumped, Triton's own passes alone are megabytes and seconds a kernel.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_emitter_re=ptx"
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no GPU, and leaves one to those who do
@@ -98,6 +99,7 @@ def _rows(op: Op, kernel: str, case: str, device: str, mesh: jax.sharding.Mesh, 
             return []
         for pass_ in op.passes:
             shutil.rmtree(dump, ignore_errors=True)
+            dump.mkdir()
             start = time.monotonic()
             head = {"op": op.name, "kernel": kernel, "case": case, "pass": pass_}
             try:
@@ -132,15 +134,19 @@ def _functions(prefix: str, dump: Path, arch: str) -> Iterator[dict]:
         if not names or not names[0].startswith(prefix):
             continue
         [name] = names
-        command = [deviceless.ptxas(), f"-arch={arch}", "-v", ptx, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        if (mosaic := ptx.with_suffix(".ptxas")).exists():  # Mosaic assembles by itself, and leaves the log
+            log = mosaic.read_text()
+            [asked] = re.findall(r"smem_scratch_bytes=(\d+)", ptx.with_suffix(".resources.txt").read_text())
+        else:
+            command = [deviceless.ptxas(), f"-arch={arch}", "-v", ptx, "-o", os.devnull]
+            log, asked = subprocess.run(command, capture_output=True, text=True, check=True).stderr, at_launch[name]
         [registers] = re.findall(r"Used (\d+) registers", log)
         static = sum(map(int, re.findall(r"(\d+) bytes smem", log)))
         yield {
-            "function": name,
+            "function": name.removesuffix("_mosaic_gpu_kernel"),
             "registers": int(registers),
             "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
-            "shared_memory_bytes": int(at_launch[name]) + static,
+            "shared_memory_bytes": int(asked) + static,
             **{key: len(re.findall(pattern, text)) for key, pattern in INSTRUCTIONS.items()},
         }
 

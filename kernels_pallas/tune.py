@@ -171,6 +171,7 @@ def prune(task: Task, gpu: hardware.Hardware, mesh: jax.sharding.Mesh, dump: Pat
     rows = []
     for config in task.configs:
         shutil.rmtree(dump, ignore_errors=True)
+        dump.mkdir()
         row: dict[str, Any] = {"kernel": task.key.kernel, **_problem(task.key), "config": dataclasses.asdict(config)}
         try:
             with tuning.trying(task.key.kernel, config):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..op import Kernel, Op
-from . import cost, cudnn, triton
+from . import cost, cudnn, mosaic_gpu, mosaic_gpu_backward, triton
 from .blocks import CANDIDATES
 from .cases import CASES, SWEEP
 from .mask import AttentionMask, misfit
@@ -17,6 +17,9 @@ FLASH_ATTENTION = Op(
     name="flash_attention",
     reference=reference,
     kernels={
+        "mosaic_gpu": Kernel(
+            mosaic_gpu.forward, mosaic_gpu_backward.backward, mosaic_gpu.unsupported, needs_gpu_proof=True
+        ),
         "triton": Kernel(triton.forward, triton.backward, triton.unsupported, candidates=CANDIDATES),
         "cudnn": Kernel(cudnn.forward, cudnn.backward, cudnn.unsupported, library=True),
     },

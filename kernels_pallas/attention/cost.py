@@ -48,6 +48,11 @@ def tangent_backward(q, k, v, mask, out, lse, *tangents, **options) -> Cost:
     return _cost(q, k, mask, products=5, traffic=_size(q, k, v, mask, out, lse, out, tangents))
 
 
+def without_values(mask: AttentionMask | None) -> AttentionMask | None:
+    """Its shapes: what a kernel estimates its cost by, lest it be compiled anew for each mask."""
+    return jax.eval_shape(lambda mask: mask, mask)
+
+
 def visible_pairs(mask: AttentionMask | None, B: int, T: int, S: int) -> int:
     """How many (query, key) pairs of one head the mask leaves, over the batch; B T S where its values are not known.
 

@@ -1,8 +1,30 @@
-"""Attention on Hopper with Pallas-Mosaic-GPU."""
+"""Attention on Hopper with Pallas-Mosaic-GPU: TMA brings tiles, wgmma multiplies them, warpgroups have roles.
+
+One warpgroup, the producer, copies tiles into a ring of slots in shared memory; two consumers multiply. Forward,
+each consumer has 64 queries of its own, and they take turns: one multiplies while the other computes exponentials.
+The weights of the second product never leave the registers. As on the Triton road, every output is written once,
+by one program, in one order: no atomics; hidden tiles are not walked, and those seen whole know no mask (tiles.py).
+
+Scores are kept times log2(e), because the chip computes exp2 and not exp. log-sum-exps are float32 (B, N, rows), to
+that base, LOWEST for a query that sees nothing; rows is T rounded up to whole tiles.
+
+wgmma multiplies 16 columns of bfloat16 at a time, and TMA needs rows of tiles of 8: a head of 72 is padded to 80, not
+to 128, and an odd length to a multiple of 8, by XLA, before the kernel. Other widths and lengths are read in place.
+
+What is proven, without a GPU: the arithmetic and the order of the copies, by JAX's interpreter and its race detector,
+at small sizes (the tests teach it products with a left operand in registers, which JAX 0.11 cannot interpret);
+machine code for sm_90a at every width, with and without a mask; no register is spilled but under a soft cap. The
+interpreter multiplies at once where the chip multiplies in the background: that each product is awaited before its
+operands go is shown by no test on a CPU.
+
+Source: FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3.1 and algorithm 1 (without its overlap inside a
+warpgroup); backward, FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 2.
+"""
 
 import dataclasses
 import functools
-import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,111 +35,165 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import backend
 from . import tiles
 from .mask import AttentionMask
+from .scores import LOG2_E, LOWEST, Scores
 
 
-LOG2_E = math.log2(math.e)
-LOWEST = float(jnp.finfo(jnp.float32).min)
 WIDTHS = (64, 72, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
+CONSUMERS = 2  # warpgroups that multiply
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # a thread's; 128 (24 + 2 * 240) are within an SM's 65,536
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile, as the tensor cores lay it out
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How one kernel cuts its work."""
+    """How one kernel cuts its work: multiples of 64, one consumer's part of the tile that a program owns."""
 
     block_q: int
     block_k: int
-    stages: int
-    consumers: int = 2
+    stages: int  # slots of the ring
+    overlap: bool = True  # backward: whether the second product runs while the first one's exponentials do
 
 
 def blocks_for(kernel: str, width: int, masked: bool) -> Blocks:
+    """The blocks of "forward", "dq" or "dkv": none spills without a soft cap, and all fit in shared memory."""
+    if kernel == "dq" and masked and 64 < width <= 96:
+        return _DQ_MASKED  # two loops, one with the mask, take more registers than one
     return _BLOCKS[kernel, next(w for w in (64, 96, 128, 256) if width <= w)]
 
 
 _BLOCKS = {
-    ("forward", 64): Blocks(64, 128, 2),
-    ("forward", 96): Blocks(64, 128, 2),
+    ("forward", 64): Blocks(64, 128, 4),
+    ("forward", 96): Blocks(64, 128, 3),
     ("forward", 128): Blocks(64, 128, 2),
     ("forward", 256): Blocks(64, 64, 2),
+    ("dq", 64): Blocks(64, 128, 3),
+    ("dq", 96): Blocks(64, 128, 2),
+    ("dq", 128): Blocks(64, 64, 3),
+    ("dq", 256): Blocks(64, 64, 1, overlap=False),
+    ("dkv", 64): Blocks(64, 64, 4),
+    ("dkv", 96): Blocks(64, 64, 3),
+    ("dkv", 128): Blocks(64, 64, 3, overlap=False),
+    ("dkv", 256): Blocks(64, 64, 2),
 }
+_DQ_MASKED = Blocks(64, 64, 3)
+
+
+def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
+    """Why these arguments cannot run here, or None."""
+    del mask, sinks, softcap, return_lse
+    if q.dtype.name not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"needs one dtype among {', '.join(DTYPES)}, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if q.shape[-1] not in WIDTHS:
+        return f"needs a head width among {', '.join(map(str, WIDTHS))}, got {q.shape[-1]}"
+    if backend.interpret():
+        return None
+    device = backend.target()
+    if device.platform != "gpu" or device.capability != 9.0:
+        return f"needs a Hopper GPU (compute capability 9.0), got {device.kind}"
+    return None
 
 
 def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
+    """The output, and (q, k, v, mask, sinks, out, lse) for `backward`."""
     B, T, N, H = q.shape
     blocks = blocks_for("forward", H, mask is not None)
-    tile_q = blocks.block_q * blocks.consumers
-    width = pl.cdiv(H, 16) * 16
-    padded = [_pad(x, width) for x in (q, k, v)]
-    mask, lists = _key_lists(mask, q, k, tile_q, blocks.block_k)
-    rows = pl.cdiv(T, tile_q) * tile_q
-    operand = functools.partial(_operand, width=width, dtype=q.dtype)
-    out, lse = _run(
+    tile_q = CONSUMERS * blocks.block_q
+    rows = round_up(T, tile_q)
+    arrays = [whole_rows(x) for x in (q, k, v)]
+    walked = tile_lists(tiles.key_tiles, mask, q, k, tile_q, blocks.block_k, only_keys=True)
+    own, slots = operand(CONSUMERS, blocks.block_q, q), operand(blocks.stages, blocks.block_k, q)
+    out, lse = run_kernel(
         functools.partial(_forward_kernel, scores=Scores.of(q, scale, softcap), blocks=blocks),
-        *(*padded, mask, lists, None if sinks is None else sinks.astype(jnp.float32)),
+        *(*arrays, *walked, None if sinks is None else sinks.astype(jnp.float32)),
         name="flash_attention_forward",
-        programs=rows // tile_q * N * B,
-        threads=blocks.consumers + 1,
-        out_type=[
-            jax.ShapeDtypeStruct(padded[0].shape, q.dtype),
-            jax.ShapeDtypeStruct((B, N, rows), jnp.float32),
-        ],
+        programs=B * N * rows // tile_q,
+        out_type=[like_of(arrays[0]), jax.ShapeDtypeStruct((B, N, rows), jnp.float32)],
         scratch=[
-            operand(blocks.consumers, blocks.block_q),
-            operand(blocks.stages, blocks.block_k),
-            operand(blocks.stages, blocks.block_k),
-            plgpu.SMEM((blocks.consumers, blocks.block_q), jnp.float32),
-            plgpu.Barrier(num_barriers=blocks.consumers),
-            plgpu.Barrier(num_barriers=blocks.stages),
-            plgpu.Barrier(num_barriers=blocks.stages),
-            plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=blocks.consumers),
-            plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=blocks.consumers),
-            plgpu.Barrier(num_arrivals=blocks.consumers),
+            *(own, slots, slots, plgpu.SMEM((CONSUMERS, blocks.block_q), jnp.float32)),
+            plgpu.Barrier(num_barriers=CONSUMERS),
+            *(ready(blocks), ready(blocks), free(blocks), free(blocks)),
+            plgpu.Barrier(num_arrivals=CONSUMERS),
         ],
     )
     out = out[:, :T, :, :H]
     residuals = (q, k, v, mask, sinks, out, lse)
-    return (out, _natural(lse, T)) if return_lse else out, residuals
+    return (out, natural_lse(lse[:, :, :T])) if return_lse else out, residuals
 
 
-def _operand(count, rows, *, width, dtype):
-    swizzle = plgpu.find_swizzle(16 * width)
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM((count, rows, width), dtype, transforms=transforms)
-
-
-def _natural(lse, T):
-    lse = lse[:, :, :T]
+def natural_lse(lse):
+    """Base 2, (B, N, T), to base e, (B, T, N); -inf where a query sees nothing."""
     return jnp.swapaxes(jnp.where(lse == LOWEST, -jnp.inf, lse / LOG2_E), 1, 2)
 
 
-def _pad(x, width):
+def round_up(n: int, multiple: int) -> int:
+    return pl.cdiv(n, multiple) * multiple
+
+
+def to_blocks(x, block: int):
+    """Zeros after the last dimension, to whole blocks: TMA wants rows of 16 bytes, and loads past no edge."""
+    return jnp.pad(jnp.asarray(x), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
+
+
+def whole_rows(x):
+    """(B, T, N, H) with T and H as TMA and wgmma want them; x itself where they are."""
     _, length, _, H = x.shape
-    return jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, width - H)))
+    return jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, -H % 16)))
 
 
-def _key_lists(mask, q, k, tile_q, block_k):
+def like_of(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def operand(count: int, rows: int, like):
+    """Shared memory for `count` tiles in the order that wgmma reads: blocks of 8 rows, swizzled."""
+    width = round_up(like.shape[-1], 16)
+    swizzle = plgpu.find_swizzle(16 * width)
+    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
+    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM((count, rows, width), like.dtype, transforms=(tiling, swizzling))
+
+
+def ready(blocks: Blocks, copies: int = 1):
+    """For each slot, that its copies have arrived."""
+    return plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=copies)
+
+
+def free(blocks: Blocks):
+    """For each slot, that every consumer is done with it."""
+    return plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=CONSUMERS)
+
+
+def tile_lists(lists: Callable, mask, q, k, tile_q: int, tile_k: int, *, only_keys: bool):
+    """The mask, padded to whole tiles, and its tile lists; neither where every tile is seen whole.
+
+    Keys past the edge have to be hidden, where keys are walked; queries there are zero, and add zero.
+    """
     T, S = q.shape[1], k.shape[1]
-    if mask is None and S % block_k == 0:
+    if mask is None and not (only_keys and S % tile_k):
         return None, None
     mask = AttentionMask.full(T, S) if mask is None else mask
-    lists = tiles.key_tiles(mask, tile_q, block_k)
-    to = lambda x, block: None if x is None else jnp.pad(jnp.asarray(x), ((0, 0), (0, -x.shape[1] % block)))
-    mask = dataclasses.replace(
+    private = mask.k_private is not None
+    whole = dataclasses.replace(
         mask,
-        start=to(mask.start, tile_q),
-        end=to(mask.end, tile_q),
-        q_private=to(mask.q_private, tile_q),
-        k_private=to(mask.k_private, block_k),
+        start=to_blocks(mask.start, tile_q),
+        end=to_blocks(mask.end, tile_q),
+        q_private=to_blocks(mask.q_private, tile_q) if private else None,
+        k_private=to_blocks(mask.k_private, tile_k) if private else None,
     )
-    return mask, lists
+    return whole, lists(mask, tile_q, tile_k)
 
 
-def _run(kernel, *arrays, name, programs, threads, out_type, scratch):
-    flat, tree = jax.tree.flatten(arrays)
+def run_kernel(kernel, *arrays, name, programs, out_type, scratch):
+    """A grid of one dimension: the others hold 65,535 at most, and are left to vmap.
+
+    Mosaic takes no cost estimate.
+    """
+    leaves, tree = jax.tree.flatten(arrays)
 
     def body(*refs):
-        kernel(*jax.tree.unflatten(tree, refs[: len(flat)]), *refs[len(flat) :])
+        kernel(*jax.tree.unflatten(tree, refs[: len(leaves)]), *refs[len(leaves) :])
 
     return plgpu.kernel(
         body,
@@ -125,35 +201,12 @@ def _run(kernel, *arrays, name, programs, threads, out_type, scratch):
         scratch_types=scratch,
         grid=(programs,),
         grid_names=("program",),
-        num_threads=threads,
+        num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if backend.interpret() else None,
-    )(*flat)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    scale: float
-    softcap: float | None
-
-    @classmethod
-    def of(cls, q, scale: float | None, softcap: float | None) -> "Scores":
-        return cls(q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-
-    def __call__(self, products):
-        if self.softcap is None:
-            return products * (self.scale * LOG2_E), None
-        tanh = jnp.tanh(products * (self.scale / self.softcap))
-        return tanh * (self.softcap * LOG2_E), tanh
-
-    def through(self, d_scores, tanh):
-        return d_scores if tanh is None else d_scores * (1 - tanh * tanh)
-
-
-ROWS = plgpu.Layout.WGMMA.reduce(1)
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+    )(*leaves)
 
 
 def _forward_kernel(
@@ -161,145 +214,231 @@ def _forward_kernel(
     q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free, turn,
     *, scores, blocks,
 ):  # fmt: skip
+    """Online softmax over the key tiles: FlashAttention-3, algorithm 1, and its scheduling barrier (section 3.1)."""
     block_q, block_k = blocks.block_q, blocks.block_k
-    batch, head, tile = _program(q_ref, block_q * blocks.consumers)
+    batch, head, tile = program_of(q_ref, CONSUMERS * block_q)
     kv_head = lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[2]))
+    walk = Walk.of(lists, batch, tile, pl.cdiv(k_ref.shape[1], block_k))
     me = lax.axis_index("warpgroup")
-    walk = _Walk.of(lists, batch, tile, k_ref.shape[1] // block_k)
 
-    @pl.when(me == blocks.consumers)
+    @pl.when(me == CONSUMERS)
     def _produce():
-        plgpu.set_max_registers(24, action="decrease")
+        keys = lambda ref: lambda i: ref.at[batch, pl.ds(walk.place(i)[1] * block_k, block_k), kv_head]
+        fill(walk, blocks, Stream(k_ready, k_free, [(keys(k_ref), k_smem)]),
+              Stream(v_ready, v_free, [(keys(v_ref), v_smem)]))  # fmt: skip
 
-        @pl.loop(0, walk.seen)
-        def _(i):
-            slot = lax.rem(i, jnp.int32(blocks.stages))
-            rows = (batch, pl.ds(walk.nth(i) * block_k, block_k), kv_head)
-            for ref, smem, ready, free in ((k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)):
-
-                @pl.when(i >= blocks.stages)
-                def _wait(free=free):
-                    plgpu.barrier_wait(free.at[slot])
-
-                plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot], ready.at[slot])
-
-    @pl.when(me < blocks.consumers)
-    def _consume():
-        plgpu.set_max_registers(240, action="increase")
-        start_q = (tile * blocks.consumers + me) * block_q
-        rows = (batch, pl.ds(start_q, block_q), head)
-        plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem.at[me], q_ready.at[me])
-        seen_by = _seen_by_queries(mask, batch, start_q, block_q)
+    @pl.when(me < CONSUMERS)
+    def _consumer_kernel():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        start_q = (tile * CONSUMERS + me) * block_q
+        mine = (batch, pl.ds(start_q, block_q), head)
+        plgpu.copy_gmem_to_smem(q_ref.at[mine], q_smem.at[me], q_ready.at[me])
+        seen = Seen(mask, batch).by_rows(start_q, block_q)
         plgpu.barrier_wait(q_ready.at[me])
 
-        def rendezvous():
-            if blocks.consumers > 1:
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+        def change_turns():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
 
         def step(i, carry, *, masked):
             acc, top, total = carry
-            slot = lax.rem(i, jnp.int32(blocks.stages))
+            slot = slot_of(i, blocks)
             plgpu.barrier_wait(k_ready.at[slot])
 
-            def product(acc_ref):
-                plgpu.wgmma(acc_ref, q_smem.at[me], k_smem.at[slot].transpose((1, 0)))
-                rendezvous()
-                return acc_ref[...]
+            def product(score_ref):
+                plgpu.wgmma(score_ref, q_smem.at[me], k_smem.at[slot].transpose((1, 0)))
+                change_turns()
+                return score_ref[...]
 
-            score, _ = scores(pl.run_scoped(product, plgpu.ACC((block_q, block_k), jnp.float32)))
+            score, _ = scores(pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((block_q, block_k), jnp.float32)))
             plgpu.barrier_arrive(k_free.at[slot])
             if masked:
-                score = jnp.where(seen_by(walk.nth(i) * block_k, block_k), score, -jnp.inf)
+                score = jnp.where(seen(walk.place(i)[1] * block_k, block_k), score, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(score, axis=1))
             decay = jnp.exp2(top - new_top)
-            weights = jnp.exp2(score - _across(new_top, score))
+            weights = jnp.exp2(score - down(new_top, score.shape))
             total = total * decay + jnp.sum(weights, axis=1)
-            acc = acc * _across(decay, acc)
-            narrow = weights.astype(v_ref.dtype)
-            acc, total, narrow = lax.optimization_barrier((acc, total, narrow))
-            if blocks.consumers > 1:
-                plgpu.barrier_arrive(turn)
+            acc = acc * down(decay, acc.shape)
+            # All of it before the turn changes: the compiler would move it into the other's time.
+            acc, total, narrow = lax.optimization_barrier((acc, total, weights.astype(v_ref.dtype)))
+            plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(v_ready.at[slot])
-            if blocks.consumers > 1:
-                plgpu.barrier_wait(turn)
-
-            def accumulate(acc_ref):
-                plgpu.wgmma(acc_ref, narrow, v_smem.at[slot])
-
-            acc = pl.run_state(accumulate)(plgpu.ACC.init(acc))
+            plgpu.barrier_wait(turn)
+            acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, narrow, v_smem.at[slot]))(
+                plgpu.WGMMAAccumulatorRef.init(acc)
+            )
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, new_top, total
 
-        row = lambda value: plgpu.layout_cast(jnp.full((block_q,), value, jnp.float32), ROWS)
-        if sinks_ref is None:
-            top, total = row(LOWEST), row(0.0)
-        else:
-            top, total = row(sinks_ref[head] * LOG2_E), row(1.0)
-        acc = plgpu.layout_cast(jnp.zeros((block_q, q_smem.shape[2]), jnp.float32), plgpu.Layout.WGMMA)
-        pl.when(me == 1)(rendezvous)
-        carry = lax.fori_loop(0, walk.whole, functools.partial(step, masked=False), (acc, top, total))
-        if mask is not None:
-            carry = lax.fori_loop(walk.whole, walk.seen, functools.partial(step, masked=True), carry)
-        acc, top, total = carry
-        pl.when(me == 0)(rendezvous)
-        total = jnp.where(total == 0.0, 1.0, total)
-        q_smem.at[me][...] = (acc * _across(1.0 / total, acc)).astype(out_ref.dtype)
+        # A sink is a key with this score and no value: the sum begins with it.
+        first, one = (LOWEST, 0.0) if sinks_ref is None else (sinks_ref[head] * LOG2_E, 1.0)
+        row = lambda x: plgpu.layout_cast(jnp.full((block_q,), x, jnp.float32), ROWS)
+        pl.when(me == 1)(change_turns)  # the second begins half a step later
+        acc, top, total = walk.run(step, (zeros(q_smem), row(first), row(one)))
+        pl.when(me == 0)(change_turns)
+        total = jnp.where(total == 0.0, 1.0, total)  # a query that saw nothing: its output is 0
+        q_smem.at[me][...] = (acc * down(1.0 / total, acc.shape)).astype(out_ref.dtype)
         lse_smem.at[me][...] = top + jnp.log2(total)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_smem.at[me], out_ref.at[rows])
+        plgpu.copy_smem_to_gmem(q_smem.at[me], out_ref.at[mine])
         plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, pl.ds(start_q, block_q)])
         plgpu.wait_smem_to_gmem(0)
 
 
-def _across(row, like):
-    return lax.broadcast_in_dim(row, like.shape, [0])
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Tiles that come together: copies are (step -> where in global memory, slots in shared memory)."""
+
+    ready: Any
+    free: Any
+    copies: list[tuple[Callable, Any]]
 
 
-def _program(ref, block):
-    _, length, heads, _ = ref.shape
-    program = lax.axis_index("program")
-    count, heads = jnp.int32(pl.cdiv(length, block)), jnp.int32(heads)
-    rest = lax.div(program, count)
-    return lax.div(rest, heads), lax.rem(rest, heads), lax.rem(program, count)
+def fill(walk: "Walk", blocks: Blocks, *streams: Stream) -> None:
+    """The producer: keeps the ring full, and sees the last slots freed, as the interpreter demands."""
+    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+    @pl.loop(0, walk.steps + blocks.stages)
+    def _(i):
+        slot = slot_of(i, blocks)
+        for stream in streams:
+            pl.when(i >= blocks.stages)(functools.partial(plgpu.barrier_wait, stream.free.at[slot]))
+
+            @pl.when(i < walk.steps)
+            def _copy(stream=stream):
+                for source, smem in stream.copies:
+                    plgpu.copy_gmem_to_smem(source(i), smem.at[slot], stream.ready.at[slot])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Walk:
-    nth: object
-    whole: object
-    seen: object
+class Walk:
+    """The tiles of one program, for each of `group` heads: first those seen whole, then those seen in part."""
+
+    order: Callable
+    whole: Any
+    seen: Any
+    group: int
 
     @classmethod
-    def of(cls, lists, batch, row, count):
+    def of(cls, lists, batch, row, count: int, group: int = 1) -> "Walk":
         if lists is None:
-            return cls(lambda i: i, count, count)
-        example = _example(lists.whole, batch)
-        return cls(lambda i: lists.order[example, row, i], lists.whole[example, row], lists.seen[example, row])
+            every = jnp.int32(count)
+            return cls(lambda i: i, every, every, group)
+        example = row_of(lists.whole, batch)
+        order = lambda i: lists.order[example, row, i]
+        return cls(order, lists.whole[example, row], lists.seen[example, row], group)
+
+    @property
+    def steps(self):
+        return self.group * self.seen
+
+    def place(self, i):
+        """(head of the group, tile) of a step."""
+        if self.group == 1:
+            return 0, self.order(i)
+        first = i < self.group * self.whole
+        span = jnp.where(first, self.whole, self.seen - self.whole)
+        i = jnp.where(first, i, i - self.group * self.whole)
+        return lax.div(i, span), self.order(jnp.where(first, 0, self.whole) + lax.rem(i, span))
+
+    def run(self, step: Callable, carry):
+        """`step(i, carry, masked=...)` over all steps."""
+        whole = self.group * self.whole
+        carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
+        if self.seen is self.whole:
+            return carry
+        return lax.fori_loop(whole, self.steps, functools.partial(step, masked=True), carry)
 
 
-def _example(ref, batch):
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Which scores of a tile count: loads its own side once, the other for each tile."""
+
+    mask: Any
+    batch: Any
+
+    def _vector(self, ref, start, size: int, layout):
+        return load(ref.at[row_of(ref, self.batch), pl.ds(start, size)], layout)
+
+    def by_rows(self, start_q, block_q: int) -> Any:
+        """(start_k, block_k) -> bool (block_q, block_k)."""
+        if self.mask is None:
+            return None
+        queries = [self._vector(ref, start_q, block_q, ROWS) for ref in self._of_queries()]
+
+        def seen(start_k, block_k):
+            shape = (block_q, block_k)
+            keys = lambda ref: along(self._vector(ref, start_k, block_k, COLUMNS), shape)
+            return self._scores([down(x, shape) for x in queries], keys, _positions(shape, 1, start_k))
+
+        return seen
+
+    def by_columns(self, start_k, block_k: int) -> Any:
+        """(start_q, block_q) -> bool (block_k, block_q)."""
+        if self.mask is None:
+            return None
+        private = self.mask.k_private
+        own = None if private is None else self._vector(private, start_k, block_k, ROWS)
+
+        def seen(start_q, block_q):
+            shape = (block_k, block_q)
+            queries = [along(self._vector(ref, start_q, block_q, COLUMNS), shape) for ref in self._of_queries()]
+            return self._scores(queries, lambda _: down(own, shape), _positions(shape, 0, start_k))
+
+        return seen
+
+    def _of_queries(self):
+        return [x for x in (self.mask.start, self.mask.end, self.mask.q_private) if x is not None]
+
+    def _scores(self, queries, keys: Callable, position):
+        start, end, *private = queries
+        seen = (start <= position) & (position < end)
+        if not private:
+            return seen
+        k_private = keys(self.mask.k_private)
+        return seen & ((k_private == 0) | (k_private == private[0]))
+
+
+def program_of(ref, block: int):
+    """Batch index, head and number of this program's tile; a head's tiles run side by side."""
+    _, length, heads, _ = ref.shape
+    program, count = lax.axis_index("program"), jnp.int32(pl.cdiv(length, block))
+    rest = lax.div(program, count)
+    return lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads)), lax.rem(program, count)
+
+
+def row_of(ref, batch):
+    """Which row of a mask's array belongs to an example; one row may serve all."""
     return jnp.int32(0) if ref.shape[0] == 1 else batch
 
 
-def _seen_by_queries(mask, batch, start_q, block_q):
-    if mask is None:
-        return None
-    example = _example(mask.start, batch)
-    load = lambda ref, start, size, layout: plgpu.load(
-        ref.at[example, pl.ds(start, size)], layout=layout, optimized=False
-    )
-    start, end = (load(ref, start_q, block_q, ROWS) for ref in (mask.start, mask.end))
-    private = None if mask.q_private is None else load(mask.q_private, start_q, block_q, ROWS)
+def pinned(index):
+    """The index, hidden from the compiler: else it computes what depends on it before the loop, and spills that."""
+    return lax.optimization_barrier(index)
 
-    def seen(start_k, block_k):
-        shape = (block_q, block_k)
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + start_k
-        of_queries = lambda x: lax.broadcast_in_dim(x, shape, [0])
-        sees = (of_queries(start) <= key) & (key < of_queries(end))
-        if private is None:
-            return sees
-        k_private = lax.broadcast_in_dim(load(mask.k_private, start_k, block_k, COLUMNS), shape, [1])
-        return sees & ((k_private == 0) | (k_private == of_queries(private)))
 
-    return seen
+def slot_of(i, blocks: Blocks):
+    return pinned(lax.rem(i, jnp.int32(blocks.stages)))
+
+
+def load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def down(row, shape):
+    """A number for each row of a tile, at all its columns."""
+    return lax.broadcast_in_dim(row, shape, [0])
+
+
+def along(column, shape):
+    """A number for each column of a tile, at all its rows."""
+    return lax.broadcast_in_dim(column, shape, [1])
+
+
+def _positions(shape, axis: int, start):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) + start
+
+
+def zeros(smem):
+    """An accumulator for the rows of one tile."""
+    return plgpu.layout_cast(jnp.zeros(smem.shape[1:], jnp.float32), plgpu.Layout.WGMMA)

@@ -49,7 +49,7 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
         programs=pl.cdiv(T, blocks.block_q) * N * B,
         blocks=blocks,
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        work=cost.forward(q, k, v, mask, sinks),
+        work=cost.forward(q, k, v, cost.without_values(mask), sinks),
     )
     residuals = (q, k, v, mask, sinks, out, lse)
     return (out, _natural(lse)) if return_lse else out, residuals
@@ -80,7 +80,7 @@ def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scores, name):
         programs=pl.cdiv(T, blocks.block_q) * N * B,
         blocks=blocks,
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        work=cost.backward_dq(q, k, v, mask),
+        work=cost.backward_dq(q, k, v, cost.without_values(mask)),
     )
     blocks = blocks_for("dkv", q, k, mask)
     d_k, d_v = run(
@@ -91,7 +91,7 @@ def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scores, name):
         programs=pl.cdiv(S, blocks.block_k) * K * B,
         blocks=blocks,
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        work=cost.backward_dkv(q, k, v, mask),
+        work=cost.backward_dkv(q, k, v, cost.without_values(mask)),
     )
     return d_q, d_k, d_v, delta
 

@@ -280,6 +280,21 @@ def test_cost_of_a_mask_whose_values_are_not_known_is_that_of_none():
     assert cost.forward(q, k, v, mask, None).flops == cost.forward(q, k, v, None, None).flops
 
 
+def test_a_kernel_is_compiled_once_for_all_masks_of_a_shape():
+    """Outside jit a kernel is given values; an estimate made of them would be another kernel for each."""
+    q = jnp.ones((1, 32, 1, 16))
+
+    def estimate(mask):
+        static = {"scale": None, "softcap": None, "return_lse": False}
+        with backend.interpret_mode():
+            jaxpr = jax.make_jaxpr(lambda q: triton.forward(q, q, q, mask, None, **static)[0])(q)
+        [call] = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
+        return call.params["cost_estimate"]
+
+    windows = [AttentionMask.sliding_window(32, left=left) for left in (2, 20)]
+    assert estimate(windows[0]) == estimate(windows[1])
+
+
 def test_cost_counts_every_array_once():
     arrays = (*shapes(2, 40, 6, 72, 24, 3), AttentionMask.causal(40, 24), jax.ShapeDtypeStruct((6,), jnp.float32))
     static = {"scale": None, "softcap": None, "return_lse": False}

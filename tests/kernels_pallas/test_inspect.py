@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas import deviceless, inspect
 from kernels_pallas.hardware import H200
-from kernels_pallas.op import Case, Kernel, Op
+from kernels_pallas.op import PASSES, Case, Cost, Kernel, Op
 
 
 def needs_compiler(test):
@@ -27,7 +27,10 @@ def command(*words: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "words, wanted",
     [
-        (["no_op"], "flash_attention, modulated_norm"),
+        (
+            ["no_op"],
+            "flash_attention, flash_attention_tangent, decode_attention, paged_decode_attention, modulated_norm",
+        ),
         (["--device", "h900"], "h200, h100, a100, b200"),
         (["--kernel", "no_kernel"], "triton"),
         (["modulated_norm", "--case", "no_case"], "tiny_layer"),
@@ -43,7 +46,9 @@ def test_unknown_name_is_one_line_with_the_choices(words, wanted):
 @pytest.mark.parametrize("device, present, absent", [("h200", "wgmma", "mma_sync"), ("a100", "mma_sync", "wgmma")])
 @needs_compiler
 def test_matrix_instructions_are_those_of_the_device(device, present, absent):
-    run = command("flash_attention", "--case", "tiny_bf16_h72", "--device", device, "--json")
+    run = command(
+        "flash_attention", "--kernel", "triton", "--case", "tiny_unified_bf16_h72", "--device", device, "--json"
+    )
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert {(row["pass"], row["function"]) for row in rows} == {
@@ -125,7 +130,13 @@ def test_a_kernel_that_does_not_compile_has_one_line_that_says_why(tmp_path):
 
     array = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
     kernel = Kernel(lambda x, y: (too_large(x, y), (x, y)), backward, lambda x, y: None)
-    toy = Op("toy", jnp.matmul, {"triton": kernel}, {}, {"large": Case((array, array))})
+    toy = Op(
+        "toy",
+        jnp.matmul,
+        {"triton": kernel},
+        {p: lambda *_: Cost(1, 1) for p in PASSES},
+        {"large": Case((array, array))},
+    )
     mesh = deviceless.mesh("h200")
     forward, backward = inspect._rows(toy, "triton", "large", "h200", mesh, tmp_path / "dump")
     assert "Shared memory size limit exceeded" in forward["error"]

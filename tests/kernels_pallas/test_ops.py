@@ -48,8 +48,10 @@ def refusal(name, kernel, case):
     return OPS[name].kernels[kernel].unsupported(*case_.arrays, **case_.static)
 
 
+# What JAX's interpreter can check. For a kernel that it cannot, a file of its own teaches it to, as far as that goes.
+INTERPRETED = [run for run in EVERY if not OPS[run[0]].kernels[run[1]].needs_gpu_proof]
 with backend.interpret_mode():
-    TINY = [run for run in EVERY if OPS[run[0]].cases[run[2]].tiny and not refusal(*run)]
+    TINY = [run for run in INTERPRETED if OPS[run[0]].cases[run[2]].tiny and not refusal(*run)]
 
 
 def every(runs):
@@ -429,7 +431,8 @@ def test_matrix_products_use_the_best_unit_of_the_device(inspected):
     for row in rows:
         case = OPS[row["op"]].cases[row["case"]]
         products = "dot_general" in str(jax.make_jaxpr(implementation(row["op"], "xla", row["case"]))(*case.arrays))
-        if products and not case.tiny and jax.tree.leaves(case.arrays)[0].dtype == jnp.bfloat16:
+        merges = row["function"].partition("__")[0].endswith("_merge")  # adds parts up, multiplies no matrices
+        if products and not merges and not case.tiny and jax.tree.leaves(case.arrays)[0].dtype == jnp.bfloat16:
             assert row[present] > 0 and row[absent] == 0, row
 
 
