@@ -207,8 +207,8 @@ def _or_nothing(sees, start, end):
 
 
 def known(array) -> bool:
-    """Whether an array has values, not only a shape."""
-    return not isinstance(array, Tracer | jax.ShapeDtypeStruct)
+    """Whether an array has values that this process can see: not when tracing, nor in another host's memory."""
+    return not isinstance(array, Tracer | jax.ShapeDtypeStruct) and getattr(array, "is_fully_addressable", True)
 
 
 def _integers(constructor: str, *, ndim: int, **named) -> jax.Array:
