@@ -18,7 +18,11 @@ FLASH_ATTENTION = Op(
     reference=reference,
     kernels={
         "mosaic_gpu": Kernel(
-            mosaic_gpu.forward, mosaic_gpu_backward.backward, mosaic_gpu.unsupported, needs_gpu_proof=True
+            mosaic_gpu.forward,
+            mosaic_gpu_backward.backward,
+            mosaic_gpu.unsupported,
+            candidates=mosaic_gpu.CANDIDATES,
+            needs_gpu_proof=True,
         ),
         "triton": Kernel(triton.forward, triton.backward, triton.unsupported, candidates=CANDIDATES),
         "cudnn": Kernel(cudnn.forward, cudnn.backward, cudnn.unsupported, library=True),

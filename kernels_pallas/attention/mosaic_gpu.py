@@ -23,7 +23,8 @@ warpgroup); backward, FlashAttention-2, https://arxiv.org/abs/2307.08691, algori
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import backend
+from .. import backend, tuning
 from . import tiles
 from .mask import AttentionMask
 from .scores import LOG2_E, LOWEST, Scores
@@ -56,8 +57,39 @@ class Blocks:
     overlap: bool = True  # backward: whether the second product runs while the first one's exponentials do
 
 
-def blocks_for(kernel: str, width: int, masked: bool) -> Blocks:
-    """The blocks of "forward", "dq" or "dkv": none spills without a soft cap, and all fit in shared memory."""
+NAMES = {
+    "forward": "flash_attention_forward.mosaic_gpu",
+    "dq": "flash_attention_backward_dq.mosaic_gpu",
+    "dkv": "flash_attention_backward_dkv.mosaic_gpu",
+}
+
+
+def blocks_for(kernel: str, q, k, mask) -> Blocks:
+    """The blocks of one of NAMES; what was measured counts for lengths like the one that a program walks."""
+    return tuning.blocks(
+        NAMES[kernel],
+        untuned(kernel, q.shape[-1], mask is not None),
+        dtype=q.dtype,
+        width=q.shape[-1],
+        mask="none" if mask is None else mask.kind,
+        size=(q if kernel == "dkv" else k).shape[1],
+    )
+
+
+def candidates(default: Blocks, *, kernel: str, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
+    """What `tune` tries: tiles of what a program walks, slots, and in the backward both orders of its products."""
+    del default, dtype, width, mask, size
+    for walked, stages, overlap in itertools.product((64, 128), (1, 2, 3, 4), (True, False)):
+        if overlap or kernel != "forward":
+            block_q, block_k = (walked, 64) if kernel == "dkv" else (64, walked)
+            yield Blocks(block_q, block_k, stages, overlap)
+
+
+CANDIDATES = {name: functools.partial(candidates, kernel=kernel) for kernel, name in NAMES.items()}
+
+
+def untuned(kernel: str, width: int, masked: bool) -> Blocks:
+    """Without a measurement: none spills without a soft cap, and all fit in shared memory."""
     if kernel == "dq" and masked and 64 < width <= 96:
         return _DQ_MASKED  # two loops, one with the mask, take more registers than one
     return _BLOCKS[kernel, next(w for w in (64, 96, 128, 256) if width <= w)]
@@ -98,7 +130,7 @@ def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | No
 def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
     """The output, and (q, k, v, mask, sinks, out, lse) for `backward`."""
     B, T, N, H = q.shape
-    blocks = blocks_for("forward", H, mask is not None)
+    blocks = blocks_for("forward", q, k, mask)
     tile_q = CONSUMERS * blocks.block_q
     rows = round_up(T, tile_q)
     arrays = [whole_rows(x) for x in (q, k, v)]

@@ -63,7 +63,7 @@ def backward(residuals, d_out, *, scale, softcap, return_lse):
 
 def _dq(q, k, v, d_out, mask, lse, delta, scores):
     B, T, N, H = q.shape
-    blocks = blocks_for("dq", H, mask is not None)
+    blocks = blocks_for("dq", q, k, mask)
     tile_q = CONSUMERS * blocks.block_q
     arrays = [whole_rows(x) for x in (q, k, v, d_out)]
     own, slots = operand(CONSUMERS, blocks.block_q, q), operand(blocks.stages, blocks.block_k, q)
@@ -84,7 +84,7 @@ def _dq(q, k, v, d_out, mask, lse, delta, scores):
 
 def _dkv(q, k, v, d_out, mask, lse, delta, scores):
     B, S, K, H = k.shape
-    blocks = blocks_for("dkv", H, mask is not None)
+    blocks = blocks_for("dkv", q, k, mask)
     owners = 1 if shared_keys(H) else CONSUMERS
     tile_k = owners * blocks.block_k
     arrays = [whole_rows(x) for x in (q, k, v, d_out)]
