@@ -56,6 +56,7 @@ class Case:
     origin: str = ""
     tiny: bool = False  # small enough for interpret mode on a CPU
     make: Callable[[jax.Array], tuple[Any, ...]] | None = None  # where values matter
+    huge: bool = False  # too large for the definition, even on a GPU: only `bench` runs it, beside a library
 
     def random(self, key: jax.Array) -> tuple[Any, ...]:
         """Fresh inputs: standard normal, unless the case makes its own."""

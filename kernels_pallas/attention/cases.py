@@ -14,7 +14,7 @@ from .reference import flash_attention
 
 def _case(
     B, T, N, H, *, S=None, K=None, mask: Callable[[], AttentionMask] | None = None, sinks=False,
-    dtype=jnp.float32, softcap=None, return_lse=False, origin="", tiny=False,
+    dtype=jnp.float32, softcap=None, return_lse=False, origin="", tiny=False, huge=False,
 ) -> Case:  # fmt: skip
     """`mask` is called when the values are wanted, not when the package is imported: that would start JAX."""
     q = jax.ShapeDtypeStruct((B, T, N, H), dtype)
@@ -22,7 +22,7 @@ def _case(
     sink = jax.ShapeDtypeStruct((N,), jnp.float32) if sinks else None
     shapes = (q, kv, kv, None if mask is None else jax.eval_shape(mask), sink)
     static = {"scale": None, "softcap": softcap, "return_lse": return_lse}
-    return Case(shapes, static, origin, tiny, mask and functools.partial(_make, shapes, mask))
+    return Case(shapes, static, origin, tiny, mask and functools.partial(_make, shapes, mask), huge)
 
 
 def _make(shapes, mask, key):
@@ -93,7 +93,7 @@ MODEL = {
     "jit_h16_256": model(32, 256, 16, 80, origin="JiT-H/16, 256 px: width 1280 in 16 heads"),
     "sd3_joint_1024": model(2, 4250, 24, 64, origin="SD3, 1024 px: 4,096 image and 154 text tokens together"),
     "flux_1024": model(1, 4608, 24, 128, origin="FLUX.1, 1024 px: 4,096 image and 512 text tokens"),
-    "video_32k": model(1, 32760, 12, 128, origin="Wan2.1-1.3B, 81 frames of 832 x 480: 21 x 30 x 52 tokens"),
+    "video_32k": model(1, 32760, 12, 128, huge=True, origin="Wan2.1-1.3B, 81 frames of 832 x 480: 21 x 30 x 52 tokens"),
     "llm_4k": model(
         1, 4096, 32, 128, K=8, mask=lambda: AttentionMask.causal(4096), origin="Llama-3-8B at 4,096 tokens"
     ),
@@ -102,11 +102,12 @@ MODEL = {
         origin="DiT-XL/2 on images of eight sizes in one sequence, as NaViT packs them",
     ),
     "mixed_8k": model(
-        1, 8192, 32, 128, K=8, mask=lambda: _mixed(512, 1024, 1024, 1024, 1536, 2048, 1024),
+        1, 8192, 32, 128, K=8, mask=lambda: _mixed(512, 1024, 1024, 1024, 1536, 2048, 1024), huge=True,
         origin="text and three images, as Transfusion has them",
     ),
     "unified_32k": model(
-        1, 32768, 28, 128, K=4, mask=lambda: _unified([(512, 4096, 256)] * 3 + [(512, 2048, 256)], padding=1024),
+        1, 32768, 28, 128, K=4, huge=True,
+        mask=lambda: _unified([(512, 4096, 256)] * 3 + [(512, 2048, 256)], padding=1024),
         origin="BAGEL-7B: packed documents, each with the noised and the clean copy of an image",
     ),
 }  # fmt: skip
