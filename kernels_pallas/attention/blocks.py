@@ -1,4 +1,4 @@
-"""How the Triton kernels cut their work: measured where `tune` has measured, else by these tables."""
+"""How the kernels cut their work: as measured where `tune` has measured; else the Triton kernels by these tables."""
 
 import dataclasses
 import functools
@@ -30,14 +30,14 @@ NAMES = {
 
 def blocks_for(kernel: str, q, k, mask) -> Blocks:
     """The blocks of one of NAMES; what was measured counts for lengths like the one that a program walks."""
-    return tuning.blocks(
-        NAMES[kernel],
-        untuned(kernel, q.shape[-1], q.dtype, mask is not None),
-        dtype=q.dtype,
-        width=q.shape[-1],
-        mask="none" if mask is None else mask.kind,
-        size=(q if kernel == "dkv" else k).shape[1],
-    )
+    default = untuned(kernel, q.shape[-1], q.dtype, mask is not None)
+    return measured(NAMES[kernel], default, q, mask, walked=q if kernel == "dkv" else k)
+
+
+def measured[B](name: str, default: B, q, mask, *, walked) -> B:
+    """What `tune` found for a kernel of any road, else the default; `walked` is the array whose length decides."""
+    kind = "none" if mask is None else mask.kind
+    return tuning.blocks(name, default, dtype=q.dtype, width=q.shape[-1], mask=kind, size=walked.shape[1])
 
 
 def untuned(kernel: str, width: int, dtype, masked: bool) -> Blocks:

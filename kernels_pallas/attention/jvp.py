@@ -64,8 +64,8 @@ def flash_attention_jvp(
     return _Attention(jax.tree.map(jax.typeof, arrays), scale, softcap, implementation)(*arrays)
 
 
-class _Attention(hijax.HiPrim):
-    """out of (q, k, v, mask, sinks)."""
+class _LikeQueries(hijax.HiPrim):
+    """A function of arrays whose value has the shape of the first; under vmap the examples come first."""
 
     params: dict[str, Any]
 
@@ -74,6 +74,14 @@ class _Attention(hijax.HiPrim):
         self.out_aval = in_avals[0]
         self.params = {"scale": scale, "softcap": softcap, "implementation": implementation}
         super().__init__()
+
+    def batch_dim_rule(self, axis_data, dims):
+        del axis_data, dims
+        return 0
+
+
+class _Attention(_LikeQueries):
+    """out of (q, k, v, mask, sinks)."""
 
     def expand(self, *arrays):
         return FLASH_ATTENTION(*arrays, return_lse=False, **self.params)
@@ -99,21 +107,9 @@ class _Attention(hijax.HiPrim):
             t_out = t_out - (taken[..., None] * out.astype(jnp.float32)).astype(out.dtype)
         return out, t_out
 
-    def batch_dim_rule(self, axis_data, dims):
-        del axis_data, dims
-        return 0
 
-
-class _Tangent(hijax.HiPrim):
+class _Tangent(_LikeQueries):
     """t_out of (q, k, v, mask, out, lse, t_q, t_k, t_v): linear in the last three, and of first order."""
-
-    params: dict[str, Any]
-
-    def __init__(self, in_avals, scale, softcap, implementation):
-        self.in_avals = in_avals
-        self.out_aval = in_avals[0]
-        self.params = {"scale": scale, "softcap": softcap, "implementation": implementation}
-        super().__init__()
 
     def expand(self, *arrays):
         return FLASH_ATTENTION_TANGENT(*arrays, **self.params)
@@ -136,10 +132,6 @@ class _Tangent(hijax.HiPrim):
 
     def vjp_bwd_retval(self, residuals, d_t_out):
         raise NotImplementedError(SECOND_ORDER)
-
-    def batch_dim_rule(self, axis_data, dims):
-        del axis_data, dims
-        return 0
 
 
 class _SecondOrder(hijax.HiPrim):

@@ -176,6 +176,11 @@ def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> 
     return None
 
 
+def row_of(array, batch):
+    """Which row of a mask's array is an example's, in a kernel; one row may serve all."""
+    return jnp.int32(0) if array.shape[0] == 1 else batch
+
+
 def _ranges(start, end, num_keys: int, kind: str) -> AttentionMask:
     """A mask that all examples share, its ranges cut to the keys there are."""
     start, end = (np.clip(x, 0, num_keys).astype(np.int32)[None] for x in (start, end))

@@ -33,10 +33,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import backend, tuning
+from .. import backend
 from . import tiles
-from .mask import AttentionMask
-from .scores import LOG2_E, LOWEST, Scores
+from .blocks import measured
+from .mask import AttentionMask, row_of
+from .scores import LOG2_E, LOWEST, Scores, natural
 
 
 WIDTHS = (64, 72, 80, 96, 128, 256)
@@ -66,14 +67,8 @@ NAMES = {
 
 def blocks_for(kernel: str, q, k, mask) -> Blocks:
     """The blocks of one of NAMES; what was measured counts for lengths like the one that a program walks."""
-    return tuning.blocks(
-        NAMES[kernel],
-        untuned(kernel, q.shape[-1], mask is not None),
-        dtype=q.dtype,
-        width=q.shape[-1],
-        mask="none" if mask is None else mask.kind,
-        size=(q if kernel == "dkv" else k).shape[1],
-    )
+    default = untuned(kernel, q.shape[-1], mask is not None)
+    return measured(NAMES[kernel], default, q, mask, walked=q if kernel == "dkv" else k)
 
 
 def candidates(default: Blocks, *, kernel: str, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
@@ -151,12 +146,7 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
     )
     out = out[:, :T, :, :H]
     residuals = (q, k, v, mask, sinks, out, lse)
-    return (out, natural_lse(lse[:, :, :T])) if return_lse else out, residuals
-
-
-def natural_lse(lse):
-    """Base 2, (B, N, T), to base e, (B, T, N); -inf where a query sees nothing."""
-    return jnp.swapaxes(jnp.where(lse == LOWEST, -jnp.inf, lse / LOG2_E), 1, 2)
+    return (out, natural(lse[:, :, :T])) if return_lse else out, residuals
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -437,11 +427,6 @@ def program_of(ref, block: int):
     program, count = lax.axis_index("program"), jnp.int32(pl.cdiv(length, block))
     rest = lax.div(program, count)
     return lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads)), lax.rem(program, count)
-
-
-def row_of(ref, batch):
-    """Which row of a mask's array belongs to an example; one row may serve all."""
-    return jnp.int32(0) if ref.shape[0] == 1 else batch
 
 
 def pinned(index):

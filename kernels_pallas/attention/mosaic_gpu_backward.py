@@ -44,7 +44,7 @@ from .mosaic_gpu import (
     whole_rows,
     zeros,
 )
-from .scores import LOG2_E, Scores
+from .scores import Scores, d_sinks
 
 
 def backward(residuals, d_out, *, scale, softcap, return_lse):
@@ -57,8 +57,8 @@ def backward(residuals, d_out, *, scale, softcap, return_lse):
     lse = lse[:, :, :T]
     arguments = (q, k, v, d_out, mask, lse, delta, Scores.of(q, scale, softcap))
     d_q, (d_k, d_v) = _dq(*arguments), _dkv(*arguments)
-    d_sinks = None if sinks is None else _d_sinks(sinks, lse, delta)
-    return d_q[:, :T, :, :H], d_k[:, :S, :, :H], d_v[:, :S, :, :H], None, d_sinks
+    of_sinks = None if sinks is None else d_sinks(sinks, lse, delta)
+    return d_q[:, :T, :, :H], d_k[:, :S, :, :H], d_v[:, :S, :, :H], None, of_sinks
 
 
 def _dq(q, k, v, d_out, mask, lse, delta, scores):
@@ -104,12 +104,6 @@ def _dkv(q, k, v, d_out, mask, lse, delta, scores):
             plgpu.Barrier(num_arrivals=CONSUMERS),
         ],
     )
-
-
-def _d_sinks(sinks, lse, delta):
-    """d_sinks[n] = - sum_{b,t} weight of the sink * delta, for the sink's value is 0."""
-    weights = jnp.exp2(sinks.astype(jnp.float32)[None, :, None] * LOG2_E - lse)
-    return -jnp.sum(weights * delta, axis=(0, 2)).astype(sinks.dtype)
 
 
 def shared_keys(width: int) -> bool:

@@ -1,14 +1,13 @@
 """How the Triton kernels are launched: one program a tile of the output, the tiles it walks, the scores that count."""
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
 from . import tiles
 from .heads import load_row, rows
-from .mask import AttentionMask
+from .mask import AttentionMask, row_of
 
 
 def key_lists(mask, q, k, blocks):
@@ -67,11 +66,6 @@ def _loop(step, carry, tile_at, count, group: int, *, masked: bool):
         return step(tile_at(jax.lax.rem(i, count)), jax.lax.div(i, count), carry, masked=masked)
 
     return jax.lax.fori_loop(0, count * group, nth, carry)
-
-
-def row_of(ref, batch):
-    """Which row of a mask's array belongs to an example; one row may serve all."""
-    return jnp.int32(0) if ref.shape[0] == 1 else batch
 
 
 def seen_in(mask, batch, start_q, start_k, blocks, *, transposed=False):

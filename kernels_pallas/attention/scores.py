@@ -35,3 +35,14 @@ class Scores:
     def through(self, d_scores, tanh):
         """d_products / scale: the scale is left to the end, where it multiplies once."""
         return d_scores if tanh is None else d_scores * (1 - tanh * tanh)
+
+
+def natural(lse):
+    """log-sum-exp to base 2, (B, N, T), to base e, (B, T, N); -inf where a query sees nothing."""
+    return jnp.swapaxes(jnp.where(lse == LOWEST, -jnp.inf, lse / LOG2_E), 1, 2)
+
+
+def d_sinks(sinks, lse, delta):
+    """d_sinks[n] = - sum_{b,t} weight of the sink * delta, for the sink's value is 0; lse and delta are (B, N, T)."""
+    weights = jnp.exp2(sinks.astype(jnp.float32)[None, :, None] * LOG2_E - lse)
+    return -jnp.sum(weights * delta, axis=(0, 2)).astype(sinks.dtype)

@@ -18,7 +18,7 @@ from . import cost, tiles
 from .blocks import blocks_for
 from .heads import dot, load, load_row, product, store, store_row, zeros
 from .programs import key_lists, kv_head_of, program, run, seen_in, walk
-from .scores import LOG2_E, LOWEST, Scores
+from .scores import LOG2_E, LOWEST, Scores, d_sinks, natural
 
 
 WIDEST = 256
@@ -52,7 +52,7 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
         work=cost.forward(q, k, v, cost.without_values(mask), sinks),
     )
     residuals = (q, k, v, mask, sinks, out, lse)
-    return (out, _natural(lse)) if return_lse else out, residuals
+    return (out, natural(lse)) if return_lse else out, residuals
 
 
 def backward(residuals, d_out, *, scale, softcap, return_lse):
@@ -62,7 +62,7 @@ def backward(residuals, d_out, *, scale, softcap, return_lse):
     scores = Scores.of(q, scale, softcap)
     name = "flash_attention_backward"
     d_q, d_k, d_v, delta = gradients(q, k, v, mask, out, lse, d_out, d_lse, scores=scores, name=name)
-    return d_q, d_k, d_v, None, None if sinks is None else _d_sinks(sinks, lse, delta)
+    return d_q, d_k, d_v, None, None if sinks is None else d_sinks(sinks, lse, delta)
 
 
 def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scores, name):
@@ -94,17 +94,6 @@ def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scores, name):
         work=cost.backward_dkv(q, k, v, cost.without_values(mask)),
     )
     return d_q, d_k, d_v, delta
-
-
-def _d_sinks(sinks, lse, delta):
-    """d_sinks[n] = - sum_{b,t} weight of the sink * delta, for the sink's value is 0."""
-    weights = jnp.exp2(sinks.astype(jnp.float32)[None, :, None] * LOG2_E - lse)
-    return -jnp.sum(weights * delta, axis=(0, 2)).astype(sinks.dtype)
-
-
-def _natural(lse):
-    """Base 2, (B, N, T), to base e, (B, T, N); -inf where a query sees nothing."""
-    return jnp.swapaxes(jnp.where(lse == LOWEST, -jnp.inf, lse / LOG2_E), 1, 2)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_ref, *, scores, blocks):
