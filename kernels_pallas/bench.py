@@ -137,9 +137,9 @@ type Contestant = tuple[str, bool, str | Callable[[], timing.Call]]
 def _contestants(op: Op, case: Case, pass_: str, copies: Sequence[timing.Arrays]) -> Iterator[Contestant]:
     """(name, whether its answer may stand in for "xla", its call or why there is none): ours last."""
     runnable = op.runnable(*case.arrays, **case.static)
-    library = [name for name in op.kernels if name in runnable and op.kernels[name].library]
-    ours = [name for name in op.kernels if name in runnable and name not in library]
-    for name in ("xla", *library):
+    external = [name for name in op.kernels if name in runnable and op.kernels[name].external]
+    ours = [name for name in op.kernels if name in runnable and name not in external]
+    for name in ("xla", *external):
         yield name, True, functools.partial(call, op, name, case.static, pass_, copies)
     for name, peer in PEERS.get(op.name, {}).items():
         reason = peer.unsupported(*case.arrays, **case.static)

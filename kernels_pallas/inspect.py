@@ -32,7 +32,7 @@ from pathlib import Path
 import jax
 
 from . import OPS, command_line, deviceless
-from .hardware import GPUS
+from .hardware import GPUS, Hardware
 from .op import Case, Kernel, Op
 
 
@@ -63,7 +63,7 @@ def main() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "dump"
-        _dump_ptx_to(dump)
+        dump_ptx_to(dump)
         try:
             mesh = deviceless.mesh(args.device)
         except ValueError as error:
@@ -71,7 +71,7 @@ def main() -> int:
         rows = []
         for op in ops:
             for kernel, case in itertools.product(op.kernels, op.cases):
-                if op.kernels[kernel].library:
+                if op.kernels[kernel].external:
                     continue
                 if args.kernel in (None, kernel) and args.case in (None, case):
                     rows += _rows(op, kernel, case, args.device, mesh, dump)
@@ -80,7 +80,7 @@ def main() -> int:
     return int(any("error" in row for row in rows))
 
 
-def _dump_ptx_to(folder: Path) -> None:
+def dump_ptx_to(folder: Path) -> None:
     """Makes XLA write PTX and launches to `folder`; it reads its flags once, before the first compile. Mosaic too."""
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
     # Only PTX: with every emitter dumped, Triton's own passes alone are megabytes and seconds a kernel.
@@ -98,19 +98,26 @@ def _rows(op: Op, kernel: str, case: str, device: str, mesh: jax.sharding.Mesh, 
             print(f"{op.name} {kernel} {case}: skipped: {reason}", file=sys.stderr)
             return []
         for pass_ in op.passes:
-            shutil.rmtree(dump, ignore_errors=True)
-            dump.mkdir()
             start = time.monotonic()
             head = {"op": op.name, "kernel": kernel, "case": case, "pass": pass_}
             try:
-                _compile(op.kernels[kernel], op.cases[case], pass_, mesh)
-                found = sorted(_functions(op.name, dump, GPUS[device].arch), key=lambda row: row["function"])
+                found = functions_of(op.name, op.kernels[kernel], op.cases[case], pass_, GPUS[device], mesh, dump)
             except Exception as error:  # whatever it is, the other kernels still have their rows
                 found = [{"error": command_line.one_line(error)}]
             found = found or [{"error": f"no GPU function whose name starts with {op.name!r}"}]
             rows += [{**head, **row, "device": device} for row in found]
             print(*head.values(), f"{time.monotonic() - start:.1f} s", file=sys.stderr)
     return rows
+
+
+def functions_of(
+    prefix: str, kernel: Kernel, case: Case, pass_: str, gpu: Hardware, mesh: jax.sharding.Mesh, dump: Path
+) -> list[dict]:
+    """A row for each GPU function of one pass whose name starts with `prefix`, compiled for `gpu`, the mesh's."""
+    shutil.rmtree(dump, ignore_errors=True)
+    dump.mkdir()
+    _compile(kernel, case, pass_, mesh)
+    return sorted(_functions(prefix, dump, gpu.arch), key=lambda row: row["function"])
 
 
 def _compile(kernel: Kernel, case: Case, pass_: str, mesh: jax.sharding.Mesh) -> None:

@@ -59,8 +59,11 @@ def fastest(op, names: list[str], arrays, static) -> str | None:
 
 
 def passed(op, implementation: str) -> bool:
-    """Whether every row of this device's results that ran today's source of an implementation was right."""
+    """Whether this device's results hold today's source of an implementation to others', and it was never wrong.
+
+    A row that is "unchecked", for nobody else could do that size, says neither.
+    """
     today = digest(op)
     key = lambda row: (row["op"], row["implementation"], row["digest"])
     states = [r["status"] for r in rows(backend.target().kind) if key(r) == (op.name, implementation, today)]
-    return bool(states) and all(state == "ok" for state in states)
+    return "ok" in states and all(state == "ok" or state.startswith("unchecked") for state in states)

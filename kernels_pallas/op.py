@@ -80,7 +80,7 @@ class Kernel:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     unsupported: Callable[..., str | None]
-    library: bool = False  # somebody else's: nothing here to interpret or to inspect
+    external: bool = False  # somebody else's: nothing here to interpret or to inspect
     # What `tune` tries for each GPU function that asks `tuning.blocks`, by its full name:
     # (default, *, dtype, width, mask, size) -> configs of the default's class.
     candidates: Mapping[str, Callable[..., Iterable[Any]]] = dataclasses.field(default_factory=dict)

@@ -24,7 +24,6 @@ import functools
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -101,25 +100,20 @@ def tasks(ops: Sequence[Op], args) -> list[Task]:
         for implementation, (name, case) in itertools.product(op.kernels, op.cases.items()):
             kernel = op.kernels[implementation]
             wanted = name == args.case if args.case else not (case.tiny or name in op.sweep)
-            if not wanted or args.kernel not in (None, implementation) or not candidates(kernel):
+            if not wanted or args.kernel not in (None, implementation) or not kernel.candidates:
                 continue
             if reason := kernel.unsupported(*case.arrays, **case.static):
                 print(f"{op.name} {implementation} {name}: skipped: {reason}", file=sys.stderr)
                 continue
             for pass_, asked in keys(op, kernel, case).items():
                 for key, default in asked.items():
-                    if key.kernel in candidates(kernel) and key not in found:
-                        more = candidates(kernel)[key.kernel](default, **_problem(key))
+                    if key.kernel in kernel.candidates and key not in found:
+                        more = kernel.candidates[key.kernel](default, **_problem(key))
                         configs = tuple(dict.fromkeys([default, *more]))
                         found[key] = Task(op, implementation, name, pass_, key, default, configs)
     if not found:
         print("nothing to search: no kernel here names candidates for such a case", file=sys.stderr)
     return list(found.values())
-
-
-def candidates(kernel: Kernel) -> dict[str, Any]:
-    """For each tunable GPU function, by its full name, what gives its candidates."""
-    return dict(getattr(kernel, "candidates", {}))
 
 
 def _problem(key: tuning.Key) -> dict[str, Any]:
@@ -146,7 +140,7 @@ def _prune_command(parser, args, ops) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder, "dump")
-        inspect._dump_ptx_to(dump)
+        inspect.dump_ptx_to(dump)
         try:
             mesh = deviceless.mesh(device)
         except ValueError as error:
@@ -170,13 +164,12 @@ def prune(task: Task, gpu: hardware.Hardware, mesh: jax.sharding.Mesh, dump: Pat
     """A row a candidate: its registers, spills and shared memory, and a verdict: "plausible", or why not."""
     rows = []
     for config in task.configs:
-        shutil.rmtree(dump, ignore_errors=True)
-        dump.mkdir()
         row: dict[str, Any] = {"kernel": task.key.kernel, **_problem(task.key), "config": dataclasses.asdict(config)}
         try:
             with tuning.trying(task.key.kernel, config):
-                inspect._compile(task.op.kernels[task.implementation], task.op.cases[task.case], task.pass_, mesh)
-            functions = list(inspect._functions(task.key.kernel.rpartition(".")[0], dump, gpu.arch))
+                kernel, case = task.op.kernels[task.implementation], task.op.cases[task.case]
+                function = task.key.kernel.rpartition(".")[0]
+                functions = inspect.functions_of(function, kernel, case, task.pass_, gpu, mesh, dump)
             for column in ("registers", "spill_bytes", "shared_memory_bytes") if functions else ():
                 row[column] = max(function[column] for function in functions)
             row["verdict"] = _verdict(row, gpu) if functions else "plausible: it compiles, and no PTX says more"

@@ -25,7 +25,7 @@ FLASH_ATTENTION = Op(
             needs_gpu_proof=True,
         ),
         "triton": Kernel(triton.forward, triton.backward, triton.unsupported, candidates=CANDIDATES),
-        "cudnn": Kernel(cudnn.forward, cudnn.backward, cudnn.unsupported, library=True),
+        "cudnn": Kernel(cudnn.forward, cudnn.backward, cudnn.unsupported, external=True),
     },
     cost={"forward": cost.forward, "backward": cost.backward},
     cases=CASES,

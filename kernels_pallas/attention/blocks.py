@@ -70,7 +70,8 @@ def candidates(default: Blocks, *, kernel: str, dtype: str, width: int, mask: st
             yield Blocks(block_q, block_k, num_warps, num_stages)
 
 
-CANDIDATES = {name: functools.partial(candidates, kernel=kernel) for kernel, name in NAMES.items()}
+CANDIDATES = {NAMES[kernel]: functools.partial(candidates, kernel=kernel) for kernel in ("forward", "dq", "dkv")}
+TANGENT_CANDIDATES = {NAMES["tangent"]: functools.partial(candidates, kernel="tangent")}
 
 _HOPPER = {
     ("forward", 64): Blocks(64, 128, 4, 3),

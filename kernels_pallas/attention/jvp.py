@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from ..op import Kernel, Op
 from . import cost, triton_jvp
 from .api import FLASH_ATTENTION, check
-from .blocks import CANDIDATES
+from .blocks import TANGENT_CANDIDATES
 from .cases import TANGENT_CASES
 from .mask import AttentionMask
 from .reference import flash_attention_tangent as reference
@@ -29,7 +29,9 @@ FLASH_ATTENTION_TANGENT = Op(
     name="flash_attention_tangent",
     reference=reference,
     kernels={
-        "triton": Kernel(triton_jvp.forward, triton_jvp.backward, triton_jvp.unsupported, candidates=CANDIDATES),
+        "triton": Kernel(
+            triton_jvp.forward, triton_jvp.backward, triton_jvp.unsupported, candidates=TANGENT_CANDIDATES
+        ),
     },
     cost={"forward": cost.tangent_forward, "backward": cost.tangent_backward},
     cases=TANGENT_CASES,

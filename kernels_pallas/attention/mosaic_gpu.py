@@ -110,15 +110,13 @@ _DQ_MASKED = Blocks(64, 64, 3)
 def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
     """Why these arguments cannot run here, or None."""
     del mask, sinks, softcap, return_lse
+    device = backend.target()
+    if not backend.interpret() and (device.platform != "gpu" or device.capability != 9.0):
+        return f"needs a Hopper GPU (compute capability 9.0), got {device.kind}"
     if q.dtype.name not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"needs one dtype among {', '.join(DTYPES)}, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[-1] not in WIDTHS:
         return f"needs a head width among {', '.join(map(str, WIDTHS))}, got {q.shape[-1]}"
-    if backend.interpret():
-        return None
-    device = backend.target()
-    if device.platform != "gpu" or device.capability != 9.0:
-        return f"needs a Hopper GPU (compute capability 9.0), got {device.kind}"
     return None
 
 

@@ -223,7 +223,7 @@ def test_stale_starts_no_backend():
 
 
 def library(error=1.0):
-    return dataclasses.replace(kernel(forward_error=error), library=True)
+    return dataclasses.replace(kernel(forward_error=error), external=True)
 
 
 def test_where_xla_fails_a_library_stands_in_but_no_kernel_of_ours():

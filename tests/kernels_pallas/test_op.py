@@ -66,7 +66,9 @@ def test_a_kernel_that_needs_proof_waits_for_a_passing_run_of_its_own_source(res
     assert op.choose(X) == "second"
     results(("unproven", "forward", "ok", 1), ("unproven", "backward", "wrong: relative error 1", ""), op=op)
     assert op.choose(X) == "second"
-    results(("unproven", "forward", "ok", 1), ("unproven", "backward", "ok", 1), op=op)
+    results(("unproven", "forward", "unchecked: nobody else", 1), op=op)
+    assert op.choose(X) == "second"
+    results(("unproven", "forward", "ok", 1), ("unproven", "backward", "unchecked: nobody else", 1), op=op)
     assert op.choose(X) == "unproven"
     monkeypatch.setattr(measured, "digest", lambda op: "of a later day")
     assert op.choose(X) == "second"

@@ -39,7 +39,7 @@ from kernels_pallas.op import Case
 ROOT = Path(kernels_pallas.__file__).parents[1]
 OPS = {op.name: op for op in kernels_pallas.OPS}
 ANYONES = [(op.name, kernel, case) for op in OPS.values() for kernel in op.kernels for case in op.cases]
-EVERY = [run for run in ANYONES if not OPS[run[0]].kernels[run[1]].library]
+EVERY = [run for run in ANYONES if not OPS[run[0]].kernels[run[1]].external]
 TRITON = [run for run in EVERY if run[1] == "triton"]
 
 
@@ -446,6 +446,6 @@ def test_agrees_on_the_gpu(name, kernel, case):
         pytest.skip(reason)
     run = jax.jit(passes(name, implementation(name, kernel, case)))
     got = run(*inputs(name, case))
-    if not OPS[name].kernels[kernel].library:
+    if not OPS[name].kernels[kernel].external:
         assert_same_bits(got, run(*inputs(name, case)))
     assert_as_good_as_plain(name, case, got)
