@@ -14,8 +14,23 @@ from .decode import (
     decode_attention as decode_attention,
     paged_decode_attention as paged_decode_attention,
 )
+from .experts import (
+    COMBINE as COMBINE,
+    DISPATCH as DISPATCH,
+    EXPERT_MLP as EXPERT_MLP,
+    GROUPED_MATMUL as GROUPED_MATMUL,
+    Assignments as Assignments,
+    Routing as Routing,
+    combine as combine,
+    dispatch as dispatch,
+    expert_mlp as expert_mlp,
+    grouped_matmul as grouped_matmul,
+)
 from .norms import MODULATED_NORM as MODULATED_NORM, modulated_norm as modulated_norm
 
 
 # What tests, bench, tune and inspect run over.
-OPS = (FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM)
+OPS = (
+    FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM,
+    DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
+)  # fmt: skip

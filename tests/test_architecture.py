@@ -23,17 +23,20 @@ LAYERS = (
     {"sharding"},
     {"dims", "errors"},
 )
-PARTS = {"mask", "tiles", "heads", "programs", "scores", "blocks", "layout"}  # what a family's kernels share
-KERNELS = {"triton", "triton_jvp", "mosaic_gpu", "mosaic_gpu_backward", "cudnn", "ffi"}
+DATA = {"mask", "routing"}  # what a family's functions take beside arrays
+PARTS = {"tiles", "heads", "programs", "scores", "blocks", "layout"} | DATA  # what a family's kernels share
+KERNELS = {"triton", "triton_jvp", "triton_rows", "triton_mlp", "mosaic_gpu", "mosaic_gpu_backward", "mosaic_gpu_mlp", "cudnn", "ffi"}  # fmt: skip
 FAMILY_MAY_IMPORT = {  # inside a kernel family
     "api": {"reference", "cost", "cases"} | PARTS | KERNELS,
     "jvp": {"api", "reference", "cost", "cases"} | PARTS | KERNELS,
     **{kernel: {"cost"} | PARTS | {k for k in KERNELS if k != kernel and kernel.startswith(k)} for kernel in KERNELS},
     **{part: PARTS - {part} for part in PARTS},
-    "reference": {"mask"},
-    "cost": {"mask"},
-    "cases": {"mask", "reference"},
-    "__init__": {"api", "jvp", "mask"},
+    "reference": DATA,
+    "cost": DATA,
+    "cases": {"reference"} | DATA,
+    "routers": {"routing"},
+    "balance": {"routing"},
+    "__init__": {"api", "jvp", "routers", "balance"} | DATA,
 }
 FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend", "tuning", "hardware"}
 KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}

@@ -1,0 +1,136 @@
+"""The public functions of this family, and their tables."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from ..op import Kernel, Op
+from . import cases, cost, reference
+from .routing import Routing
+
+
+DISPATCH = Op(
+    name="dispatch",
+    reference=reference.dispatch,
+    kernels={},
+    cost={"forward": cost.dispatch_forward, "backward": cost.dispatch_backward},
+    cases=cases.DISPATCH,
+)
+COMBINE = Op(
+    name="combine",
+    reference=reference.combine,
+    kernels={},
+    cost={"forward": cost.combine_forward, "backward": cost.combine_backward},
+    cases=cases.COMBINE,
+)
+GROUPED_MATMUL = Op(
+    name="grouped_matmul",
+    reference=reference.grouped_matmul,
+    kernels={},
+    cost={"forward": cost.matmul_forward, "backward": cost.matmul_backward},
+    cases=cases.GROUPED_MATMUL,
+    sweep=cases.GROUPED_MATMUL_SWEEP,
+)
+EXPERT_MLP = Op(
+    name="expert_mlp",
+    reference=reference.expert_mlp,
+    kernels={},
+    cost={"forward": cost.mlp_forward, "backward": cost.mlp_backward},
+    cases=cases.EXPERT_MLP,
+    sweep=cases.EXPERT_MLP_SWEEP,
+)
+
+
+def dispatch(x: Float[Array, "T D"], routing: Routing, *, implementation: str | None = None) -> Float[Array, "R D"]:
+    """Each row's token: x[row_index], and zeros past the last row. The backward is a sum over rows, in fixed order.
+
+    Raises:
+      ValueError: the routing is for another number of tokens, or there is no such implementation.
+      NotImplementedError: the named implementation cannot run these arguments here.
+    """
+    _check("dispatch", routing, num_tokens=x.shape[0])
+    return DISPATCH(x, routing, implementation=implementation)
+
+
+def combine(y: Float[Array, "R D"], routing: Routing, *, implementation: str | None = None) -> Float[Array, "T D"]:
+    """The weighted sum of each token's rows: out[t] = sum over its rows r of row_weight[r] y[r]; 0 without rows.
+
+    Adds in float32, in the order of experts; the result has the dtype of `y`, the weights' gradient is float32.
+
+    Raises:
+      ValueError: the routing has another number of rows, or there is no such implementation.
+      NotImplementedError: the named implementation cannot run these arguments here.
+    """
+    _check("combine", routing, num_rows=y.shape[0])
+    return COMBINE(y, routing, implementation=implementation)
+
+
+def grouped_matmul(
+    x: Float[Array, "R D"],
+    w: Float[Array, "E D F"],
+    group_sizes: Int[Array, " E"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R F"]:
+    """Rows of one expert after those of another, each times its expert's matrix; jax.lax.ragged_dot's contract.
+
+        y[r] = x[r] w[e]   for the group_sizes[e] rows r that follow those of the experts before e
+
+    Rows past sum(group_sizes) give zeros and have no gradient, whatever is in them; an expert without rows has a
+    gradient of exact zeros. Products are added in float32; `y` has the dtype of x and w.
+
+    Raises:
+      ValueError: the shapes or dtypes do not fit together, or there is no such implementation.
+      NotImplementedError: the named implementation cannot run these arguments here.
+
+    Source: MegaBlocks, https://arxiv.org/abs/2211.15841, section 5.
+    """
+    if x.ndim != 2 or w.ndim != 3 or w.shape[:2] != (group_sizes.size, x.shape[1]) or x.dtype != w.dtype:
+        raise ValueError(
+            f"grouped_matmul: x {x.dtype} {x.shape}, w {w.dtype} {w.shape} and group_sizes {group_sizes.shape} do not "
+            "fit; give x as (R, D), w as (E, D, F) of x's dtype, group_sizes as (E,)."
+        )
+    return GROUPED_MATMUL(x, w, group_sizes, implementation=implementation)
+
+
+def expert_mlp(
+    x: Float[Array, "T D"],
+    routing: Routing,
+    w_gate_up: Float[Array, "E D F2"],
+    w_down: Float[Array, "E F D"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "T D"]:
+    """A gated MLP for each row at its expert, and the weighted sum of each token's rows.
+
+        out[t] = sum over the rows r of token t of row_weight[r] (silu(x[t] w_gate) * (x[t] w_up)) w_down
+
+    with the weights of the row's expert; w_gate_up holds w_gate in its first F columns and w_up in the others. A token
+    without rows gets 0, and an expert without rows a gradient of exact zeros. Products are added in float32; what lies
+    between them is rounded to the dtype of `x`. For the backward are kept x, the routing, the weights, and the inner
+    columns before the activation, (R, 2 F).
+
+    Raises:
+      ValueError: the shapes or dtypes do not fit together, or there is no such implementation.
+      NotImplementedError: the named implementation cannot run these arguments here.
+
+    Source: SwiGLU, https://arxiv.org/abs/2002.05202, equation 6; the order of the backward, SonicMoE,
+    https://arxiv.org/abs/2512.14080, section 3.
+    """
+    _check("expert_mlp", routing, num_tokens=x.shape[0])
+    E, F, D = w_down.shape
+    fits = x.shape[1] == D and w_gate_up.shape == (E, D, 2 * F) and routing.group_sizes.shape == (E,)
+    if not fits or not x.dtype == w_gate_up.dtype == w_down.dtype:
+        raise ValueError(
+            f"expert_mlp: x {x.dtype} {x.shape}, w_gate_up {w_gate_up.dtype} {w_gate_up.shape}, w_down {w_down.dtype} "
+            f"{w_down.shape} and {routing.group_sizes.size} experts in the routing do not fit; give x as (T, D), "
+            "w_gate_up as (E, D, 2 F), w_down as (E, F, D), of one dtype."
+        )
+    return EXPERT_MLP(x, routing, w_gate_up, w_down, implementation=implementation)
+
+
+def _check(name: str, routing: Routing, *, num_tokens: int | None = None, num_rows: int | None = None) -> None:
+    for what, array, wanted in (("tokens", routing.token_sizes, num_tokens), ("rows", routing.row_index, num_rows)):
+        if wanted is not None and array.shape != (wanted,):
+            raise ValueError(
+                f"{name}: the routing is for {array.shape[0]} {what}, the array has {wanted}; route these {what}."
+            )

@@ -1,0 +1,99 @@
+"""The work of experts over the rows that there are: R where group sizes are not known, else their sum.
+
+A row takes 2 D F flops a product. Forward of the gated MLP is three (gate, up, down), 6 D F; backward twice that, and
+recomputes none. Bytes are one read of each input and one write of each output. Each token is read once, however many
+experts it has.
+"""
+
+import jax
+import numpy as np
+
+from ..op import Cost
+
+
+def dispatch_forward(x, routing) -> Cost:
+    """Copies a token to each of its rows."""
+    rows = _rows(routing.group_sizes, routing.row_index.shape[0])
+    return Cost(flops=0, bytes=2 * rows * _row(x) + _size(routing))
+
+
+def dispatch_backward(x, routing) -> Cost:
+    """Sums the rows of each token."""
+    rows = _rows(routing.group_sizes, routing.row_index.shape[0])
+    return Cost(flops=rows * x.shape[1], bytes=rows * _row(x) + _size(x, routing))
+
+
+def combine_forward(y, routing) -> Cost:
+    """A weighted sum over the rows of each token."""
+    rows, tokens = _rows(routing.group_sizes, y.shape[0]), routing.token_sizes.shape[0]
+    return Cost(flops=2 * rows * y.shape[1], bytes=(rows + tokens) * _row(y) + _size(routing))
+
+
+def combine_backward(y, routing) -> Cost:
+    """d_y = weight d_out and d_weight = <y, d_out> of each row."""
+    rows, tokens = _rows(routing.group_sizes, y.shape[0]), routing.token_sizes.shape[0]
+    traffic = (2 * rows + tokens) * _row(y) + _size(routing, routing.row_weight)
+    return Cost(flops=3 * rows * y.shape[1], bytes=traffic)
+
+
+def matmul_forward(x, w, group_sizes) -> Cost:
+    """2 D F flops a row."""
+    rows = _rows(group_sizes, x.shape[0])
+    _, D, F = w.shape
+    return Cost(flops=2 * rows * D * F, bytes=rows * _row(x) + x.shape[0] * F * x.dtype.itemsize + _size(w))
+
+
+def matmul_backward(x, w, group_sizes) -> Cost:
+    """4 D F flops a row; reads x, w, d_y, writes d_x and d_w."""
+    rows = _rows(group_sizes, x.shape[0])
+    _, D, F = w.shape
+    traffic = rows * (_row(x) + F * x.dtype.itemsize) + _size(x, w, w)
+    return Cost(flops=4 * rows * D * F, bytes=traffic)
+
+
+def matmul_d_w(x, w, group_sizes) -> Cost:
+    """Its half that contracts rows: 2 D F flops each."""
+    rows = _rows(group_sizes, x.shape[0])
+    _, D, F = w.shape
+    return Cost(flops=2 * rows * D * F, bytes=rows * (_row(x) + F * x.dtype.itemsize) + _size(w))
+
+
+def mlp_forward(x, routing, w_gate_up, w_down) -> Cost:
+    """6 D F flops a row, one exponential an inner column; writes the output, and (R, 2 F) for the backward."""
+    rows = _rows(routing.group_sizes, routing.row_index.shape[0])
+    _, F, D = w_down.shape
+    return Cost(
+        flops=rows * (6 * D * F + 4 * F + 2 * D),
+        bytes=_size(x, x, routing, w_gate_up, w_down) + rows * 2 * F * x.dtype.itemsize,
+        transcendentals=rows * F,
+    )
+
+
+def mlp_backward(x, routing, w_gate_up, w_down) -> Cost:
+    """12 D F flops a row; reads what the forward read and wrote, and d_out; writes a gradient of each."""
+    rows = _rows(routing.group_sizes, routing.row_index.shape[0])
+    _, F, D = w_down.shape
+    read = _size(x, x, routing, w_gate_up, w_down) + rows * 2 * F * x.dtype.itemsize
+    return Cost(
+        flops=rows * (12 * D * F + 10 * F + D),
+        bytes=read + _size(x, w_gate_up, w_down, routing.row_weight),
+        transcendentals=rows * F,
+    )
+
+
+def without_values(tree):
+    """Its shapes: what a kernel estimates its cost by, lest it be compiled anew for each routing."""
+    return jax.eval_shape(lambda tree: tree, tree)
+
+
+def _rows(group_sizes, most: int) -> int:
+    known = isinstance(group_sizes, np.ndarray | jax.Array) and not isinstance(group_sizes, jax.core.Tracer)
+    return min(int(np.asarray(group_sizes).sum()), most) if known else most
+
+
+def _row(x) -> int:
+    return x.shape[-1] * x.dtype.itemsize
+
+
+def _size(*arrays) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))

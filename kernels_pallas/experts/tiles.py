@@ -1,0 +1,39 @@
+"""Which rows and which expert each program of a grouped product has: a list of tiles, never a grid of experts."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowTiles:
+    """Tile i has the rows from start[i] up to stop[i], all of expert[i]; what is left over of the list has none.
+
+    Rows past the last expert's have expert E where they are listed.
+    """
+
+    expert: Any  # int32 (n,)
+    start: Any
+    stop: Any
+
+
+def row_tiles(group_sizes, num_rows: int, block: int, *, rest: bool = False) -> RowTiles:
+    """cdiv(R, block) + E - 1 tiles, as many as any group sizes can take; one more to list the `rest` of the rows."""
+    groups = group_sizes.astype(jnp.int32)
+    if rest:
+        groups = jnp.append(groups, jnp.maximum(num_rows - jnp.sum(groups), 0))
+    count = pl.cdiv(num_rows, block) + groups.size - 1
+    tiles = lax.cumsum(pl.cdiv(groups, block))
+    ends = jnp.minimum(lax.cumsum(groups), num_rows)
+    number = jnp.arange(count, dtype=jnp.int32)
+    expert = jnp.searchsorted(tiles, number, side="right", method="compare_all").astype(jnp.int32)
+    exists, expert = expert < groups.size, jnp.minimum(expert, groups.size - 1)
+    of = lambda values: values.at[expert].get(mode="promise_in_bounds")
+    start = of(ends - groups) + (number - of(tiles - pl.cdiv(groups, block))) * block
+    stop = jnp.minimum(of(ends), start + block)
+    return RowTiles(expert, jnp.where(exists, start, 0), jnp.where(exists, stop, 0))
