@@ -38,7 +38,7 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
     "balance": {"routing"},
     "__init__": {"api", "jvp", "routers", "balance"} | DATA,
 }
-FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend", "tuning", "hardware"}
+FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend", "tuning", "hardware", "triton_road"}
 KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 PEERS = {"tokamax", "torch"}  # what bench times beside ours; peers.py alone knows them, inside functions
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ..triton_road import dot
+
 
 def pieces(width: int) -> list[tuple[int, int]]:
     """(start, size) of powers of two >= 16 that cover a head width: (0, 64), (64, 16) for 72."""
@@ -71,9 +73,3 @@ def zeros(block: int, ref) -> tuple[jax.Array, ...]:
 def product(a, b) -> jax.Array:
     """a b^T in float32, summed over the pieces of the head width."""
     return functools.reduce(jnp.add, [dot(x, y, trans_b=True) for x, y in zip(a, b, strict=True)])
-
-
-def dot(a, b, *, trans_b: bool = False) -> jax.Array:
-    """Accumulates in float32; float32 operands keep all their bits, where the default rounds them to TF32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return pltriton.dot(a, b, trans_b=trans_b, precision=precision)

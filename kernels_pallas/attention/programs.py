@@ -1,10 +1,8 @@
-"""How the Triton kernels are launched: one program a tile of the output, the tiles it walks, the scores that count."""
+"""What a program of the Triton kernels does: one tile of the output, the tiles it walks, the scores that count."""
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
-from .. import backend
 from . import tiles
 from .heads import load_row, rows
 from .mask import AttentionMask, row_of
@@ -16,21 +14,6 @@ def key_lists(mask, q, k, blocks):
         return None, None
     mask = AttentionMask.full(q.shape[1], k.shape[1]) if mask is None else mask
     return mask, tiles.key_tiles(mask, blocks.block_q, blocks.block_k)
-
-
-def run(kernel, *arrays, name, programs, blocks, out_shape, work):
-    """A grid of one dimension: the others hold 65,535 at most, and are left to vmap."""
-    return pl.pallas_call(
-        kernel,
-        name=name,
-        grid=(programs,),
-        in_specs=jax.tree.map(lambda _: pl.BlockSpec(), arrays),
-        out_specs=[pl.BlockSpec()] * len(out_shape),
-        out_shape=out_shape,
-        compiler_params=pltriton.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
-        cost_estimate=work.estimate(),
-        interpret=backend.interpret(),
-    )(*arrays)
 
 
 def program(ref, block: int):

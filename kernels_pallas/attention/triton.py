@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .. import backend
+from ..triton_road import dot, run
 from . import cost, tiles
 from .blocks import blocks_for
-from .heads import dot, load, load_row, product, store, store_row, zeros
-from .programs import key_lists, kv_head_of, program, run, seen_in, walk
+from .heads import load, load_row, product, store, store_row, zeros
+from .programs import key_lists, kv_head_of, program, seen_in, walk
 from .scores import LOG2_E, LOWEST, Scores, d_sinks, natural
 
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from ..triton_road import dot, run
 from . import cost, triton
 from .blocks import blocks_for
-from .heads import dot, load, load_row, product, store, zeros
-from .programs import key_lists, kv_head_of, program, run, seen_in, walk
+from .heads import load, load_row, product, store, zeros
+from .programs import key_lists, kv_head_of, program, seen_in, walk
 from .scores import LOG2_E, LOWEST, Scores
 
 

@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
 from ..hardware import by_device_kind
+from ..triton_road import dot, run
 from . import cost
 
 
@@ -134,7 +135,7 @@ def _attend(name, q, cache, lengths, scale, softcap, work):
     arrays = (q, *(x.reshape(P * W, K, H) for x in (cache.k, cache.v)), cache.table, lengths)
     # A program that has no other to be merged with writes the output itself.
     part = jax.ShapeDtypeStruct((B, blocks.splits, N, H), q.dtype if blocks.splits == 1 else jnp.float32)
-    out, lse = pl.pallas_call(
+    out, lse = run(
         functools.partial(
             _forward_kernel,
             score_of=functools.partial(_score, scale=H**-0.5 if scale is None else scale, softcap=softcap),
@@ -142,15 +143,13 @@ def _attend(name, q, cache, lengths, scale, softcap, work):
             most=cache.most,
             blocks=blocks,
         ),
+        *arrays,
         name=f"{name}_forward",
-        grid=(B * blocks.splits * K,),
-        in_specs=jax.tree.map(lambda _: pl.BlockSpec(), arrays),
-        out_specs=[pl.BlockSpec()] * 2,
+        programs=B * blocks.splits * K,
+        blocks=blocks,
         out_shape=[part, jax.ShapeDtypeStruct(part.shape[:3], jnp.float32)],
-        compiler_params=pltriton.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
-        cost_estimate=work.estimate(),
-        interpret=backend.interpret(),
-    )(*arrays)
+        work=work,
+    )
     return out.reshape(q.shape) if blocks.splits == 1 else _merge(name, out, lse, q)
 
 
@@ -195,13 +194,13 @@ def _forward_kernel(
         exists = key < length
         row = _row(table_ref, batch, key, exists, page)
         k = _load_at(k_ref, row, kv_head, exists)
-        products = [_dot(x, y, trans_b=True) for x, y in zip(k, q, strict=True)]
+        products = [dot(x, y, trans_b=True) for x, y in zip(k, q, strict=True)]
         score = jnp.where(exists[:, None], score_of(functools.reduce(jnp.add, products)), -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(score, axis=0))
         weights = jnp.exp2(score - new_top[None, :])
         decay = jnp.exp2(top - new_top)
         v = _load_at(v_ref, row, kv_head, exists)
-        weights_v = [_dot(x, weights.astype(v_ref.dtype), trans_a=True) for x in v]
+        weights_v = [dot(x, weights.astype(v_ref.dtype), trans_a=True) for x in v]
         acc = tuple(a * decay[None, :] + b for a, b in zip(acc, weights_v, strict=True))
         return acc, new_top, total * decay + jnp.sum(weights, axis=0)
 
@@ -286,9 +285,3 @@ def _masks(width, exists):
 def _count(first, size: int) -> jax.Array:
     """first, ..., first + size - 1."""
     return first + jnp.arange(size, dtype=jnp.int32)
-
-
-def _dot(a, b, **transposed):
-    """Accumulates in float32; float32 operands keep all their bits, where the default rounds them to TF32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return pltriton.dot(a, b, precision=precision, **transposed)

@@ -1,31 +1,31 @@
 """The public functions of this family, and their tables."""
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from ..op import Kernel, Op
-from . import cases, cost, reference
+from . import cases, cost, reference, triton, triton_mlp, triton_rows
+from .blocks import CANDIDATES
 from .routing import Routing
 
 
 DISPATCH = Op(
     name="dispatch",
     reference=reference.dispatch,
-    kernels={},
+    kernels={"triton": Kernel(triton_rows.dispatch_forward, triton_rows.dispatch_backward, triton_rows.unsupported)},
     cost={"forward": cost.dispatch_forward, "backward": cost.dispatch_backward},
     cases=cases.DISPATCH,
 )
 COMBINE = Op(
     name="combine",
     reference=reference.combine,
-    kernels={},
+    kernels={"triton": Kernel(triton_rows.combine_forward, triton_rows.combine_backward, triton_rows.unsupported)},
     cost={"forward": cost.combine_forward, "backward": cost.combine_backward},
     cases=cases.COMBINE,
 )
 GROUPED_MATMUL = Op(
     name="grouped_matmul",
     reference=reference.grouped_matmul,
-    kernels={},
+    kernels={"triton": Kernel(triton.forward, triton.backward, triton.unsupported, candidates=CANDIDATES)},
     cost={"forward": cost.matmul_forward, "backward": cost.matmul_backward},
     cases=cases.GROUPED_MATMUL,
     sweep=cases.GROUPED_MATMUL_SWEEP,
@@ -33,7 +33,9 @@ GROUPED_MATMUL = Op(
 EXPERT_MLP = Op(
     name="expert_mlp",
     reference=reference.expert_mlp,
-    kernels={},
+    kernels={
+        "triton": Kernel(triton_mlp.forward, triton_mlp.backward, triton_mlp.unsupported, candidates=CANDIDATES),
+    },
     cost={"forward": cost.mlp_forward, "backward": cost.mlp_backward},
     cases=cases.EXPERT_MLP,
     sweep=cases.EXPERT_MLP_SWEEP,

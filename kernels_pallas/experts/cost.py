@@ -51,13 +51,6 @@ def matmul_backward(x, w, group_sizes) -> Cost:
     return Cost(flops=4 * rows * D * F, bytes=traffic)
 
 
-def matmul_d_w(x, w, group_sizes) -> Cost:
-    """Its half that contracts rows: 2 D F flops each."""
-    rows = _rows(group_sizes, x.shape[0])
-    _, D, F = w.shape
-    return Cost(flops=2 * rows * D * F, bytes=rows * (_row(x) + F * x.dtype.itemsize) + _size(w))
-
-
 def mlp_forward(x, routing, w_gate_up, w_down) -> Cost:
     """6 D F flops a row, one exponential an inner column; writes the output, and (R, 2 F) for the backward."""
     rows = _rows(routing.group_sizes, routing.row_index.shape[0])
@@ -81,9 +74,9 @@ def mlp_backward(x, routing, w_gate_up, w_down) -> Cost:
     )
 
 
-def without_values(tree):
-    """Its shapes: what a kernel estimates its cost by, lest it be compiled anew for each routing."""
-    return jax.eval_shape(lambda tree: tree, tree)
+def part(flops: int, *arrays, transcendentals: int = 0) -> Cost:
+    """One kernel's, by the shapes of what it reads and writes: values would compile it anew for each routing."""
+    return Cost(flops, _size(*arrays), transcendentals)
 
 
 def _rows(group_sizes, most: int) -> int:

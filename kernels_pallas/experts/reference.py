@@ -26,36 +26,37 @@ def combine(y: Float[Array, "R D"], routing: Routing) -> Float[Array, "T D"]:
 def grouped_matmul(
     x: Float[Array, "R D"], w: Float[Array, "E D F"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
-    """x[r] w[e] of each row's own expert e, in float32; zero past the last row."""
-    return _grouped(x.astype(jnp.float32), w, group_sizes).astype(x.dtype)
+    """x[r] w[e] of each row's own expert e, in float32; zero past the last row.
 
-
-def expert_mlp(
-    x: Float[Array, "T D"], routing: Routing, w_gate_up: Float[Array, "E D F2"], w_down: Float[Array, "E F D"]
-) -> Float[Array, "T D"]:
-    """sum of row_weight (silu(x w_gate) * (x w_up)) w_down over the experts of each token, in float32."""
-    rows = dispatch(x.astype(jnp.float32), routing)
-    gate, up = jnp.split(_grouped(rows, w_gate_up, routing.group_sizes), 2, axis=-1)
-    y = _grouped(jax.nn.silu(gate) * up, w_down, routing.group_sizes)
-    return combine(y, routing).astype(x.dtype)
-
-
-def _grouped(x, w, group_sizes):
-    """One expert after the other, each over all rows: E times the work, and nothing to get wrong."""
+    One expert after the other, each over all rows: E times the work, and nothing to get wrong.
+    """
     num_rows, num_experts = x.shape[0], w.shape[0]
-    x = jnp.where(_exist(group_sizes, num_rows)[:, None], x, 0)
+    x32 = jnp.where(_exist(group_sizes, num_rows)[:, None], x, 0).astype(jnp.float32)
     ends = lax.cumsum(group_sizes)
     expert = jnp.searchsorted(ends, jnp.arange(num_rows, dtype=ends.dtype), side="right")
 
     def add(total, one):
         number, w_of_one = one
-        y = jnp.dot(x, w_of_one.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        y = jnp.dot(x32, w_of_one.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         return jnp.where((expert == number)[:, None], y, total), None
 
     zeros = jnp.zeros((num_rows, w.shape[2]), jnp.float32)
-    return lax.scan(add, zeros, (jnp.arange(num_experts, dtype=expert.dtype), w))[0]
+    return lax.scan(add, zeros, (jnp.arange(num_experts, dtype=expert.dtype), w))[0].astype(x.dtype)
+
+
+def expert_mlp(
+    x: Float[Array, "T D"], routing: Routing, w_gate_up: Float[Array, "E D F2"], w_down: Float[Array, "E F D"]
+) -> Float[Array, "T D"]:
+    """sum of row_weight (silu(x w_gate) * (x w_up)) w_down over the experts of each token.
+
+    Each product and the activation are computed in float32, and rounded to the dtype of x.
+    """
+    z = grouped_matmul(dispatch(x, routing), w_gate_up, routing.group_sizes)
+    gate, up = jnp.split(z.astype(jnp.float32), 2, axis=-1)
+    a = (jax.nn.silu(gate) * up).astype(x.dtype)
+    return combine(grouped_matmul(a, w_down, routing.group_sizes), routing)
 
 
 def _exist(group_sizes, num_rows: int):
     """Which rows are of an expert."""
-    return jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(group_sizes)
+    return jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(group_sizes, dtype=jnp.int32)

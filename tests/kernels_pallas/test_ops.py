@@ -72,10 +72,10 @@ def nothing_promoted_in_silence():
 
 
 @functools.cache
-def inputs(name, case):
+def inputs(name, case, seed=0):
     """The case's arrays, its own random ones, and a random cotangent for each output."""
     op, case_ = OPS[name], OPS[name].cases[case]
-    key, key_out = jax.random.split(jax.random.key(list(op.cases).index(case)))
+    key, key_out = jax.random.split(jax.random.key(list(op.cases).index(case) + 1000 * seed))
     outs = jax.eval_shape(functools.partial(op.reference, **case_.static), *case_.arrays)
     leaves, tree = jax.tree.flatten(outs)
     return case_.random(key), jax.tree.unflatten(tree, Case(tuple(leaves)).random(key_out))
@@ -128,13 +128,13 @@ def interpreted(name, kernel, case):
 
 
 @functools.cache
-def plain_and_oracle(name, case):
+def plain_and_oracle(name, case, seed=0):
     """The reference at the case's dtype, and in float64 throughout."""
-    plain = jax.jit(passes(name, implementation(name, "xla", case)))(*inputs(name, case))
+    plain = jax.jit(passes(name, implementation(name, "xla", case)))(*inputs(name, case, seed))
     # A reference says float32 where it means "wide"; here that is float64.
     with jax.enable_x64(True), mock.patch.object(jnp, "float32", jnp.float64):
         run = passes(name, functools.partial(OPS[name].reference, **OPS[name].cases[case].static))
-        widened = jax.tree.map(_widened, inputs(name, case))
+        widened = jax.tree.map(_widened, inputs(name, case, seed))
         traced = jax.jit(run).trace(*widened)
         assert not re.search(r"\bb?f(16|32)\[", str(traced.jaxpr)), "the oracle must be float64 throughout"
         return plain, [np.asarray(x) for x in traced.lower().compile()(*widened)]
@@ -144,9 +144,9 @@ def _widened(x):
     return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def assert_as_good_as_plain(name, case, got):
+def assert_as_good_as_plain(name, case, got, seed=0):
     """The rule at the head of this file; NaN fails it."""
-    plain, oracle = plain_and_oracle(name, case)
+    plain, oracle = plain_and_oracle(name, case, seed)
     assert len(got) == len(plain) == len(oracle)
     for i, (mine, theirs, truth) in enumerate(zip(got, plain, oracle, strict=True)):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), f"result {i}"
@@ -175,11 +175,14 @@ def assert_same_bits(got, want):
 def batched(name, case) -> list[bool]:
     """For each leaf of the case's arrays, whether its first dimension is the batch, by the reference's annotation.
 
-    An array in a tree is one example's where it has a row for each; one row serves all.
+    An array in a tree is one example's where it has a row for each; one row serves all. Without a B in the first
+    annotation there is no batch.
     """
     parameters = inspect.signature(OPS[name].reference).parameters.values()
     positional = [p for p in parameters if p.kind != p.KEYWORD_ONLY]
     arrays = OPS[name].cases[case].arrays
+    if not positional[0].annotation.dim_str.startswith("B"):
+        return [False] * len(jax.tree.leaves(arrays))
     batch = jax.tree.leaves(arrays)[0].shape[0]
     flags = []
     for parameter, array in zip(positional, arrays, strict=True):
@@ -234,6 +237,15 @@ def test_gradient_of_each_example(name, kernel, case):
     shapes = [r.shape for r in plain_and_oracle(name, case)[0]]
     got = [g[:, 0] if g[:, 0].shape == shape else g.sum(axis=0) for g, shape in zip(got, shapes, strict=True)]
     assert_as_good_as_plain(name, case, got)
+
+
+@every([run for run in TINY if run not in BATCHED])
+def test_gradient_of_two_problems_at_once(name, kernel, case):
+    """vmap of what has no batch of its own: of both, each with its own numbers."""
+    pair = jax.tree.map(lambda *both: jnp.stack(both), *(inputs(name, case, seed) for seed in (0, 1)))
+    run = interpreter(jax.vmap(passes(name, implementation(name, kernel, case))), *pair)
+    for seed in (0, 1):
+        assert_as_good_as_plain(name, case, [got[seed] for got in run(*pair)], seed)
 
 
 @every(BATCHED)

@@ -1,0 +1,142 @@
+"""dispatch and combine with Pallas-Triton: rows copied from where their tokens are, and summed back to them.
+
+Each is the other's backward. A program of `sum_rows` has some tokens and some columns, and adds each token's rows in
+the order of experts: a gather, so that no two programs write one place, and the sum has one order.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from .. import backend
+from ..triton_road import run
+from . import cost
+from .programs import Columns, Rows, load_places, load_rows, store_rows
+from .routing import starts
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a program holds at once: 16 bytes of bfloat16 a thread and row."""
+
+    rows: int
+    columns: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def tile_for(width: int) -> Tile:
+    """As many columns as there are, up to 512; rows until a thread holds 16 numbers."""
+    columns = min(pl.next_power_of_2(width), 512)
+    return Tile(max(16 * 128 // columns, 1), columns)
+
+
+def unsupported(x, routing) -> str | None:
+    """None, or why these arguments cannot run here."""
+    del x, routing
+    return backend.why_not_triton()
+
+
+def dispatch_forward(x, routing):
+    """The rows, and what the backward needs of them: nothing but the routing."""
+    return copy_rows(x, routing, name="dispatch_forward"), routing
+
+
+def dispatch_backward(routing, d_rows):
+    """d_x."""
+    return sum_rows(d_rows, routing, name="dispatch_backward", weighted=False), None
+
+
+def combine_forward(y, routing):
+    """The sums, and the arguments for the backward."""
+    return sum_rows(y, routing, name="combine_forward", weighted=True), (y, routing)
+
+
+def combine_backward(residuals, d_out):
+    """d_y, and the gradient of the weights in a Routing."""
+    y, routing = residuals
+    d_y, d_weight = copy_rows(d_out, routing, name="combine_backward", y=y)
+    return d_y, dataclasses.replace(
+        routing, row_index=None, group_sizes=None, row_weight=d_weight, inverse=None, token_sizes=None
+    )
+
+
+def copy_rows(x, routing, *, name: str, y=None):
+    """x[row_index]; with y, that times the rows' weights, and <y, x[row_index]> of each. Zeros past the last row."""
+    (R,), D = routing.row_index.shape, x.shape[1]
+    tile = tile_for(D)
+    out = [jax.ShapeDtypeStruct((R, D), x.dtype)]
+    if y is not None:
+        out.append(jax.ShapeDtypeStruct((R,), jnp.float32))
+    done = run(
+        functools.partial(_copy_rows_kernel, tile=tile),
+        *(x, routing.row_index, jnp.sum(routing.group_sizes)[None], None if y is None else routing.row_weight, y),
+        name=name,
+        programs=pl.cdiv(R, tile.rows),
+        blocks=tile,
+        out_shape=out,
+        work=cost.part(0 if y is None else 3 * R * D, x, out, y),
+    )
+    return done[0] if y is None else done
+
+
+def sum_rows(y, routing, *, name: str, weighted: bool):
+    """The sum of each token's rows of y, weighted or not, in float32; (T, D) of y's dtype."""
+    D, (T,) = y.shape[1], routing.token_sizes.shape
+    tile = tile_for(D)
+    out = jax.ShapeDtypeStruct((T, D), y.dtype)
+    weight = routing.row_weight if weighted else None
+    return run(
+        functools.partial(_sum_rows_kernel, tile=tile),
+        *(y, routing.inverse, weight, starts(routing.token_sizes), routing.token_sizes),
+        name=name,
+        programs=pl.cdiv(T, tile.rows) * pl.cdiv(D, tile.columns),
+        blocks=tile,
+        out_shape=out,
+        work=cost.part(2 * y.size, y, out),
+    )
+
+
+def _copy_rows_kernel(x_ref, index_ref, total_ref, weight_ref, y_ref, out_ref, d_weight_ref=None, *, tile):
+    D = x_ref.shape[1]
+    start = pl.program_id(0) * tile.rows
+    rows = Rows(start, index_ref.shape[0], tile.rows)
+    meant = Rows(start, jnp.minimum(total_ref[0], index_ref.shape[0]), tile.rows)
+    places = rows.places(index_ref, index_ref.shape[0])
+    weight = None if weight_ref is None else meant.load(weight_ref)[:, None]
+
+    def step(i, total):
+        columns = Columns(i * tile.columns, tile.columns, D)
+        x = load_places(x_ref, places, columns, exist=meant.exist)
+        if weight is not None:
+            x32 = x.astype(jnp.float32)
+            total += jnp.sum(x32 * load_rows(y_ref, meant, columns).astype(jnp.float32), axis=1)
+            x = x32 * weight
+        store_rows(out_ref, rows, columns, x)
+        return total
+
+    total = lax.fori_loop(0, pl.cdiv(D, tile.columns), step, jnp.zeros((tile.rows,), jnp.float32))
+    if d_weight_ref is not None:
+        pltriton.store(d_weight_ref.at[pl.ds(start, tile.rows)], total, mask=rows.exist)
+
+
+def _sum_rows_kernel(y_ref, inverse_ref, weight_ref, starts_ref, sizes_ref, out_ref, *, tile):
+    T, D = out_ref.shape
+    column_tiles = pl.cdiv(D, tile.columns)
+    columns = Columns(lax.rem(pl.program_id(0), column_tiles) * tile.columns, tile.columns, D)
+    tokens = Rows(lax.div(pl.program_id(0), column_tiles) * tile.rows, T, tile.rows)
+    first, sizes = tokens.load(starts_ref), tokens.load(sizes_ref)
+
+    def step(i, total):
+        exist = i < sizes
+        row = inverse_ref[jnp.where(exist, first + i, 0)]
+        y = load_places(y_ref, row, columns, exist=exist).astype(jnp.float32)
+        return total + (y if weight_ref is None else y * weight_ref[row][:, None])
+
+    zeros = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+    store_rows(out_ref, tokens, columns, lax.fori_loop(0, jnp.max(sizes), step, zeros))
