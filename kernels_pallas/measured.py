@@ -37,10 +37,10 @@ def csv_path(device: str) -> Path:
 
 
 def digest(op) -> str:
-    """Twelve hex digits that change with any line of the op's family."""
+    """Twelve hex digits that change with any line of the op's family, or of what all Triton kernels share."""
     family = Path(str(sys.modules[op.reference.__module__].__file__)).parent
     text = hashlib.sha256()
-    for path in sorted(family.glob("*.py")):
+    for path in [*sorted(family.glob("*.py")), Path(__file__).parent / "triton_road.py"]:
         text.update(path.name.encode() + b"\0" + path.read_bytes())
     return text.hexdigest()[:12]
 
