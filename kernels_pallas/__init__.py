@@ -20,11 +20,23 @@ from .experts import (
     EXPERT_MLP as EXPERT_MLP,
     GROUPED_MATMUL as GROUPED_MATMUL,
     Assignments as Assignments,
+    Load as Load,
     Routing as Routing,
+    by_index as by_index,
     combine as combine,
     dispatch as dispatch,
+    expert_choice as expert_choice,
+    expert_load as expert_load,
     expert_mlp as expert_mlp,
     grouped_matmul as grouped_matmul,
+    load_balance_loss as load_balance_loss,
+    race as race,
+    sigmoid_scores as sigmoid_scores,
+    softmax_scores as softmax_scores,
+    top_k_sigmoid as top_k_sigmoid,
+    top_k_softmax as top_k_softmax,
+    update_bias as update_bias,
+    z_loss as z_loss,
 )
 from .norms import MODULATED_NORM as MODULATED_NORM, modulated_norm as modulated_norm
 

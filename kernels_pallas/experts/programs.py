@@ -62,7 +62,10 @@ class Columns:
 
     def halves(self) -> tuple["Columns", "Columns"]:
         size = self.size // 2
-        return tuple(Columns(self.start + i * size, size, self.limit, self.before) for i in (0, 1))
+        return self._part(0, size), self._part(size, size)
+
+    def _part(self, first: int, size: int) -> "Columns":
+        return dataclasses.replace(self, start=self.start + first, size=size)
 
     def after(self, before: int) -> "Columns":
         """The same columns of the next block of an array that holds several side by side."""

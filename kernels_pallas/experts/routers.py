@@ -1,0 +1,138 @@
+"""How the experts of one pool of tokens are chosen, from the router's logits: plain functions to `Assignments`.
+
+Choices are piecewise constant, so gradients flow to the weights alone. Everything is computed in float32; of equal
+scores the lowest index wins. Many pools are one vmap.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from .routing import Assignments
+
+
+def top_k_softmax(logits: Float[Array, "T E"], *, active: int, normalize: bool = False) -> Assignments:
+    """Each token takes the `active` experts of highest softmax(logits), which are the weights.
+
+    `normalize` divides a token's weights by their sum.
+
+    Raises:
+      ValueError: there are not so many experts.
+
+    Source: https://arxiv.org/abs/1701.06538 and, without its noise, https://arxiv.org/abs/2101.03961, equation 1.
+    """
+    _require(1 <= active <= logits.shape[1], "top_k_softmax", f"{active=}", f"1 to {logits.shape[1]} experts a token")
+    weight, expert = lax.top_k(softmax_scores(logits), active)
+    if normalize:
+        weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+    return _of_tokens(expert, weight, logits)
+
+
+def top_k_sigmoid(
+    logits: Float[Array, "T E"],
+    bias: Float[Array, " E"],
+    *,
+    active: int,
+    groups: int = 1,
+    active_groups: int = 1,
+    scale: float = 1.0,
+) -> Assignments:
+    """Each token takes the `active` experts of highest sigmoid(logits) + bias, among those of its best groups.
+
+    A token's weights are scale sigmoid(logits), divided by their sum: the bias chooses and does not weigh, and has no
+    gradient (`update_bias` moves it). Experts are in `groups` of neighbours, and a token takes those of the
+    `active_groups` in which its two highest biased scores have the largest sum.
+
+    Raises:
+      ValueError: the experts cannot be grouped so, or there are not so many in a token's groups.
+
+    Source: DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 12 to 16, and its node-limited routing.
+    """
+    T, E = logits.shape
+    name, size = "top_k_sigmoid", E // max(groups, 1)
+    _require(groups >= 1 and E % groups == 0, name, f"{groups=}", f"a divisor of {E} experts")
+    _require(1 <= active_groups <= groups, name, f"{active_groups=}", f"1 to {groups} groups")
+    _require(1 <= active <= active_groups * size, name, f"{active=}", f"1 to {active_groups * size} experts a token")
+    score = jax.nn.sigmoid(logits.astype(jnp.float32))
+    biased = lax.stop_gradient(score + bias.astype(jnp.float32))
+    if groups > 1:
+        of_group = biased.reshape(T, groups, size)
+        best = jnp.sum(lax.top_k(of_group, min(2, size))[0], axis=-1)
+        chosen = lax.top_k(best, active_groups)[1]  # (T, active_groups)
+        among = jnp.any(chosen[:, :, None] == jnp.arange(groups, dtype=chosen.dtype), axis=1)
+        biased = jnp.where(among[:, :, None], of_group, -jnp.inf).reshape(T, E)
+    expert = lax.top_k(biased, active)[1]
+    weight = jnp.take_along_axis(score, expert, axis=-1)
+    weight = scale * weight / jnp.sum(weight, axis=-1, keepdims=True)
+    return _of_tokens(expert, weight, logits)
+
+
+def expert_choice(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
+    """Each expert takes the `rows` tokens whose softmax(logits) over experts is highest for it, which are the weights.
+
+    A token may have any number of experts, none included. Loads are even by construction.
+
+    Raises:
+      ValueError: there are not so many tokens.
+
+    Source: https://arxiv.org/abs/2202.09368, section 3.2; in diffusion EC-DiT, https://arxiv.org/abs/2410.02098.
+    """
+    T, E = logits.shape
+    _require(1 <= rows <= T, "expert_choice", f"{rows=}", f"1 to {T} tokens an expert")
+    score = softmax_scores(logits).T
+    token = jnp.sort(lax.top_k(lax.stop_gradient(score), rows)[1], axis=-1)  # read in the order of memory
+    weight = jnp.take_along_axis(score, token, axis=-1)
+    expert = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[:, None], token.shape)
+    return Assignments(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), num_tokens=T, num_experts=E)
+
+
+def race(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
+    """The `rows` highest of all T x E scores softmax(logits), whosever they are; they are the weights.
+
+    Tokens and experts race together: a token may have any number of experts, and an expert any number of tokens.
+
+    Raises:
+      ValueError: there are not so many scores.
+
+    Source: Race-DiT's expert race, https://arxiv.org/abs/2503.16057, section 3.
+    """
+    T, E = logits.shape
+    _require(1 <= rows <= T * E, "race", f"{rows=}", f"1 to {T * E} scores")
+    score = softmax_scores(logits).reshape(-1)
+    place = jnp.sort(lax.top_k(lax.stop_gradient(score), rows)[1])
+    return Assignments(place // E, place % E, score[place], num_tokens=T, num_experts=E)
+
+
+def by_index(index: Int[Array, " T"], *, num_experts: int, weight: Float[Array, " T"] | None = None) -> Assignments:
+    """Each token at the expert that it is told, num_experts for none; with weight 1 unless given.
+
+    For what decides without a router: the modality of a token, or the time of its image.
+    """
+    (T,) = index.shape
+    weight = jnp.ones((T,), jnp.float32) if weight is None else weight.astype(jnp.float32)
+    token = jnp.arange(T, dtype=jnp.int32)
+    return Assignments(token, index.astype(jnp.int32), weight, num_tokens=T, num_experts=num_experts)
+
+
+def softmax_scores(logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """softmax over experts, float32."""
+    return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def sigmoid_scores(logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """sigmoid, divided by its sum over experts, float32: what DeepSeek-V3 balances (equation 19)."""
+    score = jax.nn.sigmoid(logits.astype(jnp.float32))
+    return score / jnp.sum(score, axis=-1, keepdims=True)
+
+
+def _of_tokens(expert, weight, logits) -> Assignments:
+    """Of (T, active) choices, token after token."""
+    (T, E), active = logits.shape, expert.shape[1]
+    token = jnp.repeat(jnp.arange(T, dtype=jnp.int32), active, total_repeat_length=T * active)
+    return Assignments(token, expert.reshape(-1), weight.reshape(-1), num_tokens=T, num_experts=E)
+
+
+def _require(holds: bool, name: str, given: str, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: got {given}; wanted {wanted}.")
