@@ -24,7 +24,7 @@ from dito_jax.errors import UserError
 from dito_jax.evaluation.evaluate import EvaluationConfig
 from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import MLPS, DiTConfig
-from dito_jax.sharding import MeshConfig
+from dito_jax.sharding import MeshConfig, batch_pieces
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import CheckpointConfig, LoopConfig
 
@@ -108,10 +108,9 @@ def check(config: TrainConfig, num_devices: int) -> None:
     """Raises UserError, in one line, if the parts of the config cannot go together on this many devices."""
     model, train = config.model, config.train
     axes = config.mesh.resolve(num_devices)
-    batch_axes = axes["data"] * axes["fsdp"]
-    part = batch_axes * train.accumulation
+    part = batch_pieces(axes) * train.accumulation
     hidden = MLPS[model.mlp].hidden(model.width)
-    pieces = "mesh.data x mesh.fsdp x train.accumulation"
+    pieces = "mesh.data x mesh.fsdp x mesh.expert x train.accumulation"
     rules = {
         f"train.batch_size {train.batch_size} is not a multiple of {pieces} = {part}": train.batch_size % part,
         f"model.num_kv_heads {model.kv_heads} is not a multiple of mesh.tensor {axes['tensor']}": (

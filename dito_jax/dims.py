@@ -27,5 +27,6 @@ DIMS = {
 AXES = {
     "data": "copies of the parameters; shards the batch",
     "fsdp": "shards parameters along D, and the batch",
+    "expert": "shards experts, and the batch",
     "tensor": "shards heads and the feed-forward width",
 }

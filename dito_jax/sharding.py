@@ -8,7 +8,7 @@ piece.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -19,8 +19,9 @@ from dito_jax.errors import UserError
 
 
 RULES: dict[str, tuple[str, ...]] = {
-    "B": ("data", "fsdp"),
+    "B": ("data", "fsdp", "expert"),
     "D": ("fsdp",),
+    "E": ("expert",),
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
@@ -33,6 +34,7 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     tensor: int = 1
 
     def resolve(self, num_devices: int) -> dict[str, int]:
@@ -78,15 +80,18 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(dims, mesh))
 
 
-def on_mesh(function: Callable, in_dims: tuple[str, ...], out_dims: str) -> Callable:
-    """`function` run on each device's own piece: `on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)`."""
+def on_mesh(function: Callable, in_dims: tuple[str, ...], out_dims: str | tuple[str, ...]) -> Callable:
+    """`function` run on each device's own piece: `on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)`.
+
+    An argument or a result may be a tree of arrays that begin with the same dims.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if not _shards(mesh):
         return function
     return jax.shard_map(
         function,
         in_specs=tuple(spec(dims, mesh) for dims in in_dims),
-        out_specs=spec(out_dims, mesh),
+        out_specs=jax.tree.map(lambda dims: spec(dims, mesh), out_dims),
         check_vma=False,  # a kernel's outputs carry no record of the axes they vary over
     )
 
@@ -109,10 +114,14 @@ def shardings[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def batch_pieces() -> int:
-    """Into how many pieces the mesh in force cuts a batch; B must be a multiple of it."""
-    sizes = jax.sharding.get_abstract_mesh().shape
+def batch_pieces(sizes: Mapping[str, int]) -> int:
+    """Into how many pieces a mesh of these axis sizes cuts a batch; B must be a multiple of it."""
     return math.prod(sizes.get(axis, 1) for axis in RULES["B"])
+
+
+def axis_size(axis: str) -> int:
+    """Of the mesh in force; 1 where it has no such axis, or there is none."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def _shards(mesh: jax.sharding.AbstractMesh) -> bool:

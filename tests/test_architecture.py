@@ -25,11 +25,18 @@ LAYERS = (
 )
 DATA = {"mask", "routing"}  # what a family's functions take beside arrays
 PARTS = {"tiles", "heads", "programs", "scores", "blocks", "layout"} | DATA  # what a family's kernels share
-KERNELS = {"triton", "triton_jvp", "triton_rows", "triton_mlp", "mosaic_gpu", "mosaic_gpu_backward", "mosaic_gpu_mlp", "cudnn", "ffi"}  # fmt: skip
+ROADS = {
+    "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},
+    "mosaic_gpu": {"mosaic_gpu", "mosaic_gpu_backward", "mosaic_gpu_mlp"},
+    "others": {"cudnn", "ffi"},
+}
+KERNELS = set().union(*ROADS.values())
+
+
 FAMILY_MAY_IMPORT = {  # inside a kernel family
     "api": {"reference", "cost", "cases"} | PARTS | KERNELS,
     "jvp": {"api", "reference", "cost", "cases"} | PARTS | KERNELS,
-    **{kernel: {"cost"} | PARTS | {k for k in KERNELS if k != kernel and kernel.startswith(k)} for kernel in KERNELS},
+    **{kernel: {"cost"} | PARTS | road - {kernel} for road in ROADS.values() for kernel in road},
     **{part: PARTS - {part} for part in PARTS},
     "reference": DATA,
     "cost": DATA,

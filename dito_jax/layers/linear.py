@@ -12,9 +12,10 @@ def linear(
     dims: str,
     *,
     init: Initializer = xavier_uniform(),  # noqa: B008 (a pure function)
+    bias: bool = True,
     rngs: nnx.Rngs,
 ) -> nnx.LinearGeneral:
-    """y = x @ kernel + bias over the last dims of x; `dims` names those of the kernel, inputs first.
+    """y = x @ kernel + bias, or without one, over the last dims of x; `dims` names those of the kernel, inputs first.
 
     The initialiser sees the kernel as one matrix (all inputs x all outputs), biases start at zero: DiT's rule.
     """
@@ -25,6 +26,7 @@ def linear(
         shape_out,
         axis=tuple(range(-len(shape_in), 0)),
         kernel_init=init,
+        use_bias=bias,
         bias_init=zeros,
         rngs=rngs,
         kernel_metadata={"dims": dims},

@@ -29,11 +29,15 @@ class GeluMLP(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """W3 (silu(W1 x) * W2 x) (arXiv 2002.05202 eq. 6): as many parameters as GeluMLP, in three matrices."""
+    """W3 (silu(W1 x) * W2 x), without biases (arXiv 2002.05202 eq. 6): three matrices, `hidden` wide inside.
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.gate_up = linear(width, (2, self.hidden(width)), "D . F", rngs=rngs)
-        self.down = linear(self.hidden(width), width, "F D", rngs=rngs)
+    Where that is left out there are as many parameters as in GeluMLP.
+    """
+
+    def __init__(self, width: int, hidden: int | None = None, *, rngs: nnx.Rngs):
+        hidden = self.hidden(width) if hidden is None else hidden
+        self.gate_up = linear(width, (2, hidden), "D . F", bias=False, rngs=rngs)
+        self.down = linear(hidden, width, "F D", bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         both = self.gate_up(x)

@@ -26,4 +26,4 @@ from .routers import (
     top_k_sigmoid as top_k_sigmoid,
     top_k_softmax as top_k_softmax,
 )
-from .routing import Assignments as Assignments, Routing as Routing
+from .routing import Assignments as Assignments, Routing as Routing, in_order as in_order, to_slots as to_slots

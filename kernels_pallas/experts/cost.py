@@ -7,6 +7,7 @@ experts it has.
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from ..op import Cost
 
@@ -80,7 +81,7 @@ def part(flops: int, *arrays, transcendentals: int = 0) -> Cost:
 
 
 def _rows(group_sizes, most: int) -> int:
-    known = isinstance(group_sizes, np.ndarray | jax.Array) and not isinstance(group_sizes, jax.core.Tracer)
+    known = isinstance(group_sizes, np.ndarray | jax.Array) and not isinstance(group_sizes, Tracer)
     return min(int(np.asarray(group_sizes).sum()), most) if known else most
 
 

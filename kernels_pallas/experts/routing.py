@@ -57,6 +57,13 @@ class Assignments:
         experts = jnp.arange(self.num_experts, dtype=self.expert.dtype)
         return jnp.sum(self.expert[:, None] == experts, axis=0, dtype=jnp.int32)
 
+    def within(self, capacity: int) -> tuple["Assignments", Int[Array, ""]]:
+        """At most `capacity` choices of each expert, the first in the list, and how many are dropped for it."""
+        chosen = self.expert[:, None] == jnp.arange(self.num_experts, dtype=self.expert.dtype)
+        place = jnp.sum(jnp.where(chosen, lax.cumsum(chosen.astype(jnp.int32)), 0), axis=1)  # from 1; 0 is no choice
+        kept = dataclasses.replace(self, expert=jnp.where(place <= capacity, self.expert, self.num_experts))
+        return kept, jnp.sum(place > capacity, dtype=jnp.int32)
+
     def route(self) -> Routing:
         """The rows of these choices, R = n. Integer-exact, and stable: equal keys keep their order.
 
@@ -75,6 +82,37 @@ class Assignments:
             inverse=inverse.astype(jnp.int32),
             token_sizes=_sizes(row_index[inverse], self.num_tokens),
         )
+
+
+def to_slots(routing: Routing, capacity: int) -> Routing:
+    """The same choices in E x capacity rows: expert e has the rows from e x capacity on, whether it fills them or not.
+
+    No expert may have more choices. A row without one has token 0 and weight 0, and no place in `inverse`.
+    """
+    E, n = routing.group_sizes.size, routing.row_index.size
+    first = starts(routing.group_sizes)
+    slot = jnp.arange(capacity, dtype=jnp.int32)
+    filled = slot < routing.group_sizes[:, None]  # (E, capacity)
+    nowhere = n + jnp.arange(E * capacity, dtype=jnp.int32).reshape(E, capacity)
+    row = jnp.where(filled, first[:, None] + slot, nowhere).reshape(-1)
+    taken = lambda x: x.at[row].get(unique_indices=True, mode="fill", fill_value=0)
+    number = jnp.arange(n, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(lax.cumsum(routing.group_sizes), number, side="right"), E - 1)
+    slot_of_row = expert.astype(jnp.int32) * capacity + number - first[expert]
+    return Routing(
+        row_index=taken(routing.row_index),
+        group_sizes=jnp.full((E,), capacity, jnp.int32),
+        row_weight=taken(routing.row_weight),
+        inverse=slot_of_row[routing.inverse],
+        token_sizes=routing.token_sizes,
+    )
+
+
+def in_order(row_index: Int[Array, " R"], group_sizes: Int[Array, " E"], inverse: Int[Array, " R"]) -> Routing:
+    """Rows that are each a token of its own, of weight 1: `row_index` and `inverse` are permutations of them."""
+    exists = jnp.arange(row_index.size, dtype=jnp.int32) < jnp.sum(group_sizes, dtype=jnp.int32)
+    sizes = exists.astype(jnp.int32)[inverse]
+    return Routing(row_index, group_sizes, jnp.ones(row_index.shape, jnp.float32), inverse, sizes)
 
 
 def _sizes(ascending: Int[Array, " n"], num: int) -> Int[Array, " num"]:

@@ -36,7 +36,7 @@ def test_an_axis_shards_the_first_dim_that_claims_it(sizes, dims, want):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MeshConfig(data=3), "data=3, fsdp=1, tensor=1 does not use exactly the 8 devices"),
+        (MeshConfig(data=3), "data=3, fsdp=1, expert=1, tensor=1 does not use exactly the 8 devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one of them -1"),
         (MeshConfig(data=0), "positive"),
         (MeshConfig(data=-1, fsdp=3), "does not use exactly"),
@@ -48,7 +48,7 @@ def test_impossible_meshes_are_refused(config, words):
 
 
 def test_minus_one_takes_what_is_left():
-    assert MeshConfig(data=-1, tensor=2).resolve(8) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert MeshConfig(data=-1, tensor=2).resolve(8) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2}
 
 
 def test_a_function_on_the_mesh_gets_its_own_piece_and_gathers_nothing():

@@ -29,8 +29,8 @@ def command(*words: str) -> subprocess.CompletedProcess:
     [
         (
             ["no_op"],
-            "flash_attention, flash_attention_tangent, decode_attention, paged_decode_attention, modulated_norm, dispatch, "
-            "combine, grouped_matmul, expert_mlp",
+            "flash_attention, flash_attention_tangent, decode_attention, paged_decode_attention, modulated_norm, "
+            "dispatch, combine, grouped_matmul, expert_mlp",
         ),
         (["--device", "h900"], "h200, h100, a100, b200"),
         (["--kernel", "no_kernel"], "triton"),

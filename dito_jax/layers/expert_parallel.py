@@ -1,0 +1,139 @@
+"""Experts on the devices of a mesh axis: three ways for rows to meet their experts, and back.
+
+Each runs on one device's tokens and one device's experts, inside `sharding.on_mesh`; devices along the axis "expert"
+hold different tokens and different experts. What moves, of width D, with k rows a token, T tokens a device and P
+devices along the axis:
+
+    gather       P T D out and back: every device sees all tokens, and computes what is its experts'
+    all_to_all   k T D (P - 1) / P each way: rows in slots, as many for each expert of each sender; static shapes
+    ragged       the same, rows as they are: any load, and no slots to fill
+
+gather and all_to_all run anywhere; ragged is a GPU's, and is emulated elsewhere for tests.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels_pallas import Assignments, backend, combine, dispatch, expert_mlp, in_order, to_slots
+
+
+AXIS = "expert"
+ExchangeName = Literal["gather", "all_to_all", "ragged"]
+Exchange = Callable[..., Float[Array, "T D"]]
+
+
+def default_exchange(active: int, devices: int, *, even: bool, gpu: bool) -> ExchangeName:
+    """The exchange that moves least, among those that drop nothing.
+
+    Slots are exact where every expert has the same number of rows (`even`: expert choice): all_to_all. Else a gather
+    moves P T D and a ragged exchange k T D (P - 1) / P, so the gather where k >= P - 1, and off a GPU.
+    """
+    if even:
+        return "all_to_all"
+    return "ragged" if gpu and active < devices - 1 else "gather"
+
+
+def local(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
+    """All experts are here."""
+    del capacity
+    return expert_mlp(x, assignments.route(), w_gate_up, w_down)
+
+
+def gather(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
+    """Every device computes the rows of its experts for all tokens, and the sums go back to where the tokens are.
+
+    Rows are counted for the worst load: each array of rows is P times that of one device, and its unused part costs
+    memory, not time.
+    """
+    del capacity
+    mine = w_down.shape[0]
+    x = lax.all_gather(x, AXIS, tiled=True)
+    everyones = jax.tree.map(lambda a: lax.all_gather(a, AXIS), assignments).joined()
+    expert = everyones.expert - lax.axis_index(AXIS) * mine
+    expert = jnp.where((expert >= 0) & (expert < mine), expert, mine)
+    of_mine = Assignments(everyones.token, expert, everyones.weight, everyones.num_tokens, num_experts=mine)
+    y = expert_mlp(x, of_mine.route(), w_gate_up, w_down)
+    return lax.psum_scatter(y, AXIS, tiled=True)
+
+
+def all_to_all(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
+    """Each expert has `capacity` slots for the rows of each device; what does not fit was dropped before.
+
+    A slot that is not filled holds a row of weight 0, which is computed like the others.
+    """
+    assert capacity is not None
+    mine, devices = w_down.shape[0], lax.axis_size(AXIS)
+    slots = to_slots(assignments.route(), capacity)
+    move = functools.partial(lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
+    rows = move(dispatch(x, slots))  # by sender, then expert
+    place = np.arange(rows.shape[0]).reshape(devices, mine, capacity)
+    by_expert = place.transpose(1, 0, 2).reshape(-1)
+    routing = in_order(
+        jnp.asarray(by_expert, jnp.int32),
+        jnp.full((mine,), devices * capacity, jnp.int32),
+        jnp.asarray(np.argsort(by_expert), jnp.int32),
+    )
+    return combine(move(expert_mlp(rows, routing, w_gate_up, w_down)), slots)
+
+
+def ragged(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
+    """Each expert gets the rows that it has, one piece from each device, side by side with those of other devices."""
+    del capacity
+    routing = assignments.route()
+    n, mine, devices, me = routing.row_index.size, w_down.shape[0], lax.axis_size(AXIS), lax.axis_index(AXIS)
+    sizes = lax.all_gather(routing.group_sizes, AXIS)  # (sender, expert)
+    sent_from = lax.cumsum(sizes, axis=1) - sizes  # where a piece begins among its sender's rows
+    of_device = sizes.reshape(devices, devices, mine)  # (sender, receiver, expert)
+    arrival = jnp.swapaxes(of_device, 0, 1).swapaxes(1, 2).reshape(devices, -1)  # (receiver, expert and sender)
+    lands_at = (lax.cumsum(arrival, axis=1) - arrival).reshape(devices, mine, devices)  # (receiver, expert, sender)
+    pieces = lambda of: of.reshape(-1)  # (peer, expert): the order of updates
+
+    there = ragged_all_to_all(
+        dispatch(x, routing), devices * n,
+        input_offsets=pieces(sent_from[me]), send_sizes=pieces(sizes[me]),
+        output_offsets=pieces(lands_at[:, :, me]), recv_sizes=pieces(of_device[:, me]),
+    )  # fmt: skip
+    order = jnp.arange(devices * n, dtype=jnp.int32)
+    received = in_order(order, jnp.sum(of_device[:, me], axis=0, dtype=jnp.int32), order)
+    back = ragged_all_to_all(
+        expert_mlp(there, received, w_gate_up, w_down), n,
+        input_offsets=pieces(lands_at[me].T), send_sizes=pieces(of_device[:, me]),
+        output_offsets=pieces(sent_from.reshape(devices, devices, mine)[:, me]), recv_sizes=pieces(sizes[me]),
+    )  # fmt: skip
+    return combine(back, routing)
+
+
+EXCHANGES: dict[str, Exchange] = {"gather": gather, "all_to_all": all_to_all, "ragged": ragged}
+
+
+def ragged_all_to_all(
+    rows: Float[Array, "R D"], num_out: int, *, input_offsets, send_sizes, output_offsets, recv_sizes
+):
+    """lax.ragged_all_to_all along the axis into zeros; several pieces to each device, in the order of devices.
+
+    XLA has it on GPUs alone. Elsewhere every device sees all rows and takes those that are for it.
+    """
+    if backend.target().platform != "gpu":
+        return _emulated(rows, num_out, input_offsets, send_sizes, output_offsets)
+    out = jnp.zeros((num_out, rows.shape[1]), rows.dtype)
+    return lax.ragged_all_to_all(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=AXIS)
+
+
+def _emulated(rows, num_out, input_offsets, send_sizes, output_offsets):
+    per_device = input_offsets.size // lax.axis_size(AXIS)
+    me = lax.axis_index(AXIS)
+    mine = lambda a: lax.dynamic_slice_in_dim(lax.all_gather(a, AXIS), me * per_device, per_device, axis=1).reshape(-1)
+    first, size, place = mine(input_offsets), mine(send_sizes), mine(output_offsets)  # (sender and piece,)
+    number = jnp.arange(num_out, dtype=jnp.int32)[:, None]
+    inside = (number >= place) & (number < place + size)
+    piece = jnp.argmax(inside, axis=1)
+    source = piece // per_device * rows.shape[0] + first[piece] + number[:, 0] - place[piece]
+    everyones = lax.all_gather(rows, AXIS, tiled=True)
+    return jnp.where(inside.any(axis=1)[:, None], everyones[jnp.where(inside.any(axis=1), source, 0)], 0)

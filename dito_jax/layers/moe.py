@@ -1,0 +1,134 @@
+"""A mixture of experts in place of an MLP: a router, many gated MLPs, and one that all tokens share."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.nn.initializers import normal, variance_scaling, zeros
+from jaxtyping import Array, Float, Int
+
+from dito_jax.layers.expert_parallel import AXIS, EXCHANGES, ExchangeName, default_exchange, local
+from dito_jax.layers.mlp import SwiGLU
+from dito_jax.sharding import axis_size, on_mesh
+from kernels_pallas import Assignments, Load, backend, expert_load
+
+
+# (logits (T, E), bias (E,) or None, index (T,) or None) of one pool -> its choices
+Choose = Callable[[jax.Array, jax.Array | None, jax.Array | None], Assignments]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the router did, of each of P pools: sums over P are those of the batch, wherever its parts are."""
+
+    load: Load  # with a leading dimension P
+    dropped: Any  # int32 (P,): choices that found no room
+
+
+class MoE(nnx.Module):
+    """y = sum over a token's experts of weight mlp(x), and shared_mlp(x) where there is one; all MLPs are SwiGLU.
+
+    Tokens of `pool` images choose, and are chosen, together: the pool is what an expert chooses from, and what its
+    capacity counts. With pool = 1 nothing that an image meets depends on another image. A pool lies on one device, so
+    results do not depend on the mesh.
+
+    The router is float32 whatever the network computes in: its weights are marked `float32`, and are not cast.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        choose: Choose,
+        scores: Callable[[jax.Array], jax.Array],
+        active: int,
+        even: bool = False,
+        biased: bool = False,
+        capacity_factor: float | None = None,
+        pool: int = 1,
+        shared_hidden: int = 0,
+        exchange: ExchangeName | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """`active` experts a token, on average; `even`: every expert has the same number of rows.
+
+        `scores` are the probabilities that the load counts. `capacity_factor` bounds an expert's rows of a pool to so
+        many times the even share, and drops the rest. A `biased` router has a bias for its choices.
+        """
+        self.choose, self.scores, self.active, self.even = choose, scores, active, even
+        self.capacity_factor, self.pool, self.exchange = capacity_factor, pool, exchange
+        matrix = variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)  # Xavier's, of each expert
+        param = lambda init, shape, **metadata: nnx.Param(init(rngs.params(), shape, jnp.float32), **metadata)
+        self.router = param(normal(0.02), (width, num_experts), dims="D .", float32=True)
+        self.bias = param(zeros, (num_experts,), dims=".", float32=True) if biased else None
+        gate_up = matrix(rngs.params(), (num_experts, width, 2 * hidden), jnp.float32)
+        self.gate_up = nnx.Param(gate_up.reshape(num_experts, width, 2, hidden), dims="E D . F")
+        self.down = param(matrix, (num_experts, hidden, width), dims="E F D")
+        self.shared = SwiGLU(width, shared_hidden, rngs=rngs) if shared_hidden else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], index: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Report]:
+        """The output and the report; `index` is the expert of each image, for a router that is told.
+
+        Raises:
+          ValueError: the batch is no multiple of the pool on each device.
+        """
+        assignments, report = self._route(x, index)
+        y = self._compute(x, assignments)
+        return (y if self.shared is None else y + self.shared(x)), report
+
+    def _route(self, x, index) -> tuple[Assignments, Report]:
+        """Each pool's choices, on the devices where its images are."""
+        (B, T, _), E = x.shape, self.router.shape[1]
+        if B % self.pool:
+            raise ValueError(
+                f"MoE: a batch of {B} images is no multiple of the pool of {self.pool}; change one of them."
+            )
+        logits = jnp.dot(x.astype(jnp.float32), self.router[...], precision=lax.Precision.HIGHEST)
+        logits = logits.reshape(B // self.pool, self.pool * T, E)
+        index = None if index is None else jnp.repeat(index, T).reshape(logits.shape[:2])
+        bias = None if self.bias is None else self.bias[...]
+
+        def of_pool(logits, bias, index):
+            assignments, dropped = self.choose(logits, bias, index), jnp.zeros((), jnp.int32)
+            load = expert_load(assignments, self.scores(logits), logits)
+            if not self.even and self.capacity_factor is not None:
+                assignments, dropped = assignments.within(self._capacity(assignments))
+            return assignments, Report(load, dropped)
+
+        # Left to itself XLA would gather all logits, to sort them.
+        of_pools = on_mesh(jax.vmap(of_pool, in_axes=(0, None, 0)), ("B . .", ".", "B ."), ("B", "B"))
+        return of_pools(logits, bias, index)
+
+    def _capacity(self, assignments: Assignments) -> int:
+        """Rows that an expert may have of one pool."""
+        share = assignments.token.shape[-1] / assignments.num_experts
+        return math.ceil(share * (1 if self.even else self.capacity_factor or assignments.num_experts))
+
+    def _compute(self, x, assignments: Assignments):
+        devices = axis_size(AXIS)
+        name = self.exchange or default_exchange(
+            self.active, devices, even=self.even, gpu=backend.target().platform == "gpu"
+        )
+        exchange = local if devices == 1 else EXCHANGES[name]
+        capacity = self._capacity(assignments)
+
+        def on_one_device(x, assignments, gate_up, down):
+            pools = assignments.token.shape[0]
+            y = exchange(
+                x.reshape(-1, x.shape[-1]), assignments.joined(), gate_up.reshape(*gate_up.shape[:2], -1), down,
+                capacity=pools * capacity,
+            )  # fmt: skip
+            return (lax.psum(y, "tensor") if axis_size("tensor") > 1 else y).reshape(x.shape)
+
+        run = on_mesh(on_one_device, ("B T .", "B .", "E . . F", "E F ."), "B T .")
+        return run(x, assignments, self.gate_up[...], self.down[...])
