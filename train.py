@@ -18,6 +18,7 @@ import numpy as np
 from dito_jax import command_line
 from dito_jax.config import TrainConfig, check, to_json
 from dito_jax.data import batches
+from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.judge import judge
 from dito_jax.evaluation.sample import make_sampler
 from dito_jax.sharding import make_mesh
@@ -107,6 +108,7 @@ def finish(config: TrainConfig, run: RunDirectory, program: Program, state: Trai
     figures = judge(
         run, draw, state.ema[str(decay)], config.data.open("train"), config.data.open("heldout"),
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
+        load=make_load_meter(program.graph, config.model, seed=config.train.seed),
     )  # fmt: skip
     if figures is not None:
         agreement, of_heldout = figures["class_agreement"], figures["class_agreement_of_heldout"]

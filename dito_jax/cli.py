@@ -20,6 +20,7 @@ import numpy as np
 from dito_jax import command_line, config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
+from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.judge import judge, visible
 from dito_jax.evaluation.plots import image_grid
 from dito_jax.evaluation.sample import balanced_labels, make_sampler
@@ -63,6 +64,7 @@ def evaluate(options: argparse.Namespace) -> None:
     figures = judge(
         run, _sampler(program, config), _average(state, config), config.data.open("train"), config.data.open("heldout"),
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
+        load=make_load_meter(program.graph, config.model, seed=config.train.seed),
     )  # fmt: skip
     for name, value in (figures or {}).items():
         print(f"{name}: {value}")

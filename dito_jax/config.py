@@ -23,7 +23,8 @@ from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
 from dito_jax.evaluation.evaluate import EvaluationConfig
 from dito_jax.evaluation.sample import SampleConfig
-from dito_jax.models.dit import MLPS, DiTConfig
+from dito_jax.models.dit import DiTConfig
+from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.sharding import MeshConfig, batch_pieces
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import CheckpointConfig, LoopConfig
@@ -109,15 +110,10 @@ def check(config: TrainConfig, num_devices: int) -> None:
     model, train = config.model, config.train
     axes = config.mesh.resolve(num_devices)
     part = batch_pieces(axes) * train.accumulation
-    hidden = MLPS[model.mlp].hidden(model.width)
     pieces = "mesh.data x mesh.fsdp x mesh.expert x train.accumulation"
     rules = {
         f"train.batch_size {train.batch_size} is not a multiple of {pieces} = {part}": train.batch_size % part,
-        f"model.num_kv_heads {model.kv_heads} is not a multiple of mesh.tensor {axes['tensor']}": (
-            model.kv_heads % axes["tensor"]
-        ),
-        f"the feed-forward width {hidden} is not a multiple of mesh.tensor {axes['tensor']}": hidden % axes["tensor"],
-        f"model.width {model.width} is not a multiple of mesh.fsdp {axes['fsdp']}": model.width % axes["fsdp"],
+        **model.mesh_rules(axes, images=train.batch_size // part),
         f"sample.ema_decay {config.sample.ema_decay} is not in train.ema_decays {train.ema_decays}": (
             config.sample.ema_decay not in (None, *train.ema_decays)
         ),
@@ -166,8 +162,8 @@ def from_json(text: str) -> TrainConfig:
 _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        TrainConfig, DiTConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig, CheckpointConfig, SampleConfig,
-        EvaluationConfig, DigitsData, ImageFolderData, LatentsData,
+        TrainConfig, DiTConfig, MoEDiTConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig, CheckpointConfig,
+        SampleConfig, EvaluationConfig, DigitsData, ImageFolderData, LatentsData,
     )
 }  # fmt: skip
 

@@ -51,7 +51,21 @@ def flow_matching_loss(
     beyond the image's (learn_sigma) are ignored.
     """
     z = path.interpolate(image, noise, t)
-    said = network(z, t, label)[..., : image.shape[-1]].astype(jnp.float32)
+    return flow_matching_error(network(z, t, label), z, image, t, noise, prediction=prediction, space=space)
+
+
+def flow_matching_error(
+    said: Float[Array, "B h w c_out"],
+    z: Float[Array, "B h w c"],
+    image: Float[Array, "B h w c"],
+    t: Float[Array, " B"],
+    noise: Float[Array, "B h w c"],
+    *,
+    prediction: Quantity,
+    space: Quantity,
+) -> Float[Array, " B"]:
+    """The loss of what a network said of z."""
+    said = said[..., : image.shape[-1]].astype(jnp.float32)
     truth = path.quantity(image, noise, prediction)
     error = path.convert(said, z, t, source=prediction, target=space) - path.convert(
         truth, z, t, source=prediction, target=space

@@ -9,7 +9,7 @@ from flax import nnx
 
 from dito_jax.data import Source
 from dito_jax.evaluation.evaluate import EvaluationConfig, evaluate, report
-from dito_jax.evaluation.plots import image_grid, loss_curve
+from dito_jax.evaluation.plots import image_grid, load_map, loss_curve
 from dito_jax.evaluation.sample import SampleConfig, balanced_labels
 from dito_jax.training.metrics import read_metrics
 from dito_jax.training.run_directory import RunDirectory
@@ -25,8 +25,11 @@ def judge(
     sample: SampleConfig,
     evaluation: EvaluationConfig,
     seed: int,
+    load: Callable[[nnx.State, Source], np.ndarray] | None = None,
 ) -> dict[str, Any] | None:
     """Writes samples/final.png and loss.png, and, where the config asks for an evaluation, eval.json and report.md.
+
+    `load` measures how a network with experts uses them (expert_load.py); expert_load.png shows it.
 
     Returns the figures of eval.json, or None without an evaluation.
     """
@@ -37,7 +40,12 @@ def judge(
     loss_curve([row["step"] for row in history], [row["loss"] for row in history], run.path / "loss.png")
     if not evaluation.num_samples:
         return None
+    shares = None if load is None else load(params, heldout)
+    if shares is not None:
+        load_map(shares, run.path / "expert_load.png")
     figures = evaluate(images, np.array(labels), train, heldout, max_reference=evaluation.max_reference)
+    if shares is not None:
+        figures["expert_load"] = {"smallest": float(shares.min()), "largest": float(shares.max())}
     run.write_json(run.evaluation.name, figures)
     run.write_text(run.report.name, report(run.path.name, figures, dataclasses.asdict(sample)))
     return figures

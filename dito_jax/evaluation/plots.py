@@ -58,6 +58,22 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.Pat
         figure.savefig(partial, format="png", dpi=120)
 
 
+def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
+    """Draws each layer's experts as a row of squares: white is an even share, blue less, red more."""
+    layers, experts = load.shape
+    figure = Figure(figsize=(2 + 0.5 * experts, 1.5 + 0.4 * layers), layout="constrained")
+    axes = figure.subplots()
+    squares = axes.imshow(load, cmap="bwr", vmin=0, vmax=2, aspect="auto")
+    if load.size <= 200:
+        for (layer, expert), value in np.ndenumerate(load):
+            axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer with experts")
+    figure.colorbar(squares, label="rows over an even share")
+    with _whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
 @contextlib.contextmanager
 def _whole(path: str | os.PathLike) -> Iterator[Path]:
     """A name to write to, which becomes `path` once all is written."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.nn.initializers import normal, variance_scaling, zeros
+from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array, Float, Int
 
 from dito_jax.layers.expert_parallel import AXIS, EXCHANGES, ExchangeName, default_exchange, local
@@ -24,11 +24,15 @@ Choose = Callable[[jax.Array, jax.Array | None, jax.Array | None], Assignments]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Report:
+class RouterReport:
     """What the router did, of each of P pools: sums over P are those of the batch, wherever its parts are."""
 
     load: Load  # with a leading dimension P
     dropped: Any  # int32 (P,): choices that found no room
+
+
+class RouterBias(nnx.Param):
+    """What a router adds to its scores to choose: it has no gradient, and is moved by the load (`update_bias`)."""
 
 
 class MoE(nnx.Module):
@@ -51,6 +55,7 @@ class MoE(nnx.Module):
         scores: Callable[[jax.Array], jax.Array],
         active: int,
         even: bool = False,
+        told: bool = False,
         biased: bool = False,
         capacity_factor: float | None = None,
         pool: int = 1,
@@ -61,22 +66,24 @@ class MoE(nnx.Module):
         """`active` experts a token, on average; `even`: every expert has the same number of rows.
 
         `scores` are the probabilities that the load counts. `capacity_factor` bounds an expert's rows of a pool to so
-        many times the even share, and drops the rest. A `biased` router has a bias for its choices.
+        many times the even share, and drops the rest. A `biased` router has a bias for its choices; one that is `told` has
+        no parameters, and its logits are zero.
         """
         self.choose, self.scores, self.active, self.even = choose, scores, active, even
         self.capacity_factor, self.pool, self.exchange = capacity_factor, pool, exchange
         matrix = variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)  # Xavier's, of each expert
         param = lambda init, shape, **metadata: nnx.Param(init(rngs.params(), shape, jnp.float32), **metadata)
-        self.router = param(normal(0.02), (width, num_experts), dims="D .", float32=True)
-        self.bias = param(zeros, (num_experts,), dims=".", float32=True) if biased else None
+        router = None if told else param(normal(0.02), (width, num_experts), dims="D .", float32=True)
+        self.router_kernel = router
+        self.bias = RouterBias(jnp.zeros(num_experts), dims=".", float32=True) if biased else None
         gate_up = matrix(rngs.params(), (num_experts, width, 2 * hidden), jnp.float32)
-        self.gate_up = nnx.Param(gate_up.reshape(num_experts, width, 2, hidden), dims="E D . F")
-        self.down = param(matrix, (num_experts, hidden, width), dims="E F D")
+        self.gate_up_kernel = nnx.Param(gate_up.reshape(num_experts, width, 2, hidden), dims="E D . F")
+        self.down_kernel = param(matrix, (num_experts, hidden, width), dims="E F D")
         self.shared = SwiGLU(width, shared_hidden, rngs=rngs) if shared_hidden else None
 
     def __call__(
         self, x: Float[Array, "B T D"], index: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Report]:
+    ) -> tuple[Float[Array, "B T D"], RouterReport]:
         """The output and the report; `index` is the expert of each image, for a router that is told.
 
         Raises:
@@ -86,14 +93,16 @@ class MoE(nnx.Module):
         y = self._compute(x, assignments)
         return (y if self.shared is None else y + self.shared(x)), report
 
-    def _route(self, x, index) -> tuple[Assignments, Report]:
+    def _route(self, x, index) -> tuple[Assignments, RouterReport]:
         """Each pool's choices, on the devices where its images are."""
-        (B, T, _), E = x.shape, self.router.shape[1]
+        (B, T, _), E = x.shape, self.down_kernel.shape[0]
         if B % self.pool:
             raise ValueError(
                 f"MoE: a batch of {B} images is no multiple of the pool of {self.pool}; change one of them."
             )
-        logits = jnp.dot(x.astype(jnp.float32), self.router[...], precision=lax.Precision.HIGHEST)
+        logits = jnp.zeros((B, T, E))
+        if self.router_kernel is not None:
+            logits = jnp.dot(x.astype(jnp.float32), self.router_kernel[...], precision=lax.Precision.HIGHEST)
         logits = logits.reshape(B // self.pool, self.pool * T, E)
         index = None if index is None else jnp.repeat(index, T).reshape(logits.shape[:2])
         bias = None if self.bias is None else self.bias[...]
@@ -103,7 +112,7 @@ class MoE(nnx.Module):
             load = expert_load(assignments, self.scores(logits), logits)
             if not self.even and self.capacity_factor is not None:
                 assignments, dropped = assignments.within(self._capacity(assignments))
-            return assignments, Report(load, dropped)
+            return assignments, RouterReport(load, dropped)
 
         # Left to itself XLA would gather all logits, to sort them.
         of_pools = on_mesh(jax.vmap(of_pool, in_axes=(0, None, 0)), ("B . .", ".", "B ."), ("B", "B"))
@@ -131,4 +140,4 @@ class MoE(nnx.Module):
             return (lax.psum(y, "tensor") if axis_size("tensor") > 1 else y).reshape(x.shape)
 
         run = on_mesh(on_one_device, ("B T .", "B .", "E . . F", "E F ."), "B T .")
-        return run(x, assignments, self.gate_up[...], self.down[...])
+        return run(x, assignments, self.gate_up_kernel[...], self.down_kernel[...])

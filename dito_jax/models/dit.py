@@ -11,6 +11,7 @@ the identity. The two presets differ in what fills the block:
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -102,22 +103,56 @@ class DiTConfig:
         }
         return [problem for problem, broken in rules.items() if broken]
 
+    def mesh_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
+        """What makes a mesh of these axis sizes, with so many images on a device, impossible; and whether it is so."""
+        del images
+        hidden = MLPS[self.mlp].hidden(self.width)
+        tensor, fsdp = sizes["tensor"], sizes["fsdp"]
+        return {
+            f"model.num_kv_heads {self.kv_heads} is not a multiple of mesh.tensor {tensor}": self.kv_heads % tensor > 0,
+            f"the feed-forward width {hidden} is not a multiple of mesh.tensor {tensor}": hidden % tensor > 0,
+            f"model.width {self.width} is not a multiple of mesh.fsdp {fsdp}": self.width % fsdp > 0,
+        }
+
+    def mlp_flops(self) -> int:
+        """Of one token in the MLPs of all blocks."""
+        return self.depth * MLPS[self.mlp].flops(self.width)
+
     def flops(self) -> int:
         """Of one forward pass over one image, a multiply-add being 2 (the paper's "Gflops" are multiply-adds)."""
         tokens, d = self.grid[0] * self.grid[1], self.width
         head_width = d // self.num_heads
         projections = 2 * d * head_width * (2 * self.num_heads + 2 * self.kv_heads)  # q, out; k, v
         attention = 4 * tokens * d  # q k^T and p v: 2 T D each
-        block = tokens * (projections + attention + MLPS[self.mlp].flops(d)) + 2 * d * 6 * d
+        block = tokens * (projections + attention) + 2 * d * 6 * d
         patch = self.patch**2
         ends = 2 * tokens * d * patch * (self.image_shape[2] + self.out_channels) + 2 * d * 2 * d
-        return self.depth * block + ends + 2 * (NUM_FREQUENCIES * d + d * d)
+        return self.depth * block + tokens * self.mlp_flops() + ends + 2 * (NUM_FREQUENCIES * d + d * d)
+
+    def rebalance(self, params: nnx.State, report: "Report") -> nnx.State:
+        """What a step does to the parameters after its update, given the report: nothing."""
+        del report
+        return params
+
+    def build(self, rngs: nnx.Rngs) -> "DiT":
+        """A model of this config."""
+        return DiT(self, rngs=rngs)
 
     def num_parameters(self) -> int:
         """As the paper counts: what is trained, and the fixed position table where there is one."""
-        model = nnx.eval_shape(lambda: DiT(self, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
         trained = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         return trained + (self.grid[0] * self.grid[1] * self.width if self.positions == "sincos" else 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a network says of itself beside its image."""
+
+    losses: Any = 0.0  # float32 (B,), to be added to those of the examples
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rows: Any = None  # float32 (L, E): how many each expert of each layer computed
 
 
 class DiTBlock(nnx.Module):
@@ -131,15 +166,24 @@ class DiTBlock(nnx.Module):
         self.attention = Attention(
             config.width, config.num_heads, config.kv_heads, qk_norm=config.qk_norm, attend=attend, rngs=rngs
         )
-        self.mlp = MLPS[config.mlp](config.width, rngs=rngs)
+        self.mlp = self.make_mlp(config, rngs)
+
+    def make_mlp(self, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+        return MLPS[config.mlp](config.width, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], c: Float[Array, "B D"], rotation: Rotation | None
     ) -> Float[Array, "B T D"]:
+        return self.through(x, c, rotation, lambda h: (self.mlp(h), None))[0]
+
+    def through[Said](
+        self, x: Array, c: Array, rotation: Rotation | None, mlp: Callable[[Array], tuple[Array, Said]]
+    ) -> tuple[Array, Said]:
+        """The block around an MLP, and what that says beside its output."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.unstack(self.modulation(c), axis=1)  # (B, D) each
         x = x + gate1[:, None] * self.attention(self._norm(x, scale1, shift1), rotation)
-        x = x + gate2[:, None] * self.mlp(self._norm(x, scale2, shift2))
-        return constrain(x, "B T D")
+        y, said = mlp(self._norm(x, scale2, shift2))
+        return constrain(x + gate2[:, None] * y, "B T D"), said
 
     def _norm(self, x, scale, shift):
         return adaptive_norm(x, scale, shift, kind=self.norm, implementation=self.norm_implementation)
@@ -155,8 +199,7 @@ class DiT(nnx.Module):
         self.patches = linear(patch * c, config.width, ". D", rngs=rngs)
         self.time = TimeEmbedding(config.width, rngs=rngs)
         self.label = ClassEmbedding(config.num_classes, config.width, rngs=rngs)
-        keys = jax.random.split(rngs.params(), config.depth)
-        self.blocks = jax.vmap(lambda key: DiTBlock(config, rngs=nnx.Rngs(key)))(keys)  # stacked: (L, ...)
+        self.blocks = self.make_blocks(config, rngs)
         self.modulation = linear(config.width, (2, config.width), "D . .", init=zeros, rngs=rngs)
         self.out = linear(config.width, patch * config.out_channels, "D .", init=zeros, rngs=rngs)
 
@@ -164,23 +207,43 @@ class DiT(nnx.Module):
         self, image: Float[Array, "B h w c"], t: Float[Array, " B"], label: Int[Array, " B"]
     ) -> Float[Array, "B h w c_out"]:
         """Computes in the dtype of the parameters. t is in [0, 1]; label num_classes means "no class"."""
+        return self.with_report(image, t, label)[0]
+
+    def make_blocks(self, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """All of them in one, each parameter with a leading dimension L."""
+        return stacked(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, rngs)
+
+    def with_report(self, image: Array, t: Array, label: Array) -> tuple[Array, Report]:
+        """The image, and what training wants to know beside it."""
+        x, c, rotation = self.embed(image, t, label)
+        x, _ = self.scan(lambda x, block: (block(x, c, rotation), None), x)
+        return self.head(x, c), Report()
+
+    def embed(self, image, t, label):
+        """Tokens (B, T, D), conditioning (B, D), and what rotates positions."""
         config = self.config
-        (h, w, _), head_width = config.image_shape, config.width // config.num_heads
+        head_width = config.width // config.num_heads
         x = self.patches(patchify(image.astype(self.patches.kernel.dtype), config.patch))  # (B, T, D)
         rotation = None
         if config.positions == "rope":
             rotation = axial_rotation(*config.grid, head_width)
         else:
             x = x + jnp.asarray(sincos_table(*config.grid, config.width), x.dtype)[None]
-        c = jax.nn.silu(self.time(t) + self.label(label))
+        return constrain(x, "B T D"), jax.nn.silu(self.time(t) + self.label(label)), rotation
 
-        def apply(x, block):
-            return block(x, c, rotation), None
+    def scan(self, apply: Callable, x: Array):
+        """apply(x, block) -> (x, said) over the blocks: the last x, and what each said."""
+        return jax.lax.scan(jax.checkpoint(apply) if self.config.remat else apply, x, self.blocks)
 
-        x = constrain(x, "B T D")
-        x, _ = jax.lax.scan(jax.checkpoint(apply) if config.remat else apply, x, self.blocks)
-
+    def head(self, x, c):
+        """The image of the last tokens."""
+        config = self.config
         shift, scale = jnp.unstack(self.modulation(c), axis=1)
         x = adaptive_norm(x, scale, shift, kind=config.norm, implementation=config.norm_implementation)
-        x = self.out(x)
-        return unpatchify(x, config.patch, h, w)
+        h, w, _ = config.image_shape
+        return unpatchify(self.out(x), config.patch, h, w)
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
+    """`depth` modules as one, for `scan`."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))

@@ -10,7 +10,7 @@ import re
 from dito_jax.planning.lowering import Lowered
 
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 ITEM_BYTES = {
     "pred": 1,
     "s8": 1,

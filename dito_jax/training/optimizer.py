@@ -50,5 +50,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def _matrices(params):
     """True for kernels; biases, norms and embedding tables do not decay."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), params
+        lambda path, _: any(str(getattr(key, "key", "")).endswith("kernel") for key in path), params
     )

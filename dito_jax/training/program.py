@@ -75,6 +75,7 @@ def make_program(
         decays=loop.ema_decays,
         compute_dtype=loop.compute_dtype,
         accumulation=loop.accumulation,
+        rebalance=model.rebalance,
     )
     by_example = jax.NamedSharding(mesh, spec("B", mesh))
     batch = {

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, UInt32
 
-from dito_jax.models.dit import DiT, DiTConfig
+from dito_jax.models.dit import DiTConfig
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +26,7 @@ class TrainState:
 
 def split_model(config: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure and the shapes of its parameters; nothing is computed."""
-    model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
     return nnx.split(model, nnx.Param)
 
 
@@ -35,7 +35,7 @@ def init_state(
 ) -> TrainState:
     """Step 0. Pure: under jit with shardings it makes each shard where it lives."""
     key_params, key_train = jax.random.split(jax.random.key(seed))
-    params = nnx.state(DiT(config, rngs=nnx.Rngs(key_params)), nnx.Param)
+    params = nnx.state(config.build(nnx.Rngs(key_params)), nnx.Param)
     ema = {str(decay): jax.tree.map(jnp.copy, params) for decay in decays}
     key = jax.random.key_data(key_train)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, key)

@@ -9,7 +9,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dito_jax.diffusion.loss import LossConfig, drop_labels, flow_matching_loss
+from dito_jax.diffusion import path
+from dito_jax.diffusion.loss import LossConfig, drop_labels, flow_matching_error
+from dito_jax.models.dit import Report
 from dito_jax.training.ema import update_ema
 from dito_jax.training.state import TrainState
 
@@ -28,33 +30,47 @@ def make_step(
     decays: tuple[float, ...],
     compute_dtype: ComputeDtype,
     accumulation: int,
+    rebalance: Callable[[Any, Report], Any],
 ) -> Step:
     """The step for this model and recipe.
 
-    Parameters are kept in float32 and cast to `compute_dtype` for the network alone; loss, gradient sum and update
-    are float32. With `accumulation` > 1 the batch goes through in that many equal parts, which changes memory and not
-    the result.
+    Parameters are kept in float32 and cast to `compute_dtype` for the network alone, but for those marked `float32`;
+    loss, gradient sum and update are float32. `rebalance` has the last word on the parameters, with the report of the
+    network: it moves what has no gradient. With `accumulation` > 1 the batch goes through in that many equal parts,
+    which changes memory and not the result.
     """
 
     def loss_of_part(params, part):
-        network = nnx.merge(graph, jax.tree.map(lambda p: p.astype(compute_dtype), params))
-        losses = flow_matching_loss(
-            network, part["image"], part["label"], part["t"], part["noise"],
-            prediction=loss.prediction, space=loss.space,
-        )  # fmt: skip
-        return jnp.mean(losses)
+        network = nnx.merge(graph, cast(params, compute_dtype))
+        z = path.interpolate(part["image"], part["noise"], part["t"])
+        said, report = network.with_report(z, part["t"], part["label"])
+        losses = flow_matching_error(
+            said, z, part["image"], part["t"], part["noise"], prediction=loss.prediction, space=loss.space
+        )
+        return jnp.mean(losses + report.losses), report
 
     def step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         drawn = _draw(key, batch, loss, null_label)
-        value, gradient = _accumulate(jax.value_and_grad(loss_of_part), state.params, drawn, accumulation)
+        value_and_grad = jax.value_and_grad(loss_of_part, has_aux=True)
+        (value, report), gradient = _accumulate(value_and_grad, state.params, drawn, accumulation)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
+        params = rebalance(jax.tree.map(jnp.add, state.params, updates), report)
         ema = update_ema(state.ema, params, decays, state.step)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), **report.metrics}
         return TrainState(state.step + 1, params, moments, ema, state.key), metrics
 
     return step
+
+
+def cast(params: nnx.State, dtype: ComputeDtype) -> nnx.State:
+    """The parameters that the network computes with."""
+
+    def narrowed(variable: nnx.Variable) -> nnx.Variable:
+        keeps = variable.get_metadata().get("float32", False)
+        return variable if keeps else variable.replace(variable[...].astype(dtype))
+
+    return jax.tree.map(narrowed, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _draw(key, batch: Batch, loss: LossConfig, null_label: int) -> Batch:
@@ -70,7 +86,7 @@ def _draw(key, batch: Batch, loss: LossConfig, null_label: int) -> Batch:
 
 
 def _accumulate(value_and_grad: Callable, params: Any, batch: Batch, parts: int):
-    """Mean loss and gradient over `parts` equal parts of the batch, one after the other."""
+    """Mean loss, report and gradient over `parts` equal parts of the batch, one after the other."""
     if parts == 1:
         return value_and_grad(params, batch)
     # Part i takes every parts-th example, so that a batch sharded over devices stays where it is.
@@ -79,6 +95,7 @@ def _accumulate(value_and_grad: Callable, params: Any, batch: Batch, parts: int)
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
-    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+    one = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda a: a[0], cut))
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
     total, _ = jax.lax.scan(add, zero, cut)
     return jax.tree.map(lambda leaf: leaf / parts, total)

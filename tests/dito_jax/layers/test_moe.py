@@ -37,7 +37,7 @@ ROUTERS = {
     ),
     "race": dict(choose=lambda x, bias, index: race(x, rows=2 * len(x)), scores=softmax_scores, active=2),
     "by_index": dict(
-        choose=lambda x, bias, index: by_index(index, num_experts=E), scores=softmax_scores, active=1
+        choose=lambda x, bias, index: by_index(index, num_experts=E), scores=softmax_scores, active=1, told=True
     ),
 }  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_what_finds_no_room_is_dropped_and_counted(factor):
     )
     assert_close(y, alone("softmax", capacity_factor=factor)[1])
     want = np.zeros((B, T, D))
-    for b, logits in enumerate(images() @ jnp.asarray(params["router"][...])):
+    for b, logits in enumerate(images() @ jnp.asarray(params["router_kernel"][...])):
         used, dropped = np.zeros(E, int), 0
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         for t in range(T):
@@ -147,8 +147,8 @@ def test_what_finds_no_room_is_dropped_and_counted(factor):
                 used[e] += 1
                 dropped += used[e] > capacity
                 if used[e] <= capacity:
-                    gate, up = np.asarray(jnp.einsum("d,dgf->gf", images()[b, t], params["gate_up"][...][e]))
-                    want[b, t] += p[t, e] * ((gate / (1 + np.exp(-gate)) * up) @ params["down"][...][e])
+                    gate, up = np.asarray(jnp.einsum("d,dgf->gf", images()[b, t], params["gate_up_kernel"][...][e]))
+                    want[b, t] += p[t, e] * ((gate / (1 + np.exp(-gate)) * up) @ params["down_kernel"][...][e])
         assert report.dropped[b] == dropped
         np.testing.assert_array_equal(report.load.rows[b], used)
     assert report.dropped.sum() > 0
@@ -198,7 +198,7 @@ def test_the_router_is_float32_in_a_network_of_bfloat16():
         params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )  # fmt: skip
     y, report = nnx.merge(graph, narrow)(x, INDEX)
-    logits = np.asarray(x, np.float64) @ np.asarray(params["router"][...], np.float64)
+    logits = np.asarray(x, np.float64) @ np.asarray(params["router_kernel"][...], np.float64)
     want = np.sum(np.log(np.exp(logits).sum(-1)) ** 2, axis=1)
     np.testing.assert_allclose(report.load.z, want, rtol=1e-5)  # bfloat16 weights are off by 2^-9
     assert y.dtype == jnp.bfloat16

@@ -1,0 +1,43 @@
+"""How evenly a network's experts are used on real data: the share of each expert in each layer."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dito_jax.data import Source
+from dito_jax.diffusion import path
+from dito_jax.models.dit import DiTConfig
+from dito_jax.models.moe_dit import MoEDiTConfig
+
+
+MOST = 256  # images
+
+
+def make_load_meter(
+    graph: nnx.GraphDef, model: DiTConfig, *, seed: int
+) -> Callable[[nnx.State, Source], np.ndarray] | None:
+    """`measure(params, source) -> (L, E)`: rows of each expert over an even share, in each layer; None without experts.
+
+    Images of the source, noised at times that cover [0, 1] evenly, an image a time.
+    """
+    if not isinstance(model, MoEDiTConfig):
+        return None
+
+    @jax.jit
+    def rows(params, image, label, t, noise):
+        return nnx.merge(graph, params).with_report(path.interpolate(image, noise, t), t, label)[1].rows
+
+    def measure(params, source):
+        count = max(min(len(source), MOST) // model.pool, 1) * model.pool
+        examples = [source[int(i)] for i in np.linspace(0, len(source) - 1, count)]
+        image = jnp.stack([jnp.asarray(example["image"]) for example in examples])
+        label = jnp.asarray([example["label"] for example in examples], jnp.int32)
+        key_time, key_noise = jax.random.split(jax.random.key(seed))
+        t = jax.random.permutation(key_time, (jnp.arange(count) + 0.5) / count)
+        found = np.asarray(rows(params, image, label, t, jax.random.normal(key_noise, image.shape)))
+        return found / found.mean(axis=1, keepdims=True)
+
+    return measure

@@ -1,0 +1,255 @@
+"""A DiT whose MLPs are mixtures of experts: in every block, or in every second one.
+
+    block: x += gate * attention(norm(x)(1 + scale) + shift);  x += gate * moe(norm(x)(1 + scale) + shift)
+
+Beside its image the network reports how its experts were used: losses that even their loads, and the counts by which
+a biased router is moved after a step.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dito_jax.layers.expert_parallel import ExchangeName
+from dito_jax.layers.mlp import SwiGLU
+from dito_jax.layers.moe import MoE, RouterBias, RouterReport
+from dito_jax.models.dit import MLPS, DiT, DiTBlock, DiTConfig, Report, stacked
+from kernels_pallas import (
+    Assignments,
+    by_index,
+    expert_choice,
+    load_balance_loss,
+    race,
+    sigmoid_scores,
+    softmax_scores,
+    top_k_sigmoid,
+    top_k_softmax,
+    update_bias,
+    z_loss,
+)
+
+
+# As published: depth, width, heads, then what differs from the defaults below. Sizes with two experts beside the
+# chosen ones ("2A" of DiT-MoE) have one shared MLP of twice the width.
+PRESETS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
+    # https://arxiv.org/abs/2407.11633
+    "DiT-MoE-S/2-8E2A": ((12, 384, 6), dict(num_experts=8, expert_hidden=1536, shared_hidden=768)),
+    "DiT-MoE-B/2-8E2A": ((12, 768, 12), dict(num_experts=8, expert_hidden=3072, shared_hidden=1536)),
+    "DiT-MoE-XL/2-8E2A": ((28, 1152, 16), dict(num_experts=8, expert_hidden=4608, shared_hidden=2304)),
+    "DiT-MoE-G/2-16E2A": ((40, 1408, 16), dict(num_experts=16, expert_hidden=5632, shared_hidden=2816)),
+    # https://arxiv.org/abs/2512.01252
+    "DSMoE-L/2-E48": (
+        (24, 1024, 16),
+        dict(num_experts=48, active_experts=5, expert_hidden=448, shared_hidden=448, moe_every=2, router="sigmoid"),
+    ),
+    "DSMoE-3B/2-E16": (
+        (28, 1152, 16),
+        dict(num_experts=16, active_experts=2, expert_hidden=2880, shared_hidden=2880, moe_every=2, router="sigmoid"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEDiTConfig(DiTConfig):
+    """Size and make of a DiT with experts; what it shares with a DiT is there."""
+
+    num_experts: int = 8
+    active_experts: int = 2  # a token; on average where experts choose, or race
+    expert_hidden: int | None = None  # None: what a SwiGLU of this width has
+    shared_hidden: int = 0  # of an MLP beside the experts, for all tokens; 0: none
+    moe_every: Literal[1, 2] = 1  # 2: dense blocks and blocks with experts in turn
+    router: Literal["softmax", "sigmoid", "expert_choice", "race", "timestep"] = "softmax"
+    normalize: bool = False  # softmax: a token's weights sum to 1
+    router_groups: int = 1  # sigmoid: groups of experts, of which a token takes the best
+    active_groups: int = 1
+    weight_scale: float = 1.0  # sigmoid
+    pool: int = 1  # images among whose tokens experts choose, and whose rows their capacity counts
+    capacity_factor: float | None = None  # most rows of an expert, as a multiple of the even share; None: any
+    exchange: ExchangeName | None = None  # between devices; None: what moves least and drops nothing
+    balance: Literal["batch", "example"] = "batch"  # whose loads the auxiliary losses even
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+    bias_rate: float = 0.001  # sigmoid: what a step moves the router's biases by
+
+    @classmethod
+    def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "MoEDiTConfig":
+        """`preset("DiT-MoE-XL/2-8E2A", (32, 32, 4), 1000)`; names are those of PRESETS."""
+        if name not in PRESETS:
+            raise ValueError(f"no MoE DiT named {name!r}; choose from {', '.join(PRESETS)}.")
+        (depth, width, num_heads), experts = PRESETS[name]
+        patch = int(name.split("/")[1].split("-")[0])
+        return cls(image_shape, num_classes, patch, depth, width, num_heads, **(experts | make))
+
+    @property
+    def hidden(self) -> int:
+        return self.expert_hidden or SwiGLU.hidden(self.width)
+
+    @property
+    def moe_depth(self) -> int:
+        """How many blocks have experts."""
+        return self.depth // self.moe_every
+
+    def problems(self) -> list[str]:
+        chosen = self.router in ("softmax", "sigmoid")
+        rules = {
+            f"depth {self.depth} is not a multiple of moe_every {self.moe_every}": self.depth % self.moe_every > 0,
+            f"active_experts {self.active_experts} is not between 1 and num_experts {self.num_experts}": (
+                not 1 <= self.active_experts <= self.num_experts
+            ),
+            f"num_experts {self.num_experts} is not a multiple of router_groups {self.router_groups}": (
+                self.num_experts % max(self.router_groups, 1) > 0
+            ),
+            f"the {self.active_groups} active_groups have less than active_experts {self.active_experts} experts": (
+                chosen and self.active_groups * self.num_experts < self.active_experts * self.router_groups
+            ),
+            f"pool {self.pool} is not positive": self.pool < 1,
+            f"capacity_factor {self.capacity_factor} is not positive": (
+                self.capacity_factor is not None and self.capacity_factor <= 0
+            ),
+            f"balance 'example' needs a pool of 1, got {self.pool}": self.balance == "example" and self.pool > 1,
+        }
+        return super().problems() + [problem for problem, broken in rules.items() if broken]
+
+    def mesh_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
+        expert, tensor = sizes["expert"], sizes["tensor"]
+        return super().mesh_rules(sizes, images=images) | {
+            f"model.num_experts {self.num_experts} is not a multiple of mesh.expert {expert}": (
+                self.num_experts % expert > 0
+            ),
+            f"the experts' width {self.hidden} is not a multiple of mesh.tensor {tensor}": self.hidden % tensor > 0,
+            f"the {images} images that a device computes at once are not a multiple of model.pool {self.pool}": (
+                images % self.pool > 0
+            ),
+        }
+
+    def mlp_flops(self) -> int:
+        """Of one token in the MLPs of all blocks: active experts, the shared one, the router."""
+        active = 1 if self.router == "timestep" else self.active_experts
+        product = 2 * self.width
+        moe = 3 * product * (active * self.hidden + self.shared_hidden) + product * self.num_experts
+        dense = MLPS[self.mlp].flops(self.width)
+        return self.moe_depth * moe + (self.depth - self.moe_depth) * dense
+
+    def active_parameters(self) -> int:
+        """Those that one token meets."""
+        active = 1 if self.router == "timestep" else self.active_experts
+        idle = self.moe_depth * (self.num_experts - active) * 3 * self.width * self.hidden
+        return self.num_parameters() - idle
+
+    def build(self, rngs: nnx.Rngs) -> "MoEDiT":
+        return MoEDiT(self, rngs=rngs)
+
+    def choose(self, logits: Array, bias: Array | None, index: Array | None) -> Assignments:
+        """The choices of one pool of tokens."""
+        tokens = logits.shape[0]
+        rows = self.active_experts * tokens
+        match self.router:
+            case "softmax":
+                return top_k_softmax(logits, active=self.active_experts, normalize=self.normalize)
+            case "sigmoid":
+                assert bias is not None
+                return top_k_sigmoid(
+                    logits, bias, active=self.active_experts, groups=self.router_groups,
+                    active_groups=self.active_groups, scale=self.weight_scale,
+                )  # fmt: skip
+            case "expert_choice":
+                return expert_choice(logits, rows=max(rows // self.num_experts, 1))
+            case "race":
+                return race(logits, rows=rows)
+            case "timestep":
+                assert index is not None
+                return by_index(index, num_experts=self.num_experts)
+
+    def rebalance(self, params: nnx.State, report: Report) -> nnx.State:
+        """Moves the biases of routers that have one, by the rows of the whole batch."""
+
+        def moved(variable: nnx.Variable) -> nnx.Variable:
+            if not isinstance(variable, RouterBias):
+                return variable
+            move = jax.vmap(lambda bias, rows: update_bias(bias, rows, rate=self.bias_rate))
+            return variable.replace(move(variable[...], report.rows))
+
+        return jax.tree.map(moved, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+class MoEBlock(DiTBlock):
+    """A DiT's block with experts for an MLP."""
+
+    def make_mlp(self, config: MoEDiTConfig, rngs: nnx.Rngs) -> nnx.Module:
+        sigmoid = config.router == "sigmoid"
+        return MoE(
+            config.width,
+            config.hidden,
+            config.num_experts,
+            choose=config.choose,
+            scores=sigmoid_scores if sigmoid else softmax_scores,
+            active=config.active_experts,
+            even=config.router == "expert_choice",
+            told=config.router == "timestep",
+            biased=sigmoid,
+            capacity_factor=config.capacity_factor,
+            pool=config.pool,
+            shared_hidden=config.shared_hidden,
+            exchange=config.exchange,
+            rngs=rngs,
+        )
+
+    def run(self, x, c, rotation, index) -> tuple[Array, RouterReport]:
+        return self.through(x, c, rotation, lambda h: self.mlp(h, index))
+
+
+class MoEGroup(nnx.Module):
+    """What repeats: a block with experts, after a dense one where they take turns."""
+
+    def __init__(self, config: MoEDiTConfig, *, rngs: nnx.Rngs):
+        self.dense = DiTBlock(config, rngs=rngs) if config.moe_every == 2 else None
+        self.moe = MoEBlock(config, rngs=rngs)
+
+    def __call__(self, x, c, rotation, index) -> tuple[Array, RouterReport]:
+        x = x if self.dense is None else self.dense(x, c, rotation)
+        return self.moe.run(x, c, rotation, index)
+
+
+class MoEDiT(DiT):
+    """A DiT with experts."""
+
+    config: MoEDiTConfig
+
+    def make_blocks(self, config: MoEDiTConfig, rngs: nnx.Rngs) -> nnx.Module:
+        return stacked(lambda rngs: MoEGroup(config, rngs=rngs), config.moe_depth, rngs)
+
+    def with_report(
+        self, image: Float[Array, "B h w c"], t: Float[Array, " B"], label: Array
+    ) -> tuple[Float[Array, "B h w c_out"], Report]:
+        config = self.config
+        x, c, rotation = self.embed(image, t, label)
+        index = jnp.clip(jnp.floor(t * config.num_experts), 0, config.num_experts - 1).astype(jnp.int32)
+        x, reports = self.scan(lambda x, group: group(x, c, rotation, index), x)
+        return self.head(x, c), report_of(config, reports, image.shape[0])
+
+
+def report_of(config: MoEDiTConfig, reports: RouterReport, batch: int) -> Report:
+    """What training wants of the routers' reports, (L, P, ...): the losses, averaged over layers, and the figures."""
+
+    def auxiliary(load):
+        return config.balance_weight * load_balance_loss(load) + config.z_weight * z_loss(load)
+
+    whole = jax.tree.map(lambda a: a.sum(axis=1), reports.load)  # (L, ...)
+    if config.router == "timestep":
+        losses = jnp.zeros(batch)  # nothing learned chooses
+    elif config.balance == "example":
+        losses = jnp.mean(jax.vmap(jax.vmap(auxiliary))(reports.load), axis=0)
+    else:
+        losses = jnp.broadcast_to(jnp.mean(jax.vmap(auxiliary)(whole)), (batch,))
+    share = whole.rows / jnp.maximum(jnp.sum(whole.rows, axis=1, keepdims=True), 1.0)
+    metrics = {
+        "balance_loss": jnp.mean(jax.vmap(load_balance_loss)(whole)),
+        "expert_load_max": jnp.max(share) * config.num_experts,  # 1: even
+        "dropped": jnp.sum(reports.dropped) / jnp.maximum(jnp.sum(whole.rows), 1.0),
+    }
+    return Report(losses, metrics, whole.rows)
