@@ -2,7 +2,8 @@
 
 python train.py configs/moe_dit_digits.py
 
-Hardware: two CPU cores. The loads are evened by the routers' biases alone (https://arxiv.org/abs/2408.15664).
+Hardware: two CPU cores, five minutes of training. Result: docs/moe_dit_digits/, as this config wrote it. Loads are
+evened by the routers' biases (https://arxiv.org/abs/2408.15664), with little help from a loss.
 """
 
 from dito_jax.config import TrainConfig

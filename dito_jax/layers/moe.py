@@ -66,8 +66,8 @@ class MoE(nnx.Module):
         """`active` experts a token, on average; `even`: every expert has the same number of rows.
 
         `scores` are the probabilities that the load counts. `capacity_factor` bounds an expert's rows of a pool to so
-        many times the even share, and drops the rest. A `biased` router has a bias for its choices; one that is `told` has
-        no parameters, and its logits are zero.
+        many times the even share, and drops the rest. A `biased` router has a bias for its choices; one that is
+        `told` has no parameters, and its logits are zero.
         """
         self.choose, self.scores, self.active, self.even = choose, scores, active, even
         self.capacity_factor, self.pool, self.exchange = capacity_factor, pool, exchange
