@@ -56,7 +56,10 @@ def train(config: TrainConfig, run: RunDirectory, program: Program) -> TrainStat
     # ----------------------------------------------------------------------------------------------- state, or restore
     checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
     restored = checkpoints.latest()
-    state = program.init() if restored is None else checkpoints.restore(restored, program.state, stream)
+    if restored is None:
+        state = command_line.first_state(config, program, jax.sharding.get_mesh())
+    else:
+        state = checkpoints.restore(restored, program.state, stream)
     run.write_text("config.json", to_json(config))
     first = restored or 0
     print(f"{run.path}: {config.model.num_parameters():,} parameters, {len(source):,} training images, "

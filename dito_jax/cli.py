@@ -28,7 +28,7 @@ from dito_jax.planning.doctor import diagnosis
 from dito_jax.planning.hlo import page
 from dito_jax.planning.lowering import lower_step, planned_mesh
 from dito_jax.sharding import MeshConfig, make_mesh
-from dito_jax.training.checkpoint import Checkpoints, digest
+from dito_jax.training.checkpoint import digest
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState
@@ -41,7 +41,7 @@ def main() -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Draws images from a run's last checkpoint into RUN/samples."""
-    run, config = _opened(options.run)
+    run, config = command_line.opened(options.run)
     labels = options.classes or list(range(config.model.num_classes))
     for label in labels:
         if not 0 <= label < config.model.num_classes:
@@ -59,7 +59,7 @@ def sample(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Judges a run's last checkpoint again."""
-    run, config = _opened(options.run)
+    run, config = command_line.opened(options.run)
     program, state, step = _restored(run, config, None)
     figures = judge(
         run, _sampler(program, config), _average(state, config), config.data.open("train"), config.data.open("heldout"),
@@ -73,7 +73,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def print_digest(options: argparse.Namespace) -> None:
     """Hashes the parameters and averages of a checkpoint."""
-    run, config = _opened(options.run)
+    run, config = command_line.opened(options.run)
     _, state, step = _restored(run, config, options.step)
     print(f"{run.path}: step {step}")
     print(digest({"params": state.params, "ema": state.ema}))
@@ -104,22 +104,9 @@ def doctor(_: argparse.Namespace) -> None:
     print(diagnosis())
 
 
-def _opened(path: str) -> tuple[RunDirectory, TrainConfig]:
-    run = RunDirectory(path)
-    if not run.config.is_file():
-        raise UserError(f"{path}: no run here (no {run.config.name}); give a directory that train.py made.")
-    return run, configs.from_json(run.config.read_text())
-
-
 def _restored(run: RunDirectory, config: TrainConfig, step: int | None) -> tuple[Program, TrainState, int]:
     """A checkpoint on this machine's own devices, whatever it was trained on."""
-    checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
-    step = checkpoints.latest() if step is None else step
-    if step is None:
-        raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
-    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
-    program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
-    return program, checkpoints.restore(step, program.state), step
+    return command_line.restored(run, config, make_mesh(MeshConfig(), np.array(jax.devices()[:1])), step)
 
 
 def _sampler(program: Program, config: TrainConfig) -> Callable[..., np.ndarray]:

@@ -6,11 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+
 from dito_jax import config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source
 from dito_jax.errors import UserError
+from dito_jax.models.moe_dit import MoEDiTConfig
+from dito_jax.models.upcycling import check_upcycling
+from dito_jax.training.checkpoint import Checkpoints
+from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
+from dito_jax.training.state import TrainState, upcycled_state
 from kernels_pallas import backend
 
 
@@ -64,6 +71,39 @@ def check_data(config: TrainConfig, source: Source) -> None:
         raise UserError(
             f"model.num_classes is {model.num_classes}, the data have {source.num_classes}: raise it to at least that."
         )
+
+
+def opened(path: str) -> tuple[RunDirectory, TrainConfig]:
+    """A run that there is, and its config."""
+    run = RunDirectory(path)
+    if not run.config.is_file():
+        raise UserError(f"{path}: no run here (no {run.config.name}); give a directory that train.py made.")
+    return run, configs.from_json(run.config.read_text())
+
+
+def restored(
+    run: RunDirectory, config: TrainConfig, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[Program, TrainState, int]:
+    """A run's checkpoint, the last if `step` is None, on this mesh."""
+    checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
+    step = checkpoints.latest() if step is None else step
+    if step is None:
+        raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
+    program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
+    return program, checkpoints.restore(step, program.state), step
+
+
+def first_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) -> TrainState:
+    """Step 0 of a new run: random, or with experts that begin as the MLPs of a dense run."""
+    state = program.init()
+    if config.upcycle is None:
+        return state
+    run, of_dense = opened(config.upcycle)
+    if not isinstance(config.model, MoEDiTConfig):
+        raise UserError(f"upcycle {config.upcycle}: this model has no experts; leave upcycle out.")
+    check_upcycling(of_dense.model, config.model)
+    _, dense, _ = restored(run, of_dense, mesh)
+    return upcycled_state(dense.params, state, config.model, program.state)
 
 
 def cache_directory() -> str:

@@ -46,6 +46,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    upcycle: str | None = None  # the run directory of a dense model, whose MLPs a new run's experts begin as
 
 
 def load(path: str) -> TrainConfig:

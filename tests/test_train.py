@@ -126,6 +126,39 @@ def test_a_run_killed_at_random_steps_ends_with_the_very_same_bits(finished, tmp
     assert steps == sorted(set(steps)) and steps[-1] == 40
 
 
+EXPERTS = [*SMALL, "--train.log_every", "1", "--model.expert_hidden", "None", "--model.shared_hidden", "0"]
+
+
+def test_experts_begin_as_a_dense_runs_mlps_and_resume_with_the_very_same_bits(finished, tmp_path, call):
+    """Upcycled, the first loss is what the dense run had come to; stopped half way, it ends as if it had not been."""
+    digests = []
+    for name, stops in (("whole", [6]), ("stopped", [3, 6])):
+        run = tmp_path / name
+        for steps in stops:
+            call("train", "configs/moe_dit_digits.py", *EXPERTS, "--upcycle", finished, "--run-dir", run,
+                 "--train.steps", str(steps), "--checkpoint.every", "3", "--optimizer.final_fraction", "1.0",
+                 "--optimizer.warmup_steps", "0")  # fmt: skip
+        digests.append(call("digest", run).stdout.splitlines()[-1])
+    assert digests[0] == digests[1]
+
+    def losses(run):
+        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [row["loss"] for row in rows if "loss" in row]
+
+    assert losses(tmp_path / "whole")[0] < 1.2 * losses(finished)[-1] < 0.7 * losses(finished)[0]
+    figures = json.loads((tmp_path / "whole/eval.json").read_text())
+    assert 0 <= figures["expert_load"]["smallest"] <= 1 <= figures["expert_load"]["largest"] <= 8
+    with Image.open(tmp_path / "whole/expert_load.png") as picture:
+        assert picture.size[0] > 300
+    assert "expert_load.png" in (tmp_path / "whole/report.md").read_text()
+
+
+def test_a_run_that_cannot_be_upcycled_is_one_line(finished, call, tmp_path):
+    words = ("train", "configs/moe_dit_digits.py", "--model.depth", "2", "--run-dir", tmp_path / "run", "--upcycle")
+    assert "model.expert_hidden is 64, its MLPs have 176" in call(*words, finished, code=2).stderr.splitlines()[-1]
+    assert "no run here" in call(*words, tmp_path, code=2).stderr.splitlines()[-1]
+
+
 def test_a_finished_run_does_nothing_again(finished, call):
     before = call("digest", finished).stdout
     assert call("digest", finished, "--step", "40").stdout == before

@@ -67,6 +67,8 @@ def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
     if load.size <= 200:
         for (layer, expert), value in np.ndenumerate(load):
             axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(experts))
+        axes.set_yticks(range(layers))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer with experts")
     figure.colorbar(squares, label="rows over an even share")

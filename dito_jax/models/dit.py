@@ -75,6 +75,11 @@ class DiTConfig:
         return self.num_kv_heads or self.num_heads
 
     @property
+    def hidden(self) -> int:
+        """Width of the MLPs inside."""
+        return MLPS[self.mlp].hidden(self.width)
+
+    @property
     def norm_implementation(self) -> str | None:
         """The norm's kernel has a backward and no tangent."""
         return "xla" if self.forward_mode else None
@@ -106,7 +111,7 @@ class DiTConfig:
     def mesh_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
         """What makes a mesh of these axis sizes, with so many images on a device, impossible; and whether it is so."""
         del images
-        hidden = MLPS[self.mlp].hidden(self.width)
+        hidden = MLPS[self.mlp].hidden(self.width)  # of the blocks without experts
         tensor, fsdp = sizes["tensor"], sizes["fsdp"]
         return {
             f"model.num_kv_heads {self.kv_heads} is not a multiple of mesh.tensor {tensor}": self.kv_heads % tensor > 0,

@@ -87,6 +87,7 @@ class MoEDiTConfig(DiTConfig):
 
     @property
     def hidden(self) -> int:
+        """Width of an expert inside."""
         return self.expert_hidden or SwiGLU.hidden(self.width)
 
     @property

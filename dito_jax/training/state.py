@@ -10,6 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Int, UInt32
 
 from dito_jax.models.dit import DiTConfig
+from dito_jax.models.moe_dit import MoEDiTConfig
+from dito_jax.models.upcycling import upcycled
 
 
 @jax.tree_util.register_dataclass
@@ -39,3 +41,12 @@ def init_state(
     ema = {str(decay): jax.tree.map(jnp.copy, params) for decay in decays}
     key = jax.random.key_data(key_train)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, key)
+
+
+def upcycled_state(dense: nnx.State, fresh: TrainState, model: MoEDiTConfig, like: TrainState) -> TrainState:
+    """`fresh` with parameters, and averages, that begin as those of a dense model; laid out as `like`."""
+    params = jax.tree.map(
+        lambda leaf, wanted: jax.device_put(leaf, wanted.sharding), upcycled(dense, fresh.params, model), like.params
+    )
+    ema = {decay: jax.tree.map(jnp.copy, params) for decay in fresh.ema}
+    return dataclasses.replace(fresh, params=params, ema=ema)

@@ -15,6 +15,7 @@ from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.moe_dit import MoEBlock, MoEDiTConfig
+from dito_jax.models.upcycling import check_upcycling, upcycled
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig, make_program
@@ -260,3 +261,39 @@ def test_a_config_goes_through_the_command_line_and_json():
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(ValueError, match="choose from DiT-MoE-S/2-8E2A"):
         MoEDiTConfig.preset("DiT-MoE-XXL", (32, 32, 4), 1000)
+
+
+# Out of a dense model.
+
+
+DENSE = DiTConfig((8, 8, 1), num_classes=3, patch=2, depth=2, width=32, num_heads=2)
+
+
+@pytest.mark.parametrize("moe_every", [1, 2])
+@pytest.mark.parametrize("make", [dict(normalize=True), dict(router="sigmoid")], ids=str)
+def test_an_upcycled_model_computes_what_the_dense_one_does(make, moe_every):
+    model = MoEDiTConfig(**dataclasses.asdict(DENSE), num_experts=4, moe_every=moe_every, **make)
+    check_upcycling(DENSE, model)
+    graph_dense, dense = network(DENSE)  # pyright: ignore[reportArgumentType]
+    graph, fresh = network(model)
+    params = upcycled(dense, fresh, model)
+    run = lambda graph, params: np.asarray(jax.jit(lambda p: nnx.merge(graph, p)(*inputs()))(params))
+    want = run(graph_dense, dense)
+    np.testing.assert_allclose(run(graph, params), want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert not np.allclose(run(graph, fresh), want, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dense", "model", "words"),
+    [
+        ({}, dict(expert_hidden=24), "model.expert_hidden is 24, its MLPs have 96"),
+        ({}, dict(shared_hidden=16), "model.shared_hidden is 16"),
+        (dict(mlp="gelu"), {}, "its MLPs are not swiglu"),
+        (dict(depth=4), {}, "its model differs from this one: depth 4 != 2"),
+    ],
+)
+def test_what_cannot_be_upcycled_is_refused_in_one_line(dense, model, words):
+    with pytest.raises(UserError, match=words):
+        check_upcycling(
+            dataclasses.replace(DENSE, **dense), MoEDiTConfig(**dataclasses.asdict(DENSE), num_experts=4, **model)
+        )

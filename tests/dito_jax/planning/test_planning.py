@@ -1,6 +1,7 @@
 """Planning: what a compiled step holds, read from its text, and whole runs compiled for GPUs that are not here."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,27 @@ def test_sharded_xl2_gathers_parameters_and_never_what_a_kernel_reads(tmp_path):
     gathers = [line for line in text.splitlines() if " all-gather" in line and "=" in line]
     assert not [line for line in gathers if "[256,256," in line.split(" all-gather")[0]]
     assert "all-gather" in page
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize("exchange", ["ragged", "all_to_all"])
+def test_experts_on_eight_h200s_move_rows_and_never_each_others_matrices(exchange, tmp_path):
+    text, page = dito_hlo(
+        tmp_path, "configs/moe_dit_xl2_imagenet256.py", "--gpus", "8xh200",
+        "--model.exchange", exchange, "--model.capacity_factor", "1.25",
+    )  # fmt: skip
+    found = contents(text)
+    for name in ("dispatch_forward", "combine_forward", "expert_mlp_forward_up", "expert_mlp_forward_down",
+                 "expert_mlp_backward_dz", "expert_mlp_backward_dw_up", "expert_mlp_backward_dw_down"):  # fmt: skip
+        assert found.kernels.get(name, 0) >= 1, (name, found.kernels)
+    kind = exchange.replace("_", "-") if exchange == "all_to_all" else "ragged-all-to-all"
+    assert found.collectives[kind][0] >= 4, "there and back, forward and backward"
+    assert kind in page
+    # Eight experts of 1,152 x 2 x 4,608 and 4,608 x 1,152; of all of them together there is no array.
+    assert not re.search(r"(?:bf16|f32)\[8,(?:1152,2,4608|1152,9216|4608,1152)\]", text)
+    assert found.collectives.get("all-gather", (0, 0))[1] < 2**20
+    peak = float(page.split("| peak | ")[1].split(" ")[0].replace(",", ""))
+    assert 10_000 < peak < 139 * 1024, "MiB of one H200"
 
 
 def test_the_step_is_printed_at_every_stage(tmp_path):

@@ -1,0 +1,56 @@
+"""Experts out of a dense DiT: each begins as a copy of the MLP it replaces (sparse upcycling, arXiv 2212.05055)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dito_jax.errors import UserError
+from dito_jax.models.dit import DiTConfig
+from dito_jax.models.moe_dit import MoEDiTConfig
+
+
+NOT_OF_THE_PARAMETERS = {"remat", "forward_mode"}
+
+
+def check_upcycling(dense: DiTConfig, model: MoEDiTConfig) -> None:
+    """Raises UserError, in one line, unless every expert of `model` can be a copy of an MLP of `dense`."""
+    shared = [f.name for f in dataclasses.fields(DiTConfig) if f.name not in NOT_OF_THE_PARAMETERS]
+    differ = [
+        f"{n} {getattr(dense, n)} != {getattr(model, n)}" for n in shared if getattr(dense, n) != getattr(model, n)
+    ]
+    rules = {
+        "the run that is upcycled has experts already": isinstance(dense, MoEDiTConfig),
+        "its MLPs are not swiglu": dense.mlp != "swiglu",
+        f"model.expert_hidden is {model.hidden}, its MLPs have {dense.hidden}": model.hidden != dense.hidden,
+        f"model.shared_hidden is {model.shared_hidden}, and there is nothing to copy there: make it 0": (
+            model.shared_hidden > 0
+        ),
+        f"its model differs from this one: {', '.join(differ)}": bool(differ),
+    }
+    problems = [problem for problem, broken in rules.items() if broken]
+    if problems:
+        raise UserError(f"upcycling: {'; '.join(problems)}.")
+
+
+def upcycled(dense: nnx.State, fresh: nnx.State, model: MoEDiTConfig) -> nnx.State:
+    """The parameters of `dense`, with its MLPs copied to all experts; the routers are those of `fresh`.
+
+    Where a token's weights sum to 1 the network computes what the dense one does.
+    """
+    there, here = nnx.to_pure_dict(dense), nnx.to_pure_dict(fresh)
+    blocks = here["blocks"]
+    if model.moe_every == 2:
+        blocks["dense"] = jax.tree.map(lambda a: a[0::2], there["blocks"])
+    with_experts = jax.tree.map(lambda a: a[model.moe_every - 1 :: model.moe_every], there["blocks"])
+    mlp = with_experts.pop("mlp")
+    copies = lambda a: jnp.repeat(a[:, None], model.num_experts, axis=1)
+    experts = {
+        "gate_up_kernel": copies(mlp["gate_up"]["kernel"]),
+        "down_kernel": copies(mlp["down"]["kernel"]),
+    }
+    blocks["moe"] = with_experts | {"mlp": blocks["moe"]["mlp"] | experts}
+    result = jax.tree.map(lambda a: a, fresh)  # its own containers
+    nnx.replace_by_pure_dict(result, there | {"blocks": blocks})
+    return result
