@@ -79,17 +79,6 @@ def report(title: str, figures: dict[str, Any], settings: dict[str, Any]) -> str
             "held-out data",
         ),
     ]
-    load = figures.get("expert_load")
-    used = (
-        ""
-        if load is None
-        else f"""
-Experts have {load["smallest"]:.2f} to {load["largest"]:.2f} times an even share of the rows, on held-out data at all
-times.
-
-![load of the experts](expert_load.png)
-"""
-    )
     table = "\n".join(f"| {name} | {value:.4f} | {real:.4f} ({whose}) |" for name, value, real, whose in rows)
     return f"""# {title}
 
@@ -102,8 +91,19 @@ times.
 ![samples](samples/final.png)
 
 ![loss](loss.png)
-{used}
+{_of_experts(figures)}
 Drawn with `{json.dumps(settings)}`.
+"""
+
+
+def _of_experts(figures: dict[str, Any]) -> str:
+    if "expert_load" not in figures:
+        return ""
+    load = figures["expert_load"]
+    return f"""
+Experts have {load["smallest"]:.2f} to {load["largest"]:.2f} times an even share of the rows, on held-out data.
+
+![load of the experts](expert_load.png)
 """
 
 

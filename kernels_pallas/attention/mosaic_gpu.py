@@ -34,6 +34,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import backend
+from ..mosaic_road import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    Stream,
+    fill,
+    free,
+    operand,
+    ready,
+    round_up,
+    run_kernel,
+    slot_of,
+)
 from . import tiles
 from .blocks import measured
 from .mask import AttentionMask, row_of
@@ -42,8 +54,6 @@ from .scores import LOG2_E, LOWEST, Scores, natural
 
 WIDTHS = (64, 72, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
-CONSUMERS = 2  # warpgroups that multiply
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # a thread's; 128 (24 + 2 * 240) are within an SM's 65,536
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile, as the tensor cores lay it out
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
@@ -147,10 +157,6 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
     return (out, natural(lse[:, :, :T])) if return_lse else out, residuals
 
 
-def round_up(n: int, multiple: int) -> int:
-    return pl.cdiv(n, multiple) * multiple
-
-
 def to_blocks(x, block: int):
     """Zeros after the last dimension, to whole blocks: TMA wants rows of 16 bytes, and loads past no edge."""
     return jnp.pad(jnp.asarray(x), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
@@ -164,25 +170,6 @@ def whole_rows(x):
 
 def like_of(x) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def operand(count: int, rows: int, like):
-    """Shared memory for `count` tiles in the order that wgmma reads: blocks of 8 rows, swizzled."""
-    width = round_up(like.shape[-1], 16)
-    swizzle = plgpu.find_swizzle(16 * width)
-    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
-    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM((count, rows, width), like.dtype, transforms=(tiling, swizzling))
-
-
-def ready(blocks: Blocks, copies: int = 1):
-    """For each slot, that its copies have arrived."""
-    return plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=copies)
-
-
-def free(blocks: Blocks):
-    """For each slot, that every consumer is done with it."""
-    return plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=CONSUMERS)
 
 
 def tile_lists(lists: Callable, mask, q, k, tile_q: int, tile_k: int, *, only_keys: bool):
@@ -203,30 +190,6 @@ def tile_lists(lists: Callable, mask, q, k, tile_q: int, tile_k: int, *, only_ke
         k_private=to_blocks(mask.k_private, tile_k) if private else None,
     )
     return whole, lists(mask, tile_q, tile_k)
-
-
-def run_kernel(kernel, *arrays, name, programs, out_type, scratch):
-    """A grid of one dimension: the others hold 65,535 at most, and are left to vmap.
-
-    Mosaic takes no cost estimate.
-    """
-    leaves, tree = jax.tree.flatten(arrays)
-
-    def body(*refs):
-        kernel(*jax.tree.unflatten(tree, refs[: len(leaves)]), *refs[len(leaves) :])
-
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if backend.interpret() else None,
-    )(*leaves)
 
 
 def _forward_kernel(
@@ -303,31 +266,6 @@ def _forward_kernel(
         plgpu.copy_smem_to_gmem(q_smem.at[me], out_ref.at[mine])
         plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, pl.ds(start_q, block_q)])
         plgpu.wait_smem_to_gmem(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Tiles that come together: copies are (step -> where in global memory, slots in shared memory)."""
-
-    ready: Any
-    free: Any
-    copies: list[tuple[Callable, Any]]
-
-
-def fill(walk: "Walk", blocks: Blocks, *streams: Stream) -> None:
-    """The producer: keeps the ring full, and sees the last slots freed, as the interpreter demands."""
-    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-
-    @pl.loop(0, walk.steps + blocks.stages)
-    def _(i):
-        slot = slot_of(i, blocks)
-        for stream in streams:
-            pl.when(i >= blocks.stages)(functools.partial(plgpu.barrier_wait, stream.free.at[slot]))
-
-            @pl.when(i < walk.steps)
-            def _copy(stream=stream):
-                for source, smem in stream.copies:
-                    plgpu.copy_gmem_to_smem(source(i), smem.at[slot], stream.ready.at[slot])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,15 +363,6 @@ def program_of(ref, block: int):
     program, count = lax.axis_index("program"), jnp.int32(pl.cdiv(length, block))
     rest = lax.div(program, count)
     return lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads)), lax.rem(program, count)
-
-
-def pinned(index):
-    """The index, hidden from the compiler: else it computes what depends on it before the loop, and spills that."""
-    return lax.optimization_barrier(index)
-
-
-def slot_of(i, blocks: Blocks):
-    return pinned(lax.rem(i, jnp.int32(blocks.stages)))
 
 
 def load(ref, layout):

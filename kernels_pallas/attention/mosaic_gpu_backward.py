@@ -16,29 +16,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import tiles
-from .mosaic_gpu import (
-    COLUMNS,
+from ..mosaic_road import (
     CONSUMER_REGISTERS,
     CONSUMERS,
-    ROWS,
-    Seen,
     Stream,
-    Walk,
-    along,
-    blocks_for,
-    down,
     fill,
     free,
-    like_of,
-    load,
     operand,
     pinned,
-    program_of,
     ready,
     round_up,
     run_kernel,
     slot_of,
+)
+from . import tiles
+from .mosaic_gpu import (
+    COLUMNS,
+    ROWS,
+    Seen,
+    Walk,
+    along,
+    blocks_for,
+    down,
+    like_of,
+    load,
+    program_of,
     tile_lists,
     to_blocks,
     whole_rows,

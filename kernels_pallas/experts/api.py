@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from ..op import Kernel, Op
-from . import cases, cost, reference, triton, triton_mlp, triton_rows
+from . import cases, cost, mosaic_gpu, mosaic_gpu_mlp, reference, triton, triton_mlp, triton_rows
 from .blocks import CANDIDATES
 from .routing import Routing
 
@@ -25,7 +25,16 @@ COMBINE = Op(
 GROUPED_MATMUL = Op(
     name="grouped_matmul",
     reference=reference.grouped_matmul,
-    kernels={"triton": Kernel(triton.forward, triton.backward, triton.unsupported, candidates=CANDIDATES)},
+    kernels={
+        "mosaic_gpu": Kernel(
+            mosaic_gpu.forward,
+            mosaic_gpu.backward,
+            mosaic_gpu.unsupported,
+            candidates=mosaic_gpu.CANDIDATES | CANDIDATES,
+            needs_gpu_proof=True,
+        ),
+        "triton": Kernel(triton.forward, triton.backward, triton.unsupported, candidates=CANDIDATES),
+    },
     cost={"forward": cost.matmul_forward, "backward": cost.matmul_backward},
     cases=cases.GROUPED_MATMUL,
     sweep=cases.GROUPED_MATMUL_SWEEP,
@@ -34,6 +43,13 @@ EXPERT_MLP = Op(
     name="expert_mlp",
     reference=reference.expert_mlp,
     kernels={
+        "mosaic_gpu": Kernel(
+            mosaic_gpu_mlp.forward,
+            triton_mlp.backward,
+            mosaic_gpu_mlp.unsupported,
+            candidates=mosaic_gpu.CANDIDATES | CANDIDATES,
+            needs_gpu_proof=True,
+        ),
         "triton": Kernel(triton_mlp.forward, triton_mlp.backward, triton_mlp.unsupported, candidates=CANDIDATES),
     },
     cost={"forward": cost.mlp_forward, "backward": cost.mlp_backward},

@@ -40,12 +40,16 @@ def place(tiles, num_experts: int, width: int, blocks):
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """`size` columns from `start`, which may reach past the last of `limit`; `before` lie before them in the array."""
+    """`size` columns from `start`, which may reach past the last of `limit`; `before` lie before them in the array.
+
+    `start` is a multiple of `size`, or part of such a tile of `whole` columns.
+    """
 
     start: Any
     size: int
     limit: int
     before: int = 0
+    whole: int = 0
 
     @property
     def number(self):
@@ -54,7 +58,7 @@ class Columns:
     @property
     def exist(self):
         """bool (size,), or None where all are sure to."""
-        return None if self.limit % self.size == 0 else self.number < self.limit
+        return None if self.limit % (self.whole or self.size) == 0 else self.number < self.limit
 
     @property
     def at(self):
@@ -65,7 +69,7 @@ class Columns:
         return self._part(0, size), self._part(size, size)
 
     def _part(self, first: int, size: int) -> "Columns":
-        return dataclasses.replace(self, start=self.start + first, size=size)
+        return dataclasses.replace(self, start=self.start + first, size=size, whole=self.size)
 
     def after(self, before: int) -> "Columns":
         """The same columns of the next block of an array that holds several side by side."""

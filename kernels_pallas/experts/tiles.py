@@ -22,18 +22,24 @@ class RowTiles:
     stop: Any
 
 
-def row_tiles(group_sizes, num_rows: int, block: int, *, rest: bool = False) -> RowTiles:
-    """cdiv(R, block) + E - 1 tiles, as many as any group sizes can take; one more to list the `rest` of the rows."""
+def row_tiles(group_sizes, num_rows: int, block: int, *, rest: bool = False, align: int = 1) -> RowTiles:
+    """cdiv(R, block) + E - 1 tiles, as many as any group sizes can take; one more to list the `rest` of the rows.
+
+    With `align` no tile reaches over block rows from the multiple of it at or before its start: it may then be loaded
+    from there. That takes a few tiles more.
+    """
     groups = group_sizes.astype(jnp.int32)
     if rest:
         groups = jnp.append(groups, jnp.maximum(num_rows - jnp.sum(groups), 0))
-    count = pl.cdiv(num_rows, block) + groups.size - 1
-    tiles = lax.cumsum(pl.cdiv(groups, block))
+    count = pl.cdiv(num_rows + groups.size * (align - 1), block) + groups.size - 1
     ends = jnp.minimum(lax.cumsum(groups), num_rows)
+    first = (ends - groups) // align * align
+    of_group = jnp.where(groups > 0, pl.cdiv(ends - first, block), 0)
+    tiles = lax.cumsum(of_group)
     number = jnp.arange(count, dtype=jnp.int32)
     expert = jnp.searchsorted(tiles, number, side="right", method="compare_all").astype(jnp.int32)
     exists, expert = expert < groups.size, jnp.minimum(expert, groups.size - 1)
     of = lambda values: values.at[expert].get(mode="promise_in_bounds")
-    start = of(ends - groups) + (number - of(tiles - pl.cdiv(groups, block))) * block
-    stop = jnp.minimum(of(ends), start + block)
+    loaded = of(first) + (number - of(tiles - of_group)) * block
+    start, stop = jnp.maximum(of(ends - groups), loaded), jnp.minimum(of(ends), loaded + block)
     return RowTiles(expert, jnp.where(exists, start, 0), jnp.where(exists, stop, 0))

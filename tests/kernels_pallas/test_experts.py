@@ -195,10 +195,13 @@ def test_dispatch_and_combine_undo_each_other():
 
 
 @hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
-@hypothesis.given(sizes=group_sizes(), block=st.sampled_from([16, 32, 64]), rest=st.booleans())
-def test_tiles_cover_each_row_once_and_are_as_few_as_can_be_listed(sizes, block, rest):
-    tiles = jax.tree.map(np.asarray, row_tiles(jnp.asarray(sizes), R, block, rest=rest))
-    assert tiles.start.size == -(-R // block) + E - (not rest)
+@hypothesis.given(
+    sizes=group_sizes(), block=st.sampled_from([16, 32, 64]), rest=st.booleans(), align=st.sampled_from([1, 8])
+)
+def test_tiles_cover_each_row_once_and_are_as_few_as_can_be_listed(sizes, block, rest, align):
+    tiles = jax.tree.map(np.asarray, row_tiles(jnp.asarray(sizes), R, block, rest=rest, align=align))
+    assert align > 1 or tiles.start.size == -(-R // block) + E - (not rest)
+    assert (tiles.stop <= tiles.start // align * align + block).all()
     owner = np.full(R, -1)
     for expert, start, stop in zip(tiles.expert, tiles.start, tiles.stop, strict=True):
         assert 0 <= stop - start <= block

@@ -1,0 +1,223 @@
+"""grouped_matmul on Hopper with Pallas-Mosaic-GPU: TMA brings rows and one expert's matrix, wgmma multiplies them.
+
+A producer warpgroup fills a ring of slots, two consumers multiply 64 rows each (mosaic_road.py). Programs have the
+tiles of tiles.py, as on the Triton road. TMA loads rows from multiples of 8, so a tile begins at the one before its
+first row; rows of neighbours that come along are multiplied and not stored. A tile's own rows are stored in pieces of
+powers of two, for TMA wants their number when it compiles. The backward to x reads the matrix transposed by wgmma; the
+backward to w is the Triton road's.
+
+What is proven, without a GPU: the arithmetic and the order of the copies, by JAX's interpreter and its race detector,
+at small sizes; machine code for sm_90a at the models' sizes, without spills. The interpreter multiplies at once where
+the chip multiplies in the background: that each product is awaited before its slot is freed is shown by no test here.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import backend, tuning
+from ..mosaic_road import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    Stream,
+    fill,
+    free,
+    operand,
+    ready,
+    round_up,
+    run_kernel,
+    slot_of,
+)
+from . import triton
+from .blocks import NAMES
+from .programs import tile_of_program
+from .tiles import row_tiles
+
+
+DTYPES = ("bfloat16", "float16")
+ROWS = 64  # of a consumer: what wgmma multiplies
+DEPTH = 64  # of the contraction at a time: 128 bytes, one swizzle
+ALIGN = 8  # rows that TMA swizzles together
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How one kernel cuts its work: its tile is CONSUMERS x ROWS rows by so many columns."""
+
+    columns: int
+    stages: int  # slots of the ring
+
+
+UNTUNED = {"forward": Blocks(256, 3), "down": Blocks(256, 3), "dx": Blocks(256, 3), "up": Blocks(128, 4)}
+
+
+def candidates(default: Blocks, *, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
+    """What `tune` tries."""
+    del dtype, width, mask, size
+    for columns, stages in itertools.product((128, 192, 256), (2, 3, 4, 5)):
+        if columns <= default.columns:
+            yield Blocks(columns, stages)
+
+
+CANDIDATES = {f"{NAMES[kernel]}.mosaic_gpu": candidates for kernel in UNTUNED}
+
+
+def blocks_for(kernel: str, dtype, depth: int, columns: int, group: int) -> Blocks:
+    """As on the Triton road: see its blocks_for."""
+    name = f"{NAMES[kernel]}.mosaic_gpu"
+    return tuning.blocks(name, UNTUNED[kernel], dtype=dtype, width=depth, mask=f"columns={columns}", size=group)
+
+
+def unsupported(x, w, group_sizes) -> str | None:
+    """None, or why these arguments cannot run here."""
+    del group_sizes
+    device = backend.target()
+    if not backend.interpret() and (device.platform != "gpu" or device.capability != 9.0):
+        return f"needs a Hopper GPU (compute capability 9.0), got {device.kind}"
+    if x.dtype.name not in DTYPES:
+        return f"needs a dtype among {', '.join(DTYPES)}, got {x.dtype}"
+    if w.shape[1] % DEPTH or w.shape[2] % DEPTH:
+        return f"needs matrices whose sides are multiples of {DEPTH}, got {w.shape[1]} x {w.shape[2]}"
+    return None
+
+
+def forward(x, w, group_sizes):
+    """The products, and the arguments for the backward."""
+    return product(x, w, group_sizes, kernel="forward", rest=True), (x, w, group_sizes)
+
+
+def backward(residuals, d_y):
+    """d_x and d_w."""
+    x, w, group_sizes = residuals
+    d_x = product(d_y, w, group_sizes, kernel="dx", transposed=True, rest=True)
+    return d_x, triton.weight_gradient(x, d_y, group_sizes, kernel="dw"), None
+
+
+def product(x, w, group_sizes, *, kernel: str, transposed: bool = False, rest: bool = False):
+    """x[r] w[e] of each row and its expert, or x[r] w[e]^T; `rest` also writes zeros past the last row."""
+    (R, depth), width = x.shape, w.shape[1 if transposed else 2]
+    blocks = blocks_for(kernel, x.dtype, depth, width, R // w.shape[0])
+    tiles = row_tiles(group_sizes, R, CONSUMERS * ROWS, rest=rest, align=ALIGN)
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, x.dtype)
+    matrix = (blocks.columns, of(DEPTH)) if transposed else (DEPTH, of(blocks.columns))
+    out = run_kernel(
+        functools.partial(_product_kernel, transposed=transposed, blocks=blocks),
+        *(whole_rows(x), w, tiles),
+        name=NAMES[kernel],
+        programs=tiles.start.size * pl.cdiv(width, blocks.columns),
+        out_type=of(round_up(R, ALIGN), width),
+        scratch=[
+            operand(blocks.stages, CONSUMERS * ROWS, of(DEPTH)),
+            operand(blocks.stages, *matrix),
+            plgpu.SMEM((CONSUMERS, ROWS, blocks.columns), x.dtype),
+            ready(blocks, copies=2),
+            free(blocks),
+        ],
+    )
+    return out[:R]
+
+
+def whole_rows(x):
+    """(R, D) with R as TMA wants it; x itself where it is."""
+    return jnp.pad(x, ((0, -x.shape[0] % ALIGN), (0, 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a program has: rows start to stop of one expert, loaded from `first`, and columns from `column`."""
+
+    expert: jax.Array
+    first: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    column: jax.Array
+    steps: jax.Array  # of the contraction; none where no expert has the rows
+
+    @classmethod
+    def of_program(cls, tiles, num_experts: int, width: int, depth: int, blocks) -> "Tile":
+        program = lax.axis_index("program")
+        tile, column = tile_of_program(program, tiles.start.shape[0], pl.cdiv(width, blocks.columns))
+        start, stop, expert = tiles.start[tile], tiles.stop[tile], tiles.expert[tile]
+        enabled = (start < stop) & (expert < num_experts)
+        steps = jnp.where(enabled, jnp.int32(pl.cdiv(depth, DEPTH)), jnp.int32(0))
+        first = lax.div(start, jnp.int32(ALIGN)) * ALIGN
+        return cls(jnp.minimum(expert, num_experts - 1), first, start, stop, column * blocks.columns, steps)
+
+    def rows(self, i):
+        """Where the rows and a block of the contraction are, in x."""
+        return pl.ds(self.first, CONSUMERS * ROWS), pl.ds(i * DEPTH, DEPTH)
+
+    def store(self, out_ref, smem, me, *columns) -> None:
+        """Copies a consumer's rows of the tile from shared memory, in pieces of powers of two.
+
+        What of the columns lies past the edge of the array's last dimension is not written.
+        """
+        first = self.first + me * ROWS
+        row, stop = jnp.maximum(self.start, first), jnp.minimum(self.stop, first + ROWS)
+        size = jnp.maximum(stop - row, 0)
+        for length in (64, 32, 16, 8, 4, 2, 1):
+
+            @pl.when((size & length) != 0)
+            def _store(row=row, length=length):
+                piece = smem.at[me, pl.ds(row - first, length)]
+                plgpu.copy_smem_to_gmem(piece, out_ref.at[(pl.ds(row, length), *columns)])
+
+            row += size & length
+
+
+def multiply(tile: Tile, x_smem, matrices, ready, free, me, accs, blocks) -> None:
+    """acc += x matrix over the contraction, for each accumulator; a slot is freed once the product after it began."""
+
+    @pl.loop(0, tile.steps)
+    def _(i):
+        slot = slot_of(i, blocks)
+        plgpu.barrier_wait(ready.at[slot])
+        x = x_smem.at[slot, pl.ds(me * ROWS, ROWS)]
+        for acc, matrix in zip(accs, matrices, strict=True):
+            plgpu.wgmma(acc, x, matrix(slot))
+        plgpu.wgmma_wait(len(accs))
+
+        @pl.when(i > 0)
+        def _free():
+            plgpu.barrier_arrive(free.at[slot_of(i - 1, blocks)])
+
+    plgpu.wgmma_wait(0)
+
+    @pl.when(tile.steps > 0)
+    def _free_last():
+        plgpu.barrier_arrive(free.at[slot_of(tile.steps - 1, blocks)])
+
+
+def _product_kernel(x_ref, w_ref, tiles, out_ref, x_smem, w_smem, out_smem, ready, free, *, transposed, blocks):
+    tile = Tile.of_program(tiles, w_ref.shape[0], out_ref.shape[1], x_ref.shape[1], blocks)
+    columns = pl.ds(tile.column, blocks.columns)
+    me = lax.axis_index("warpgroup")
+
+    @pl.when(me == CONSUMERS)
+    def _produce():
+        depth = lambda i: pl.ds(i * DEPTH, DEPTH)
+        place = lambda i: (columns, depth(i)) if transposed else (depth(i), columns)
+        matrix = lambda i: w_ref.at[(tile.expert, *place(i))]
+        fill(tile, blocks, Stream(ready, free, [(lambda i: x_ref.at[tile.rows(i)], x_smem), (matrix, w_smem)]))
+
+    @pl.when(me < CONSUMERS)
+    def _consumer_kernel():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        matrix = lambda slot: w_smem.at[slot].transpose((1, 0)) if transposed else w_smem.at[slot]
+
+        def product(acc):
+            multiply(tile, x_smem, [matrix], ready, free, me, [acc], blocks)
+            return acc[...]
+
+        acc = pl.run_scoped(product, plgpu.ACC((ROWS, blocks.columns), jnp.float32))
+        out_smem.at[me][...] = acc.astype(out_ref.dtype)
+        plgpu.commit_smem()
+        tile.store(out_ref, out_smem, me, columns)
+        plgpu.wait_smem_to_gmem(0)
