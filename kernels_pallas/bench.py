@@ -16,7 +16,8 @@ the same run when it only read and wrote.
 
 `status` is "ok", or why there is no time: what the implementation raised, or "wrong" and its error relative
 to "xla" on the same inputs. Where "xla" gives no answer, for its scores may not fit, the first library or peer that
-gives one stands in. "unchecked" rows have a time, and no answer of anybody else's to hold theirs against.
+gives one stands in. "unchecked" rows have a time, and no answer of anybody else's to hold theirs against; a
+"yardstick" does the same work on other data.
 """
 
 import csv
@@ -40,6 +41,7 @@ from .peers import PEERS
 
 
 ROUNDS = 20
+YARDSTICK = "yardstick: as much work, and another answer"
 SHOWN = {
     "op": 16, "case": 24, "pass": 8, "implementation": 14, "median_us": 11, "p20_us": 11, "p80_us": 11,
     "tflops": 9, "gbps": 9, "of_roofline": 11, "status": 0,
@@ -116,7 +118,7 @@ def measure(op: Op, name: str, pass_: str) -> list[dict[str, str]]:
             got = ready.answer()
             timing.microseconds(ready)  # what cannot be timed shows here
             want = got if want is None and independent else want
-            status[implementation] = judge(got, want, arrays)
+            status[implementation] = YARDSTICK if independent is None else judge(got, want, arrays)
         except Exception as error:  # whatever it is, the other implementations still have their rows
             status[implementation] = command_line.one_line(error)
             continue
@@ -131,11 +133,14 @@ def measure(op: Op, name: str, pass_: str) -> list[dict[str, str]]:
     ]
 
 
-type Contestant = tuple[str, bool, str | Callable[[], timing.Call]]
+type Contestant = tuple[str, bool | None, str | Callable[[], timing.Call]]
 
 
 def _contestants(op: Op, case: Case, pass_: str, copies: Sequence[timing.Arrays]) -> Iterator[Contestant]:
-    """(name, whether its answer may stand in for "xla", its call or why there is none): ours last."""
+    """(name, whether its answer may stand in for "xla", its call or why there is none): ours last.
+
+    None instead of whether: it is a yardstick, whose answer is another.
+    """
     runnable = op.runnable(*case.arrays, **case.static)
     external = [name for name in op.kernels if name in runnable and op.kernels[name].external]
     ours = [name for name in op.kernels if name in runnable and name not in external]
@@ -143,7 +148,8 @@ def _contestants(op: Op, case: Case, pass_: str, copies: Sequence[timing.Arrays]
         yield name, True, functools.partial(call, op, name, case.static, pass_, copies)
     for name, peer in PEERS.get(op.name, {}).items():
         reason = peer.unsupported(*case.arrays, **case.static)
-        yield name, True, reason or functools.partial(peer.call, pass_, copies, **case.static)
+        independent = None if peer.yardstick else True
+        yield name, independent, reason or functools.partial(peer.call, pass_, copies, **case.static)
     for name in ours:
         yield name, False, functools.partial(call, op, name, case.static, pass_, copies)
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import backend, timing
+from . import backend, peers_experts as experts, timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Peer:
 
     unsupported: Callable[..., str | None]
     call: Callable[..., timing.Call]
+    yardstick: bool = False  # as much work, and another answer
 
 
 def xla_default_unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
@@ -212,6 +213,15 @@ def _blinded(out, blind):
     return out if blind is None else jnp.where(blind[:, :, None, None], 0, out)
 
 
+def _of_experts(of_product: Callable, dense: Callable) -> dict[str, Peer]:
+    peers = {name: Peer(_reason(name), experts.call(of_product(f))) for name, f in experts.PRODUCTS.items()}
+    return peers | {"dense": Peer(experts.no_reason, experts.call(dense), yardstick=True)}
+
+
+def _reason(name: str) -> Callable[..., str | None]:
+    return experts.tokamax_unsupported if name.startswith("tokamax") else experts.no_reason
+
+
 def _torch(backend_name: str) -> Peer:
     return Peer(
         functools.partial(torch_unsupported, backend_name=backend_name),
@@ -226,4 +236,6 @@ PEERS: dict[str, dict[str, Peer]] = {
         "torch_cudnn": _torch("CUDNN_ATTENTION"),
         "torch_flash": _torch("FLASH_ATTENTION"),
     },
+    "grouped_matmul": _of_experts(lambda product: product, experts.dense),
+    "expert_mlp": _of_experts(lambda product: functools.partial(experts.mlp, product=product), experts.dense_mlp),
 }

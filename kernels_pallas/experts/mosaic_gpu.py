@@ -216,7 +216,7 @@ def _product_kernel(x_ref, w_ref, tiles, out_ref, x_smem, w_smem, out_smem, read
             multiply(tile, x_smem, [matrix], ready, free, me, [acc], blocks)
             return acc[...]
 
-        acc = pl.run_scoped(product, plgpu.ACC((ROWS, blocks.columns), jnp.float32))
+        acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, blocks.columns), jnp.float32))
         out_smem.at[me][...] = acc.astype(out_ref.dtype)
         plgpu.commit_smem()
         tile.store(out_ref, out_smem, me, columns)

@@ -80,7 +80,7 @@ def _up_kernel(
             multiply(tile, x_smem, slots, ready, free, me, [gate, up], blocks)
             return gate[...], up[...]
 
-        acc = plgpu.ACC((ROWS, blocks.columns), jnp.float32)
+        acc = plgpu.WGMMAAccumulatorRef((ROWS, blocks.columns), jnp.float32)
         gate, up = (x.astype(z_ref.dtype) for x in pl.run_scoped(products, acc, acc))  # as the backward will have them
         gate32 = gate.astype(jnp.float32)
         a = (gate32 / (1.0 + jnp.exp(-gate32)) * up.astype(jnp.float32)).astype(a_ref.dtype)
