@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dito_jax.layers.expert_parallel import AXIS, EXCHANGES, ExchangeName, default_exchange, local
 from dito_jax.layers.mlp import SwiGLU
-from dito_jax.sharding import axis_size, on_mesh
+from dito_jax.sharding import axis_size, batch_pieces, on_mesh
 from kernels_pallas import Assignments, Load, backend, expert_load
 
 
@@ -96,9 +96,11 @@ class MoE(nnx.Module):
     def _route(self, x, index) -> tuple[Assignments, RouterReport]:
         """Each pool's choices, on the devices where its images are."""
         (B, T, _), E = x.shape, self.down_kernel.shape[0]
-        if B % self.pool:
+        pieces = batch_pieces(jax.sharding.get_abstract_mesh().shape)
+        if B % (pieces * self.pool):
             raise ValueError(
-                f"MoE: a batch of {B} images is no multiple of the pool of {self.pool}; change one of them."
+                f"MoE: a batch of {B} images in {pieces} piece(s) of the mesh is no multiple of the pool of "
+                f"{self.pool} in each; change one of them."
             )
         logits = jnp.zeros((B, T, E))
         if self.router_kernel is not None:
@@ -119,9 +121,11 @@ class MoE(nnx.Module):
         return of_pools(logits, bias, index)
 
     def _capacity(self, assignments: Assignments) -> int:
-        """Rows that an expert may have of one pool."""
-        share = assignments.token.shape[-1] / assignments.num_experts
-        return math.ceil(share * (1 if self.even else self.capacity_factor or assignments.num_experts))
+        """Rows that an expert may have of one pool; each token chooses it once at most."""
+        factor = 1 if self.even else self.capacity_factor
+        if factor is None:
+            return assignments.num_tokens
+        return math.ceil(factor * assignments.token.shape[-1] / assignments.num_experts)
 
     def _compute(self, x, assignments: Assignments):
         devices = axis_size(AXIS)

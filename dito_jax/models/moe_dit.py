@@ -68,7 +68,9 @@ class MoEDiTConfig(DiTConfig):
     router_groups: int = 1  # sigmoid: groups of experts, of which a token takes the best
     active_groups: int = 1
     weight_scale: float = 1.0  # sigmoid
-    pool: int = 1  # images among whose tokens experts choose, and whose rows their capacity counts
+    # Images among whose tokens experts choose, and whose rows their capacity counts. With more than one a sample depends
+    # on those that it is drawn with.
+    pool: int = 1
     capacity_factor: float | None = None  # most rows of an expert, as a multiple of the even share; None: any
     exchange: ExchangeName | None = None  # between devices; None: what moves least and drops nothing
     balance: Literal["batch", "example"] = "batch"  # whose loads the auxiliary losses even

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from kernels_pallas import backend, combine, dispatch, expert_mlp, grouped_matmul
+from kernels_pallas import backend, combine, dispatch, expert_mlp, grouped_matmul, to_slots, top_k_softmax
 from kernels_pallas.experts import cases, triton, triton_mlp
 from kernels_pallas.experts.tiles import row_tiles
 
@@ -216,6 +216,31 @@ def test_rows_of_few_experts_are_shared_between_programs():
     case = cases.GROUPED_MATMUL["tiny_split"]
     assert triton._splits(programs=2, rows=case.arrays[0].shape[0] // 2) == 2
     assert triton._splits(programs=8 * 9 * 36, rows=2048) == 1
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("capacity", [9, 40])
+def test_rows_in_slots_give_what_they_give_side_by_side(implementation, capacity):
+    """Slots of some experts are empty; some choices are dropped at 9 (of 80), none at 40."""
+    x, d_out, logits = random((40, D)), random((40, D), seed=1), random((40, E), seed=2).at[:, 0].add(2)
+    weights = random((E, D, 2 * F), seed=3), random((E, F, D), seed=4)
+
+    def run(slots, implementation):
+        def loss(x, logits, w_gate_up, w_down):
+            kept, dropped = top_k_softmax(logits, active=2).within(capacity)
+            routing = to_slots(kept.route(), capacity) if slots else kept.route()
+            rows = dispatch(x, routing, implementation=implementation)
+            y = expert_mlp(x, routing, w_gate_up, w_down, implementation=implementation)
+            return jnp.sum(d_out * (y + combine(rows, routing, implementation=implementation))), dropped
+
+        with backend.interpret_mode():
+            step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+            return step(x, logits, *weights)
+
+    ((want, dropped), wanted), ((got, _), gradients) = run(False, "xla"), run(True, implementation)
+    assert (dropped > 0) == (capacity == 9)
+    for mine, its in zip((got, *gradients), (want, *wanted), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=0, atol=1e-5 * float(jnp.abs(its).max()))
 
 
 @pytest.mark.parametrize(

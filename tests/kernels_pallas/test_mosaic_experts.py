@@ -105,6 +105,16 @@ def test_two_runs_agree_to_the_bit():
     assert np.asarray(first).tobytes() == np.asarray(second).tobytes()
 
 
+def test_two_problems_at_once():
+    """vmap, as private training takes it."""
+    case = MATMULS["zipf"]
+    pair = [jnp.stack(both) for both in zip(*(case.random(jax.random.key(seed)) for seed in (3, 4)), strict=True)]
+    got, raced = interpreted(jax.vmap(functools.partial(mosaic_gpu.product, kernel="forward", rest=True)), *pair)
+    want = jax.vmap(GROUPED_MATMUL.reference)(*pair)
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=2**-7, atol=2**-9)
+    assert not raced
+
+
 def test_a_store_before_its_fence_is_a_race():
     """So the detector sees these kernels' copies."""
     arrays, _ = problem(GROUPED_MATMUL, MATMULS["f16"])

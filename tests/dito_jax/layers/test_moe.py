@@ -215,5 +215,34 @@ def test_the_default_exchange_moves_least_and_drops_nothing():
 
 def test_a_batch_that_is_no_multiple_of_the_pool_is_refused():
     graph, params = layer("race", pool=3)
-    with pytest.raises(ValueError, match="a batch of 8 images is no multiple of the pool of 3"):
+    with pytest.raises(ValueError, match=r"a batch of 8 images in 1 piece\(s\) .* the pool of 3"):
         nnx.merge(graph, params)(images())
+
+
+def test_so_is_one_that_is_none_on_each_device():
+    with pytest.raises(ValueError, match=r"a batch of 8 images in 8 piece\(s\) of the mesh .* the pool of 2 in each"):
+        on_devices("race", {"data": 2, "expert": 4}, pool=2)
+
+
+def test_slots_that_nothing_bounds_are_as_many_as_tokens():
+    """And not as many as choices, which are twice that: an expert has a token once at most."""
+    _, text = on_devices("softmax", {"data": 1, "expert": 8}, exchange="all_to_all")
+    assert f"[{E * T},{D}]" in text and f"[{2 * E * T},{D}]" not in text
+
+
+def test_identical_experts_are_one_dense_mlp():
+    """Where a token's weights sum to 1."""
+    choose = lambda x, bias, index: top_k_softmax(x, active=3, normalize=True)
+    moe = MoE(D, F, E, choose=choose, scores=softmax_scores, active=3, rngs=nnx.Rngs(0))
+    for param in (moe.gate_up_kernel, moe.down_kernel):
+        param.set_value(jnp.broadcast_to(param[...][:1], param.shape))
+    gate, up = np.einsum("btd,dgf->gbtf", np.float64(images()), np.float64(moe.gate_up_kernel[...][0]))
+    want = gate / (1 + np.exp(-gate)) * up @ np.float64(moe.down_kernel[...][0])
+    np.testing.assert_allclose(moe(images())[0], want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_each_expert_begins_as_one_matrix_by_itself():
+    """Xavier's bound of (D, 2 F) and (F, D): the number of experts is no fan."""
+    params = nnx.state(MoE(D, F, E, **ROUTERS["race"], rngs=nnx.Rngs(0)))  # pyright: ignore[reportArgumentType]
+    for name, fans in (("gate_up_kernel", D + 2 * F), ("down_kernel", F + D)):
+        np.testing.assert_allclose(jnp.abs(params[name][...]).max(), np.sqrt(6 / fans), rtol=0.02)

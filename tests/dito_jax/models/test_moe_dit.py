@@ -177,6 +177,13 @@ def steps(config: MoEDiTConfig, count=3, sizes=None, **loop):
 DIGITS = dataclasses.replace(TINY, num_classes=10)
 
 
+def test_the_loss_of_a_step_has_the_auxiliary_losses_in_it():
+    config = dataclasses.replace(DIGITS, balance_weight=0.0)
+    [plain], metrics, _ = steps(config, 1)
+    [weighed], _, _ = steps(dataclasses.replace(config, balance_weight=2.0), 1)
+    np.testing.assert_allclose(weighed - plain, 2.0 * metrics["balance_loss"], rtol=1e-5)
+
+
 def test_a_biased_router_is_moved_by_the_load_and_by_nothing_else():
     """Each step moves each bias by the rate, or not at all: neither gradient, nor decay of weights."""
     config = dataclasses.replace(DIGITS, router="sigmoid", bias_rate=0.125, balance_weight=0.0)
