@@ -108,9 +108,9 @@ class DiTConfig:
         }
         return [problem for problem, broken in rules.items() if broken]
 
-    def mesh_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
-        """What makes a mesh of these axis sizes, with so many images on a device, impossible; and whether it is so."""
-        del images
+    def run_rules(self, sizes: Mapping[str, int], *, images: int, sampled: int) -> dict[str, bool]:
+        """What makes a run impossible, and whether it does: by its mesh, and the images of a device and of a sampler."""
+        del images, sampled
         hidden = MLPS[self.mlp].hidden(self.width)  # of the blocks without experts
         tensor, fsdp = sizes["tensor"], sizes["fsdp"]
         return {

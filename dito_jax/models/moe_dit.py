@@ -68,8 +68,8 @@ class MoEDiTConfig(DiTConfig):
     router_groups: int = 1  # sigmoid: groups of experts, of which a token takes the best
     active_groups: int = 1
     weight_scale: float = 1.0  # sigmoid
-    # Images among whose tokens experts choose, and whose rows their capacity counts. With more than one a sample depends
-    # on those that it is drawn with.
+    # Images among whose tokens experts choose, and whose rows their capacity counts. With more than one, a sample
+    # depends on those that it is drawn with.
     pool: int = 1
     capacity_factor: float | None = None  # most rows of an expert, as a multiple of the even share; None: any
     exchange: ExchangeName | None = None  # between devices; None: what moves least and drops nothing
@@ -118,9 +118,9 @@ class MoEDiTConfig(DiTConfig):
         }
         return super().problems() + [problem for problem, broken in rules.items() if broken]
 
-    def mesh_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
+    def run_rules(self, sizes: Mapping[str, int], *, images: int, sampled: int) -> dict[str, bool]:
         expert, tensor = sizes["expert"], sizes["tensor"]
-        return super().mesh_rules(sizes, images=images) | {
+        return super().run_rules(sizes, images=images, sampled=sampled) | {
             f"model.num_experts {self.num_experts} is not a multiple of mesh.expert {expert}": (
                 self.num_experts % expert > 0
             ),
@@ -128,6 +128,7 @@ class MoEDiTConfig(DiTConfig):
             f"the {images} images that a device computes at once are not a multiple of model.pool {self.pool}": (
                 images % self.pool > 0
             ),
+            f"sample.batch_size {sampled} is not a multiple of model.pool {self.pool}": sampled % self.pool > 0,
         }
 
     def mlp_flops(self) -> int:

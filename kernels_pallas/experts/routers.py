@@ -91,7 +91,7 @@ def race(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
     """The `rows` highest of all T x E scores softmax(logits), whosever they are; they are the weights.
 
     Tokens and experts race together: a token may have any number of experts, and an expert any number of tokens.
-    Scores are the softmax over experts, as of the other routers here; what scores the paper takes is another matter.
+    Scores are the softmax over experts, as of the other routers here; the paper's need not be.
 
     Raises:
       ValueError: there are not so many scores.

@@ -250,6 +250,7 @@ def config_of(**changes) -> TrainConfig:
     [
         (config_of(num_experts=6), MeshConfig(expert=4), "model.num_experts 6 is not a multiple of mesh.expert 4"),
         (config_of(pool=4), MeshConfig(), "the 2 images .* at once are not a multiple of model.pool 4"),
+        (config_of(pool=3), MeshConfig(), "sample.batch_size 100 is not a multiple of model.pool 3"),
         (config_of(expert_hidden=25), MeshConfig(tensor=2), "the experts' width 25 is not a multiple of mesh.tensor 2"),
     ],
 )
