@@ -109,7 +109,7 @@ class DiTConfig:
         return [problem for problem, broken in rules.items() if broken]
 
     def run_rules(self, sizes: Mapping[str, int], *, images: int, sampled: int) -> dict[str, bool]:
-        """What makes a run impossible, and whether it does: by its mesh, and the images of a device and of a sampler."""
+        """What makes a run impossible, by its mesh and the images of a device and of a sampler, and whether it does."""
         del images, sampled
         hidden = MLPS[self.mlp].hidden(self.width)  # of the blocks without experts
         tensor, fsdp = sizes["tensor"], sizes["fsdp"]
