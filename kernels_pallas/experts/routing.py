@@ -30,6 +30,11 @@ class Routing:
     inverse: Any  # int32 (R,)
     token_sizes: Any  # int32 (T,)
 
+    @classmethod
+    def cotangent(cls, d_weight) -> "Routing":
+        """What a backward says of a routing: its weights have a gradient, its integers none."""
+        return cls(row_index=None, group_sizes=None, row_weight=d_weight, inverse=None, token_sizes=None)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ are kept, and nothing is written in an order of tokens but the two sums.
 Source: SonicMoE, https://arxiv.org/abs/2512.14080, section 3 and algorithms 2 to 5.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -21,6 +20,7 @@ from ..triton_road import dot, run
 from . import cost, triton
 from .blocks import NAMES, blocks_for
 from .programs import load_matrix, load_places, load_rows, place, store_rows, walk
+from .routing import Routing
 from .tiles import row_tiles
 from .triton_rows import sum_rows
 
@@ -47,10 +47,7 @@ def backward(residuals, d_out):
     d_w_gate_up = triton.weight_gradient(x, d_z, sizes, kernel="dw_up", x_index=index)
     d_rows = triton.product(d_z, w_gate_up, sizes, kernel="drows", transposed=True)
     d_x = sum_rows(d_rows, routing, name="expert_mlp_backward_sum", weighted=False)
-    d_routing = dataclasses.replace(
-        routing, row_index=None, group_sizes=None, row_weight=d_weight, inverse=None, token_sizes=None
-    )
-    return d_x, d_routing, d_w_gate_up, d_w_down
+    return d_x, Routing.cotangent(d_weight), d_w_gate_up, d_w_down
 
 
 def _up(x, routing, w_gate_up):

@@ -17,7 +17,7 @@ from .. import backend
 from ..triton_road import run
 from . import cost
 from .programs import Columns, Rows, load_places, load_rows, store_rows
-from .routing import starts
+from .routing import Routing, starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,7 @@ def combine_backward(residuals, d_out):
     """d_y, and the gradient of the weights in a Routing."""
     y, routing = residuals
     d_y, d_weight = copy_rows(d_out, routing, name="combine_backward", y=y)
-    return d_y, dataclasses.replace(
-        routing, row_index=None, group_sizes=None, row_weight=d_weight, inverse=None, token_sizes=None
-    )
+    return d_y, Routing.cotangent(d_weight)
 
 
 def copy_rows(x, routing, *, name: str, y=None):
