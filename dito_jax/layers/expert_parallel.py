@@ -4,7 +4,7 @@ Each runs on one device's tokens and one device's experts, inside `sharding.on_m
 hold different tokens and different experts. What moves, of width D, with k rows a token, T tokens a device and P
 devices along the axis:
 
-    gather       P T D out and back: every device sees all tokens, and computes what is its experts'
+    gather       (P - 1) T D each way: every device sees all tokens, and computes what is its experts'
     all_to_all   k T D (P - 1) / P each way: rows in slots, as many for each expert of each sender; static shapes
     ragged       the same, rows as they are: any load, and no slots to fill
 
@@ -32,12 +32,12 @@ Exchange = Callable[..., Float[Array, "T D"]]
 def default_exchange(active: int, devices: int, *, even: bool, gpu: bool) -> ExchangeName:
     """The exchange that moves least, among those that drop nothing.
 
-    Slots are exact where every expert has the same number of rows (`even`: expert choice): all_to_all. Else a gather
-    moves P T D and a ragged exchange k T D (P - 1) / P, so the gather where k >= P - 1, and off a GPU.
+    A gather moves (P - 1) T D, the others k T D (P - 1) / P: the gather where k >= P. Else slots, which are exact
+    where every expert has the same number of rows (`even`: expert choice), or ragged; off a GPU a gather for that.
     """
-    if even:
-        return "all_to_all"
-    return "ragged" if gpu and active < devices - 1 else "gather"
+    if active >= devices:
+        return "gather"
+    return "all_to_all" if even else "ragged" if gpu else "gather"
 
 
 def local(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
@@ -50,7 +50,7 @@ def gather(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | No
     """Every device computes the rows of its experts for all tokens, and the sums go back to where the tokens are.
 
     Rows are counted for the worst load: each array of rows is P times that of one device, and its unused part costs
-    memory, not time.
+    memory, not time. Sums of a token's experts on different devices are added in the dtype of x.
     """
     del capacity
     mine = w_down.shape[0]
@@ -66,13 +66,15 @@ def gather(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | No
 def all_to_all(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
     """Each expert has `capacity` slots for the rows of each device; what does not fit was dropped before.
 
-    A slot that is not filled holds a row of weight 0, which is computed like the others.
+    A slot that is not filled holds zeros, which are computed like the others, and has weight 0.
     """
     assert capacity is not None
     mine, devices = w_down.shape[0], lax.axis_size(AXIS)
-    slots = to_slots(assignments.route(), capacity)
+    routing = assignments.route()
+    slots = to_slots(routing, capacity)
+    filled = (jnp.arange(capacity, dtype=jnp.int32) < routing.group_sizes[:, None]).reshape(-1, 1)
     move = functools.partial(lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
-    rows = move(dispatch(x, slots))  # by sender, then expert
+    rows = move(jnp.where(filled, dispatch(x, slots), 0))  # by sender, then expert
     place = np.arange(rows.shape[0]).reshape(devices, mine, capacity)
     by_expert = place.transpose(1, 0, 2).reshape(-1)
     routing = in_order(
