@@ -114,7 +114,7 @@ def check(config: TrainConfig, num_devices: int) -> None:
     pieces = "mesh.data x mesh.fsdp x mesh.expert x train.accumulation"
     rules = {
         f"train.batch_size {train.batch_size} is not a multiple of {pieces} = {part}": train.batch_size % part,
-        **model.run_rules(axes, images=train.batch_size // part, sampled=config.sample.batch_size),
+        **model.run_rules(axes, images=train.batch_size // part),
         f"sample.ema_decay {config.sample.ema_decay} is not in train.ema_decays {train.ema_decays}": (
             config.sample.ema_decay not in (None, *train.ema_decays)
         ),

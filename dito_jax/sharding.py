@@ -119,6 +119,12 @@ def batch_pieces(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(axis, 1) for axis in RULES["B"])
 
 
+def whole_batch(num: int, multiple: int) -> int:
+    """`num` images, or the few more that give each device of the mesh in force as many, a multiple of `multiple`."""
+    unit = batch_pieces(jax.sharding.get_abstract_mesh().shape) * multiple
+    return -(-num // unit) * unit
+
+
 def axis_size(axis: str) -> int:
     """Of the mesh in force; 1 where it has no such axis, or there is none."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)

@@ -11,6 +11,7 @@ from dito_jax.data import Source
 from dito_jax.diffusion import path
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
+from dito_jax.sharding import whole_batch
 
 
 MOST = 256  # images
@@ -31,7 +32,7 @@ def make_load_meter(
         return nnx.merge(graph, params).with_report(path.interpolate(image, noise, t), t, label)[1].rows
 
     def measure(params, source):
-        count = max(min(len(source), MOST) // model.pool, 1) * model.pool
+        count = whole_batch(min(len(source), MOST), model.together)
         examples = [source[int(i)] for i in np.linspace(0, len(source) - 1, count)]
         image = jnp.stack([jnp.asarray(example["image"]) for example in examples])
         label = jnp.asarray([example["label"] for example in examples], jnp.int32)

@@ -15,6 +15,7 @@ from dito_jax.diffusion.path import Quantity
 from dito_jax.diffusion.sampler import SOLVERS
 from dito_jax.diffusion.time import schedule
 from dito_jax.models.dit import DiTConfig
+from dito_jax.sharding import whole_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SampleConfig:
     guidance_scale: float = 1.5  # 1: none
     guidance_interval: tuple[float, float] = (0.1, 1.0)  # times, t = 1 being data
     ema_decay: float | None = None  # which average is sampled; None: the first
-    batch_size: int = 100
+    batch_size: int = 100  # and the few more that give each device as many
 
 
 def make_sampler(
@@ -60,9 +61,9 @@ def make_sampler(
 
     def draw(params, labels, seed):
         label, index = jnp.asarray(labels, jnp.int32), jnp.arange(len(labels))
-        batches = []
-        for start in range(0, len(labels), sample.batch_size):
-            chosen = jnp.minimum(start + jnp.arange(sample.batch_size), len(labels) - 1)  # one shape to compile
+        size, batches = whole_batch(sample.batch_size, model.together), []
+        for start in range(0, len(labels), size):
+            chosen = jnp.minimum(start + jnp.arange(size), len(labels) - 1)  # one shape to compile
             images = draw_batch(params, label[chosen], jax.random.key(seed), index[chosen])
             batches.append(np.asarray(images)[: len(labels) - start])
         return np.concatenate(batches)

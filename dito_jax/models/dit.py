@@ -90,6 +90,11 @@ class DiTConfig:
         return self.image_shape[0] // self.patch, self.image_shape[1] // self.patch
 
     @property
+    def together(self) -> int:
+        """Images that are computed together, on one device."""
+        return 1
+
+    @property
     def out_channels(self) -> int:
         return self.image_shape[2] * (2 if self.learn_sigma else 1)
 
@@ -108,9 +113,9 @@ class DiTConfig:
         }
         return [problem for problem, broken in rules.items() if broken]
 
-    def run_rules(self, sizes: Mapping[str, int], *, images: int, sampled: int) -> dict[str, bool]:
-        """What makes a run impossible, by its mesh and the images of a device and of a sampler, and whether it does."""
-        del images, sampled
+    def run_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
+        """What makes a run impossible, by its mesh and the images of a device at a time, and whether it does."""
+        del images
         hidden = MLPS[self.mlp].hidden(self.width)  # of the blocks without experts
         tensor, fsdp = sizes["tensor"], sizes["fsdp"]
         return {

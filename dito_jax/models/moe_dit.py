@@ -93,6 +93,10 @@ class MoEDiTConfig(DiTConfig):
         return self.expert_hidden or SwiGLU.hidden(self.width)
 
     @property
+    def together(self) -> int:
+        return self.pool
+
+    @property
     def moe_depth(self) -> int:
         """How many blocks have experts."""
         return self.depth // self.moe_every
@@ -118,17 +122,19 @@ class MoEDiTConfig(DiTConfig):
         }
         return super().problems() + [problem for problem, broken in rules.items() if broken]
 
-    def run_rules(self, sizes: Mapping[str, int], *, images: int, sampled: int) -> dict[str, bool]:
+    def run_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
         expert, tensor = sizes["expert"], sizes["tensor"]
-        return super().run_rules(sizes, images=images, sampled=sampled) | {
+        return super().run_rules(sizes, images=images) | {
             f"model.num_experts {self.num_experts} is not a multiple of mesh.expert {expert}": (
                 self.num_experts % expert > 0
             ),
             f"the experts' width {self.hidden} is not a multiple of mesh.tensor {tensor}": self.hidden % tensor > 0,
+            f"model.shared_hidden {self.shared_hidden} is not a multiple of mesh.tensor {tensor}": (
+                self.shared_hidden % tensor > 0
+            ),
             f"the {images} images that a device computes at once are not a multiple of model.pool {self.pool}": (
                 images % self.pool > 0
             ),
-            f"sample.batch_size {sampled} is not a multiple of model.pool {self.pool}": sampled % self.pool > 0,
         }
 
     def mlp_flops(self) -> int:

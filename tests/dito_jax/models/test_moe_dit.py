@@ -13,7 +13,7 @@ from dito_jax.config import TrainConfig, check, from_json, override, to_json
 from dito_jax.data import DigitsData
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
-from dito_jax.models.dit import DiTConfig
+from dito_jax.models.dit import DiTConfig, Report
 from dito_jax.models.moe_dit import MoEBlock, MoEDiTConfig
 from dito_jax.models.upcycling import check_upcycling, upcycled
 from dito_jax.sharding import MeshConfig, make_mesh
@@ -192,6 +192,16 @@ def test_a_biased_router_is_moved_by_the_load_and_by_nothing_else():
     np.testing.assert_array_equal(bias / 0.125, np.round(bias / 0.125))
 
 
+def test_biases_fall_for_experts_with_too_much_and_rise_for_those_with_too_little():
+    config = dataclasses.replace(TINY, router="sigmoid", bias_rate=0.125)
+    params = network(config)[1]
+    moved = config.rebalance(params, Report(rows=jnp.array([[9.0, 3, 4, 0], [4, 4, 4, 4]])))
+    difference = jax.tree.map(lambda after, before: np.asarray(after - before), moved, params)
+    bias = difference["blocks"]["moe"]["mlp"].pop("bias")[...]
+    np.testing.assert_allclose(bias, [[-0.125, 0.125, 0, 0.125], [0, 0, 0, 0]], atol=1e-6)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(difference))
+
+
 @pytest.mark.parametrize("change", [dict(remat=True), dict(accumulation=4)], ids=str)
 def test_neither_remat_nor_accumulation_changes_what_is_counted(change):
     """Counts are a step's output: a second forward pass does not double them, and parts add up."""
@@ -250,8 +260,12 @@ def config_of(**changes) -> TrainConfig:
     [
         (config_of(num_experts=6), MeshConfig(expert=4), "model.num_experts 6 is not a multiple of mesh.expert 4"),
         (config_of(pool=4), MeshConfig(), "the 2 images .* at once are not a multiple of model.pool 4"),
-        (config_of(pool=3), MeshConfig(), "sample.batch_size 100 is not a multiple of model.pool 3"),
         (config_of(expert_hidden=25), MeshConfig(tensor=2), "the experts' width 25 is not a multiple of mesh.tensor 2"),
+        (
+            config_of(shared_hidden=17),
+            MeshConfig(tensor=2),
+            "model.shared_hidden 17 is not a multiple of mesh",
+        ),
     ],
 )
 def test_impossible_meshes_are_refused_in_one_line(config, mesh, words):
