@@ -40,11 +40,16 @@ from .experts import (
     update_bias as update_bias,
     z_loss as z_loss,
 )
-from .norms import MODULATED_NORM as MODULATED_NORM, modulated_norm as modulated_norm
+from .norms import (
+    GATED_RESIDUAL_NORM as GATED_RESIDUAL_NORM,
+    MODULATED_NORM as MODULATED_NORM,
+    gated_residual_norm as gated_residual_norm,
+    modulated_norm as modulated_norm,
+)
 
 
 # What tests, bench, tune and inspect run over.
 OPS = (
     FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM,
-    DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
+    GATED_RESIDUAL_NORM, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
 )  # fmt: skip

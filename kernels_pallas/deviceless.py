@@ -19,7 +19,7 @@ from .hardware import GPUS
 
 def why_not() -> str | None:
     """None where the wheels are installed, else what to install."""
-    if not backend.cuda_wheels_installed() or not ptxas().exists():
+    if not backend.cuda_wheels_installed() or not all(compiler(t).exists() for t in ("ptxas", "nvdisasm")):
         return "needs the CUDA compiler wheels: pip install -e '.[deviceless]'"
     return None
 
@@ -51,9 +51,9 @@ def mesh(name: str) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(devices(name), ("device",))
 
 
-def ptxas() -> Path:
-    """NVIDIA's assembler, from its wheel."""
+def compiler(tool: str) -> Path:
+    """NVIDIA's "ptxas" or "nvdisasm", from its wheel."""
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or []) if spec else []
-    found = [p for root in roots for p in Path(root).glob("cu13/bin/ptxas")]
-    return found[0] if found else Path("ptxas-not-installed")
+    found = [p for root in roots for p in Path(root).glob(f"cu13/bin/{tool}")]
+    return found[0] if found else Path(f"{tool}-not-installed")

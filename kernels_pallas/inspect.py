@@ -11,6 +11,8 @@ XLA numbers a name that occurs again (`name__1`). What a row holds, and where it
   wgmma                Hopper's matrix instructions in the PTX (a warp group's, asynchronous)
   mma_sync, tcgen05    Ampere's and Blackwell's
   cp_async             asynchronous copies to shared memory in the PTX
+  wide_share           of the loads and stores of global memory in the machine code (LDG, STG), those of 128 bits; empty
+                       where there are none, as with TMA
 A kernel that does not compile, for want of shared memory among others, has a row with `error` instead, and
 the exit code is 1. One that calls itself unsupported on the device is named on stderr and has no row; a library's
 has neither.
@@ -38,7 +40,7 @@ from .op import Case, Kernel, Op
 
 COLUMNS = (
     "op", "kernel", "case", "pass", "function", "registers", "spill_bytes", "shared_memory_bytes", "wgmma",
-    "mma_sync", "tcgen05", "cp_async", "device",
+    "mma_sync", "tcgen05", "cp_async", "wide_share", "device",
 )  # fmt: skip
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async\b",
@@ -142,11 +144,12 @@ def _functions(prefix: str, dump: Path, arch: str) -> Iterator[dict]:
             continue
         [name] = names
         if (mosaic := ptx.with_suffix(".ptxas")).exists():  # Mosaic assembles by itself, and leaves the log
-            log = mosaic.read_text()
+            log, machine = mosaic.read_text(), ptx.with_suffix(".sass_ctrl").read_text()
             [asked] = re.findall(r"smem_scratch_bytes=(\d+)", ptx.with_suffix(".resources.txt").read_text())
         else:
-            command = [deviceless.ptxas(), f"-arch={arch}", "-v", ptx, "-o", os.devnull]
-            log, asked = subprocess.run(command, capture_output=True, text=True, check=True).stderr, at_launch[name]
+            cubin, asked = ptx.with_suffix(".cubin"), at_launch[name]
+            log = _output([deviceless.compiler("ptxas"), f"-arch={arch}", "-v", ptx, "-o", cubin])
+            machine = _output([deviceless.compiler("nvdisasm"), cubin])
         [registers] = re.findall(r"Used (\d+) registers", log)
         static = sum(map(int, re.findall(r"(\d+) bytes smem", log)))
         yield {
@@ -155,7 +158,20 @@ def _functions(prefix: str, dump: Path, arch: str) -> Iterator[dict]:
             "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
             "shared_memory_bytes": int(asked) + static,
             **{key: len(re.findall(pattern, text)) for key, pattern in INSTRUCTIONS.items()},
+            "wide_share": _wide_share(machine),
         }
+
+
+def _wide_share(machine: str) -> float | None:
+    """Of the loads and stores of global memory in machine code, those of 128 bits; None where there are none."""
+    moves = re.findall(r"\b(?:LDG|STG)\.\S*", machine)
+    return round(sum(".128" in move for move in moves) / len(moves), 3) if moves else None
+
+
+def _output(command: list) -> str:
+    """What a command of the compiler says, on either stream."""
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def table(rows: list[dict]) -> str:

@@ -1,38 +1,63 @@
-"""Work that no implementation of the norms avoids. Both passes are bound by memory: two flops a byte."""
+"""Work that no implementation of the norms avoids. All passes are bound by memory: two flops a byte or fewer."""
+
+import jax
 
 from ..op import Cost
 
 
-def forward(x, scale, shift, *, kind, eps) -> Cost:
-    """Reads x, scale, shift; writes y, and mean and rstd of each row for the backward.
+def forward(x, scale, shift, weight, *, kind, eps) -> Cost:
+    """Reads x, scale, shift, weight; writes y, and the statistics of each row for the backward.
 
-    An element takes: square and add (2), * rstd, * (1 + scale), + shift (3); LayerNorm adds the sum for the
-    mean and its subtraction (2).
+    An element takes: square and add (2), * rstd (1), and each of * weight, 1 + scale (2 with its product), + shift
+    that there is; LayerNorm adds the sum for the mean and its subtraction (2).
     """
     del eps
     return Cost(
-        flops=x.size * (7 if kind == "layer" else 5),
-        bytes=2 * _bytes(x) + _bytes(scale) + _bytes(shift) + _statistics(x),
+        flops=x.size * (3 + _of_modulation(scale, shift, weight) + 2 * (kind == "layer")),
+        bytes=2 * _bytes(x) + _bytes((scale, shift, weight)) + _statistics(x, kind),
         transcendentals=x.size // x.shape[-1],
     )
 
 
-def backward(x, scale, shift, *, kind, eps) -> Cost:
-    """Reads x, d_y, scale, mean, rstd; writes d_x, d_scale, d_shift.
+def backward(x, scale, shift, weight, *, kind, eps) -> Cost:
+    """Reads x, d_y, scale, weight and the statistics; writes d_x and the gradients of scale, shift and weight.
 
-    An element takes: x_hat (1), d_shift (1), d_scale (2), g = d_y * (1 + scale) (1), mean(g * x_hat) (2),
-    d_x = rstd * (g - x_hat * mean) (3); LayerNorm adds x - mean, the sum of g, and its subtraction (3).
+    An element takes: x_hat (1), d_y * x_hat and its sum (2) where there is a scale or a weight, d_y's own sum (1)
+    where there is a shift, d_y by the gain (2 at most), mean(g * x_hat) (2), d_x = rstd * (g - x_hat * mean) (3);
+    LayerNorm adds x - mean, the sum of g, and its subtraction (3).
     """
     del eps
+    gain = 4 * (scale is not None or weight is not None)
     return Cost(
-        flops=x.size * (13 if kind == "layer" else 10),
-        bytes=3 * _bytes(x) + 2 * _bytes(scale) + _bytes(shift) + _statistics(x),
+        flops=x.size * (6 + gain + (shift is not None) + 3 * (kind == "layer")),
+        bytes=3 * _bytes(x) + 2 * _bytes((scale, weight)) + _bytes(shift) + _statistics(x, kind),
     )
 
 
-def _bytes(array) -> int:
-    return array.size * array.dtype.itemsize
+def residual_forward(x, branch, gate, scale, shift, weight, *, kind, eps) -> Cost:
+    """That of `forward`; reads branch and gate too and writes x_new: a product and a sum an element (2)."""
+    norm = forward(x, scale, shift, weight, kind=kind, eps=eps)
+    moved = norm.bytes + 2 * _bytes(branch) + _bytes(gate)
+    return Cost(norm.flops + 2 * x.size, moved, norm.transcendentals)
 
 
-def _statistics(x) -> int:
-    return 2 * 4 * (x.size // x.shape[-1])  # mean and rstd of a row, float32
+def residual_backward(x, branch, gate, scale, shift, weight, *, kind, eps) -> Cost:
+    """That of `backward`; reads branch, gate and d_x_new too and writes d_branch and d_gate.
+
+    An element takes four more: + d_x_new, * gate, and the product and sum of d_gate.
+    """
+    norm = backward(x, scale, shift, weight, kind=kind, eps=eps)
+    return Cost(norm.flops + 4 * x.size, norm.bytes + _bytes(x) + 2 * _bytes((branch, gate)))
+
+
+def _of_modulation(scale, shift, weight) -> int:
+    return 2 * (scale is not None) + (shift is not None) + (weight is not None)
+
+
+def _bytes(arrays) -> int:
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(arrays))
+
+
+def _statistics(x, kind) -> int:
+    """rstd of a row in float32, and LayerNorm's mean."""
+    return 4 * (1 + (kind == "layer")) * (x.size // x.shape[-1])

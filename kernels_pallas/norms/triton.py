@@ -1,13 +1,18 @@
-"""modulated_norm with Pallas-Triton: a program holds whole rows of one example in registers.
+"""Both norms with Pallas-Triton: a program holds whole rows of one example in registers.
 
-Refs are whole arrays and every access carries its mask: JAX 0.11 masks no block that hangs over an edge on
-the chip. The forward keeps mean and rstd. The backward reads x and d_y once: a program walks ROWS_PER_PROGRAM
-rows, writes their d_x and their sums of d_scale and d_shift; a second stage adds those in a fixed order: no
-atomics.
+One forward and one backward kernel: what an op does not have (a branch, a shift, the mean of RMSNorm) is None, and
+its loads and sums are not in the compiled kernel. Refs are whole arrays and every access carries its mask: JAX 0.11
+masks no block that hangs over an edge on the chip.
+
+The forward keeps the statistics of each row. The backward reads each array once: a program walks ROWS_PER_PROGRAM
+rows, writes what belongs to a row and its sums of what belongs to all of them; a second stage adds those in a fixed
+order: no atomics. The sum over tokens of d_gain = d_y * x_hat is enough for scale and weight,
+as gain = weight * (1 + scale).
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
+from ..triton_road import run
 from . import cost
 
 
@@ -31,124 +37,222 @@ class Tile:
     rows: int
     width: int  # of a row, padded: Triton takes powers of two only
     num_warps: int
+    num_stages: int = 3
 
 
-def tile_for(width: int, elements: int) -> Tile:
-    """Eight columns a thread, one 16-byte load of bfloat16, and rows until a thread holds `elements`."""
+def tile_for(tokens: int, width: int, elements: int, most_warps: int) -> Tile:
+    """Eight columns a thread, one 16-byte load of bfloat16, and rows until a thread holds `elements`.
+
+    So a column of a wide row has one thread, and a sum over rows costs nothing.
+    """
     block = pl.next_power_of_2(width)
-    num_warps = min(max(block // (8 * 32), 1), 16)
-    rows = min(max(elements * 32 * num_warps // block, 1), ROWS_PER_PROGRAM)
+    num_warps = min(max(block // (8 * 32), 1), most_warps)
+    rows = min(max(elements * 32 * num_warps // block, 1), ROWS_PER_PROGRAM, pl.next_power_of_2(tokens))
     return Tile(rows, block, num_warps)
 
 
-def unsupported(x, scale, shift, *, kind, eps) -> str | None:
+def unsupported(x, *arrays, kind, eps) -> str | None:
     """None, or why these arguments cannot run here."""
-    del scale, shift, kind, eps
+    del arrays, kind, eps
     if x.shape[-1] > MAX_WIDTH:
         return f"a row must fit in registers, D <= {MAX_WIDTH}, got {x.shape[-1]}"
     return backend.why_not_triton()
 
 
-def forward(x, scale, shift, *, kind, eps):
-    """(y, residuals); the residuals beside the inputs are two float32 a row."""
-    B, T, D = x.shape
-    tile = tile_for(D, elements=32)
-    row = jax.ShapeDtypeStruct((B, T), jnp.float32)
-    y, mean, rstd = pl.pallas_call(
-        functools.partial(_forward_kernel, kind=kind, eps=eps, tile=tile),
-        name="modulated_norm_forward",
-        grid=(pl.cdiv(T, tile.rows), B),
-        in_specs=[pl.BlockSpec()] * 3,
-        out_specs=[pl.BlockSpec()] * 3,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), row, row],
-        compiler_params=pltriton.CompilerParams(num_warps=tile.num_warps),
-        cost_estimate=cost.forward(x, scale, shift, kind=kind, eps=eps).estimate(),
-        interpret=backend.interpret(),
-    )(x, scale, shift)
-    return y, (x, scale, shift, mean, rstd)
+def forward(x, scale, shift, weight, *, kind, eps):
+    """(y, residuals); the residuals beside the inputs are the float32 statistics of each row."""
+    work = cost.forward(x, scale, shift, weight, kind=kind, eps=eps)
+    arrays = (x, None, None, scale, shift, weight)
+    _, y, mean, rstd = _forward(*arrays, name="modulated_norm_forward", kind=kind, eps=eps, work=work)
+    return y, (x, scale, shift, weight, mean, rstd)
 
 
 def backward(residuals, d_y, *, kind, eps):
-    """(d_x, d_scale, d_shift), each in its input's dtype."""
-    x, scale, shift, mean, rstd = residuals
+    """(d_x, d_scale, d_shift, d_weight), each in its input's dtype."""
+    x, scale, shift, weight, mean, rstd = residuals
+    work = cost.backward(x, scale, shift, weight, kind=kind, eps=eps)
+    arrays = (x, None, None, scale, shift, weight, mean, rstd, None, d_y)
+    d_x, _, _, *of_modulation = _backward(*arrays, name="modulated_norm_backward", work=work)
+    return d_x, *of_modulation
+
+
+def residual_forward(x, branch, gate, scale, shift, weight, *, kind, eps):
+    """((x_new, y), residuals); of the two arrays that are added only `branch` is kept."""
+    work = cost.residual_forward(x, branch, gate, scale, shift, weight, kind=kind, eps=eps)
+    arrays = (x, branch, gate, scale, shift, weight)
+    x_new, y, mean, rstd = _forward(*arrays, name="gated_residual_norm_forward", kind=kind, eps=eps, work=work)
+    return (x_new, y), (x_new, branch, gate, scale, shift, weight, mean, rstd)
+
+
+def residual_backward(residuals, d_out, *, kind, eps):
+    """(d_x, d_branch, d_gate, d_scale, d_shift, d_weight), each in its input's dtype."""
+    work = cost.residual_backward(*residuals[:6], kind=kind, eps=eps)
+    return _backward(*residuals, *d_out, name="gated_residual_norm_backward", work=work)
+
+
+def _forward(x, branch, gate, scale, shift, weight, *, name, kind, eps, work):
     B, T, D = x.shape
-    tile = tile_for(D, elements=16)
-    partial = jax.ShapeDtypeStruct((B, pl.cdiv(T, ROWS_PER_PROGRAM), D), jnp.float32)
-    d_x, d_scale, d_shift = pl.pallas_call(
-        functools.partial(_backward_kernel, kind=kind, tile=tile),
-        name="modulated_norm_backward",
-        grid=(partial.shape[1], B),
-        in_specs=[pl.BlockSpec()] * 5,
-        out_specs=[pl.BlockSpec()] * 3,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), partial, partial],
-        compiler_params=pltriton.CompilerParams(num_warps=tile.num_warps),
-        cost_estimate=cost.backward(x, scale, shift, kind=kind, eps=eps).estimate(),
-        interpret=backend.interpret(),
-    )(x, scale, mean, rstd, d_y)
-    return d_x, d_scale.sum(axis=1).astype(scale.dtype), d_shift.sum(axis=1).astype(shift.dtype)
+    tile = tile_for(T, D, elements=64 // x.dtype.itemsize, most_warps=16)
+    whole, row = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((B, T), jnp.float32)
+    return run(
+        functools.partial(_forward_kernel, kind=kind, eps=eps, tile=tile),
+        *(x, branch, gate, scale, shift, weight),
+        name=name,
+        programs=B * pl.cdiv(T, tile.rows),
+        blocks=tile,
+        out_shape=[None if branch is None else whole, whole, row if kind == "layer" else None, row],
+        work=work,
+    )
 
 
-def _forward_kernel(x_ref, scale_ref, shift_ref, y_ref, mean_ref, rstd_ref, *, kind, eps, tile):
-    D = x_ref.shape[-1]
-    example = pl.program_id(1)
-    columns, column_mask = _columns(tile, D)
-    rows, row_mask = _rows(pl.program_id(0) * tile.rows, tile, x_ref.shape[1])
-    mask = row_mask[:, None] & column_mask
+def _backward(x, branch, gate, scale, shift, weight, mean, rstd, d_x_new, d_y, *, name, work):
+    B, T, D = x.shape
+    tile = tile_for(T, D, elements=16, most_warps=8)  # 255 registers a thread: D = 8192 takes them all
+    whole = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    sums = jax.ShapeDtypeStruct((B, pl.cdiv(T, ROWS_PER_PROGRAM), D), jnp.float32)
+    modulation = {k: v for k, v in dict(gate=gate, scale=scale, shift=shift).items() if v is not None}
+    by_token = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in modulation.items() if v.ndim == 3}
+    summed = {k: sums for k in ("gate", "shift") if k in modulation and k not in by_token}
+    if weight is not None or (scale is not None and scale.ndim == 2):
+        summed["gain"] = sums
+    d_x, d_branch, d_tokens, partial = run(
+        functools.partial(_backward_kernel, tile=tile),
+        *(x, branch, gate, scale, weight, mean, rstd, d_x_new, d_y),
+        name=name,
+        programs=B * sums.shape[1],
+        blocks=tile,
+        out_shape=(whole, None if branch is None else whole, by_token, summed),
+        work=work,
+    )
+    d = {k: part.sum(axis=1) for k, part in partial.items()}  # (B, D)
+    d_weight = None
+    if weight is not None:
+        d_weight = d["gain"] if "scale" in d_tokens or scale is None else d["gain"] * (1 + scale.astype(jnp.float32))
+        d_weight = d_weight.sum(axis=0).astype(weight.dtype)
+    if scale is not None and scale.ndim == 2:
+        d["scale"] = d["gain"] if weight is None else d["gain"] * weight.astype(jnp.float32)[None]
+    d = {k: (d | d_tokens)[k].astype(v.dtype) for k, v in modulation.items()}
+    return d_x, d_branch, d.get("gate"), d.get("scale"), d.get("shift"), d_weight
 
-    x = pltriton.load(x_ref.at[example, rows, columns], mask=mask, other=0.0).astype(jnp.float32)
-    mean = x.sum(axis=1) / D if kind == "layer" else jnp.zeros(tile.rows, jnp.float32)
-    centred = jnp.where(column_mask, x - mean[:, None], 0.0)
-    rstd = jax.lax.rsqrt(jnp.sum(centred * centred, axis=1) / D + eps)
-    scale = _load_row(scale_ref, example, columns, column_mask)
-    shift = _load_row(shift_ref, example, columns, column_mask)
-    y = centred * rstd[:, None] * (1.0 + scale) + shift
 
-    pltriton.store(y_ref.at[example, rows, columns], y.astype(y_ref.dtype), mask=mask)
-    pltriton.store(mean_ref.at[example, rows], mean, mask=row_mask)
-    pltriton.store(rstd_ref.at[example, rows], rstd, mask=row_mask)
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Rows of one example that a program has at hand, all their columns, and which of both exist."""
+
+    example: Any
+    rows: Any
+    row_mask: Any  # (rows,)
+    columns: Any
+    column_mask: Any  # (width,)
+
+    @classmethod
+    def of(cls, example, start, tile: Tile, T: int, D: int) -> "Place":
+        """From row `start` on."""
+        row_mask = start + jnp.arange(tile.rows, dtype=jnp.int32) < T
+        column_mask = jnp.arange(tile.width, dtype=jnp.int32) < D
+        columns = pl.ds(jnp.int32(0), tile.width)
+        return cls(example, pl.ds(start, tile.rows), row_mask, columns, column_mask)
+
+    @property
+    def mask(self):
+        return self.row_mask[:, None] & self.column_mask[None, :]
+
+    def load(self, ref) -> Any:
+        """Float32 and zero outside: of (B, T, D) the rows, of (B, D) the example's and of (D,) the one there is."""
+        if ref is None:
+            return None
+        if len(ref.shape) == 3:
+            at = ref.at[self.example, self.rows, self.columns]
+            return pltriton.load(at, mask=self.mask, other=0.0).astype(jnp.float32)
+        at = ref.at[self.example, self.columns] if len(ref.shape) == 2 else ref.at[self.columns]
+        return pltriton.load(at, mask=self.column_mask, other=0.0).astype(jnp.float32)[None, :]
+
+    def statistic(self, ref) -> jax.Array:
+        """Of each row, as a column."""
+        return pltriton.load(ref.at[self.example, self.rows], mask=self.row_mask, other=0.0)[:, None]
+
+    def store(self, ref, value) -> None:
+        """Into the rows of (B, T, D), or one number a row into (B, T)."""
+        at, mask = ref.at[self.example, self.rows], self.row_mask
+        if len(ref.shape) == 3:
+            at, mask = ref.at[self.example, self.rows, self.columns], self.mask
+        pltriton.store(at, value.astype(ref.dtype), mask=mask)
 
 
-def _backward_kernel(x_ref, scale_ref, mean_ref, rstd_ref, d_y_ref, d_x_ref, d_scale_ref, d_shift_ref, *, kind, tile):
-    T, D = x_ref.shape[1:]
-    program, example = pl.program_id(0), pl.program_id(1)
-    columns, column_mask = _columns(tile, D)
-    gain = 1.0 + _load_row(scale_ref, example, columns, column_mask)
+def _gain(scale, weight) -> Any:
+    """weight * (1 + scale), of what there is."""
+    if scale is None or weight is None:
+        return 1.0 if scale is weight is None else weight if scale is None else 1.0 + scale
+    return weight * (1.0 + scale)
+
+
+def _forward_kernel(
+    x_ref, branch_ref, gate_ref, scale_ref, shift_ref, weight_ref, x_new_ref, y_ref, mean_ref, rstd_ref, *,
+    kind, eps, tile,
+):  # fmt: skip
+    _, T, D = x_ref.shape
+    program, programs = pl.program_id(0), pl.cdiv(T, tile.rows)
+    place = Place.of(program // programs, program % programs * tile.rows, tile, T, D)
+
+    x = place.load(x_ref)
+    if branch_ref is not None:
+        x = (x + place.load(gate_ref) * place.load(branch_ref)).astype(x_ref.dtype)
+        place.store(x_new_ref, x)
+        x = x.astype(jnp.float32)
+    if kind == "layer":
+        mean = jnp.sum(x, axis=1) / D
+        place.store(mean_ref, mean)
+        x = jnp.where(place.column_mask[None, :], x - mean[:, None], 0.0)
+    rstd = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / D + eps)
+    place.store(rstd_ref, rstd)
+
+    y = x * rstd[:, None] * _gain(place.load(scale_ref), place.load(weight_ref))
+    place.store(y_ref, y if shift_ref is None else y + place.load(shift_ref))
+
+
+def _backward_kernel(
+    x_ref, branch_ref, gate_ref, scale_ref, weight_ref, mean_ref, rstd_ref, d_x_new_ref, d_y_ref,
+    d_x_ref, d_branch_ref, d_token_refs, sum_refs, *, tile,
+):  # fmt: skip
+    _, T, D = x_ref.shape
+    parts = pl.cdiv(T, ROWS_PER_PROGRAM)
+    example, part = pl.program_id(0) // parts, pl.program_id(0) % parts
+
+    def settle(place, sums, **terms):
+        """Stores what belongs to a token; adds the rest up, as rows lie in a thread. At once: it frees registers."""
+        for name, ref in d_token_refs.items():
+            if name in terms:
+                place.store(ref, terms[name])
+        return {name: sum_ + jnp.sum(terms[name], axis=0) if name in terms else sum_ for name, sum_ in sums.items()}
 
     def step(i, sums):
-        d_scale, d_shift = sums
-        rows, row_mask = _rows(program * ROWS_PER_PROGRAM + i * tile.rows, tile, T)
-        mask = row_mask[:, None] & column_mask
-        x = pltriton.load(x_ref.at[example, rows, columns], mask=mask, other=0.0).astype(jnp.float32)
-        d_y = pltriton.load(d_y_ref.at[example, rows, columns], mask=mask, other=0.0).astype(jnp.float32)
-        mean = pltriton.load(mean_ref.at[example, rows], mask=row_mask, other=0.0)[:, None]
-        rstd = pltriton.load(rstd_ref.at[example, rows], mask=row_mask, other=0.0)[:, None]
+        place = Place.of(example, part * ROWS_PER_PROGRAM + i * tile.rows, tile, T, D)
+        scale, weight = place.load(scale_ref), place.load(weight_ref)
+        rstd = place.statistic(rstd_ref)
+        centred = place.load(x_ref)
+        if mean_ref is not None:
+            centred -= place.statistic(mean_ref)
+        x_hat = centred * rstd
+        d_y = place.load(d_y_ref)
+        of_gain = d_y * x_hat
+        gain = of_gain * _gain(scale, None) if "scale" in d_token_refs else of_gain
+        sums = settle(place, sums, gain=gain, shift=d_y, scale=of_gain * _gain(None, weight))
 
-        x_hat = (x - mean) * rstd
-        g = d_y * gain  # zero outside the mask, as d_y is: x_hat need not be
-        d_centred = g - x_hat * (jnp.sum(g * x_hat, axis=1, keepdims=True) / D)
-        if kind == "layer":
-            d_centred -= jnp.sum(g, axis=1, keepdims=True) / D
-        d_x = (d_centred * rstd).astype(d_x_ref.dtype)
-        pltriton.store(d_x_ref.at[example, rows, columns], d_x, mask=mask)
-        return d_scale + jnp.sum(d_y * x_hat, axis=0), d_shift + jnp.sum(d_y, axis=0)
+        g = d_y * _gain(scale, weight)  # zero outside the mask, as d_y is: x_hat need not be
+        of_x_hat, of_mean = jnp.sum(g * x_hat, axis=1, keepdims=True), 0.0
+        if mean_ref is not None:
+            of_mean = jnp.sum(g, axis=1, keepdims=True) / D
+        d_x = (g - of_mean - x_hat * (of_x_hat / D)) * rstd
+        if branch_ref is not None:
+            d_x += place.load(d_x_new_ref)
+        place.store(d_x_ref, d_x)
+        if branch_ref is not None:
+            sums = settle(place, sums, gate=d_x * place.load(branch_ref))
+            place.store(d_branch_ref, d_x * place.load(gate_ref))
+        return sums
 
-    zeros = jnp.zeros(tile.width, jnp.float32)
-    d_scale, d_shift = jax.lax.fori_loop(0, ROWS_PER_PROGRAM // tile.rows, step, (zeros, zeros))
-    pltriton.store(d_scale_ref.at[example, program, columns], d_scale, mask=column_mask[0])
-    pltriton.store(d_shift_ref.at[example, program, columns], d_shift, mask=column_mask[0])
-
-
-def _columns(tile, D):
-    """The whole padded row, and which of it exists, as (1, width)."""
-    mask = jnp.arange(tile.width, dtype=jnp.int32) < D
-    return pl.ds(jnp.int32(0), tile.width), mask[None, :]
-
-
-def _rows(start, tile, T):
-    mask = start + jnp.arange(tile.rows, dtype=jnp.int32) < T
-    return pl.ds(start, tile.rows), mask
-
-
-def _load_row(ref, example, columns, column_mask):
-    row = pltriton.load(ref.at[example, columns], mask=column_mask[0], other=0.0)
-    return row.astype(jnp.float32)[None, :]
+    zeros = {name: jnp.zeros(tile.width, jnp.float32) for name in sum_refs}
+    sums = jax.lax.fori_loop(0, pl.cdiv(min(T, ROWS_PER_PROGRAM), tile.rows), step, zeros)
+    place = Place.of(example, part, tile, T, D)
+    for name, ref in sum_refs.items():
+        pltriton.store(ref.at[example, part, place.columns], sums[name], mask=place.column_mask)

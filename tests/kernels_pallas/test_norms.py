@@ -1,45 +1,115 @@
-"""What is particular to the norms: the definition against the formula, and the public function's errors."""
+"""What is particular to the norms: the definitions against the formulas, the public functions' errors, their loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import modulated_norm
+from kernels_pallas import deviceless, gated_residual_norm, modulated_norm
 
 
-def arrays(B=2, T=3, D=8):
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((B, T, D), (B, D), (B, D))
-    return [jax.random.normal(k, s) + 0.5 for k, s in zip(keys, shapes, strict=True)]
+B, T, D = 2, 3, 8
 
 
-@pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_reference_is_the_formula(kind):
-    """Against numpy in float64, the mean and the variance its own."""
-    x, scale, shift = (np.asarray(a, np.float64) for a in arrays())
-    eps = 0.1  # large, so that where it is added shows
+def arrays(*shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [None if s is None else jax.random.normal(k, s) + 0.5 for k, s in zip(keys, shapes, strict=True)]
+
+
+def by_token(a):
+    return 0 if a is None else a if a.ndim == 3 else a[:, None]
+
+
+def formula(x, scale, shift, weight, kind, eps):
+    """In numpy, at the precision of what it is given; the mean and the variance are numpy's own."""
     mean = x.mean(axis=-1, keepdims=True) if kind == "layer" else 0.0
     square = x.var(axis=-1, keepdims=True) if kind == "layer" else (x**2).mean(axis=-1, keepdims=True)
-    want = (x - mean) / np.sqrt(square + eps) * (1 + scale[:, None]) + shift[:, None]
-    got = modulated_norm(*arrays(), kind=kind, eps=eps, implementation="xla")
-    # Six roundings of float32 to an element, one after the other: norm (3), 1 + scale, product, sum.
-    assert np.abs(got - want).max() <= 6 * np.finfo(np.float32).eps * np.abs(want).max()
+    y = (x - mean) / np.sqrt(square + eps)
+    return y * (1 if weight is None else weight) * (1 + by_token(scale)) + by_token(shift)
 
 
-def test_result_has_the_dtype_of_x():
-    x, scale, shift = arrays()
-    assert modulated_norm(x.astype(jnp.bfloat16), scale, shift).dtype == jnp.bfloat16
+MODULATIONS = [((B, D), (B, D), None), ((B, T, D), (B, D), (D,)), ((B, D), (B, T, D), None), (None, None, (D,)),
+               (None, (B, D), None), ((B, D), None, (D,)), (None, None, None)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shapes", MODULATIONS, ids=str)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_reference_is_the_formula(kind, shapes):
+    """Against numpy in float64, by example, by token, and with what is left out."""
+    x, scale, shift, weight = given = arrays((B, T, D), *shapes)
+    eps = 0.1  # large, so that where it is added shows
+    want = formula(*(None if a is None else np.asarray(a, np.float64) for a in given), kind, eps)
+    got = modulated_norm(x, scale, shift, weight=weight, kind=kind, eps=eps, implementation="xla")
+    # Seven roundings of float32 to an element, one after the other: norm (3), weight, 1 + scale, product, sum.
+    assert np.abs(got - want).max() <= 7 * np.finfo(np.float32).eps * np.abs(want).max()
+
+
+@pytest.mark.parametrize("gated", [(B, D), (B, T, D)], ids=str)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_residual_reference_is_the_formula(kind, gated):
+    x, branch, gate, scale, shift = given = arrays((B, T, D), (B, T, D), gated, (B, D), (B, D))
+    wide = [np.asarray(a, np.float64) for a in given]
+    want_x = wide[0] + by_token(wide[2]) * wide[1]
+    want_y = formula(want_x, wide[3], wide[4], None, kind, 0.1)
+    got_x, got_y = gated_residual_norm(x, branch, gate, scale, shift, kind=kind, eps=0.1, implementation="xla")
+    for got, want, roundings in ((got_x, want_x, 2), (got_y, want_y, 8)):
+        assert np.abs(got - want).max() <= roundings * np.finfo(np.float32).eps * np.abs(want).max()
+
+
+def test_what_is_normalised_is_what_is_returned():
+    """x_new is rounded once, and the backward reads it: its norm must be of the rounded one."""
+    x, branch, gate = (a.astype(jnp.bfloat16) for a in arrays((B, T, D), (B, T, D), (B, D)))
+    x_new, y = gated_residual_norm(x, branch, gate)
+    np.testing.assert_array_equal(y, modulated_norm(x_new))
+
+
+def test_results_have_the_dtype_of_x():
+    x, branch, gate, scale, shift = arrays((B, T, D), (B, T, D), *[(B, D)] * 3)
+    narrow, branch = x.astype(jnp.bfloat16), branch.astype(jnp.bfloat16)
+    outs = [modulated_norm(narrow, scale, shift), *gated_residual_norm(narrow, branch, gate, scale, shift)]
+    assert [out.dtype for out in outs] == [jnp.bfloat16] * 3
 
 
 @pytest.mark.parametrize("kind", ["batch", None])
 def test_unknown_kind_names_the_choices(kind, unchecked_arrays):
-    with pytest.raises(ValueError, match=f"no kind={kind!r}; choose from layer, rms"):
-        modulated_norm(*arrays(), kind=kind)
+    x, branch, gate = arrays((B, T, D), (B, T, D), (B, D))
+    with pytest.raises(ValueError, match=f"^modulated_norm: no kind={kind!r}; choose from layer, rms"):
+        modulated_norm(x, kind=kind)
+    with pytest.raises(ValueError, match=f"^gated_residual_norm: no kind={kind!r}; choose from layer, rms"):
+        gated_residual_norm(x, branch, gate, kind=kind)
 
 
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 1), (2, 1, 8)])
 def test_shapes_that_would_only_broadcast_are_refused(shape, unchecked_arrays):
-    x, scale, _ = arrays()
-    with pytest.raises(ValueError, match=r"shift \(.*\) do not fit; give x as \(B, T, D\)"):
+    x, branch, scale = arrays((B, T, D), (B, T, D), (B, D))
+    with pytest.raises(ValueError, match=r"shift \(.*\) does not fit x \(2, 3, 8\); give it as \(B, D\) = \(2, 8\)"):
         modulated_norm(x, scale, jnp.zeros(shape))
+    with pytest.raises(ValueError, match=r"gate \(.*\) does not fit x \(2, 3, 8\); give it as \(B, D\) = \(2, 8\)"):
+        gated_residual_norm(x, branch, jnp.zeros(shape))
+    with pytest.raises(ValueError, match=r"branch \(.*\) float32 is unlike x \(2, 3, 8\) float32; give both"):
+        gated_residual_norm(x, jnp.zeros(shape), scale)
+
+
+def test_a_weight_and_an_x_of_other_shapes_are_refused(unchecked_arrays):
+    x, weight = arrays((B, T, D), (1, D))
+    with pytest.raises(ValueError, match=r"weight \(1, 8\) does not fit x \(2, 3, 8\); give it as \(D,\) = \(8,\)"):
+        modulated_norm(x, weight=weight)
+    with pytest.raises(ValueError, match=r"x is \(3, 8\); give it as \(B, T, D\)"):
+        modulated_norm(x[0])
+
+
+@pytest.mark.deviceless
+def test_rows_move_16_bytes_at_a_time():
+    """In the machine code of every case of a model's size. What is narrower are the statistics of a row."""
+    if reason := deviceless.why_not():
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "kernels_pallas.inspect", "modulated_norm", "gated_residual_norm", "--json"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    rows = [row for row in json.loads(done.stdout) if not row["case"].startswith("tiny")]
+    assert len({row["case"] for row in rows}) >= 8
+    assert not [row for row in rows if row["wide_share"] < 0.75]
