@@ -24,6 +24,7 @@ from dito_jax.errors import UserError
 from dito_jax.evaluation.evaluate import EvaluationConfig
 from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import DiTConfig
+from dito_jax.models.kernels import KernelsConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.sharding import MeshConfig, batch_pieces
 from dito_jax.training.optimizer import OptimizerConfig
@@ -163,8 +164,8 @@ def from_json(text: str) -> TrainConfig:
 _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        TrainConfig, DiTConfig, MoEDiTConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig, CheckpointConfig,
-        SampleConfig, EvaluationConfig, DigitsData, ImageFolderData, LatentsData,
+        TrainConfig, DiTConfig, MoEDiTConfig, KernelsConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig,
+        CheckpointConfig, SampleConfig, EvaluationConfig, DigitsData, ImageFolderData, LatentsData,
     )
 }  # fmt: skip
 

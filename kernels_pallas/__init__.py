@@ -46,10 +46,11 @@ from .norms import (
     gated_residual_norm as gated_residual_norm,
     modulated_norm as modulated_norm,
 )
+from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_rope as qk_norm_rope
 
 
 # What tests, bench, tune and inspect run over.
 OPS = (
     FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM,
-    GATED_RESIDUAL_NORM, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
+    GATED_RESIDUAL_NORM, QK_NORM_ROPE, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
 )  # fmt: skip

@@ -23,7 +23,7 @@ LAYERS = (
     {"sharding"},
     {"dims", "errors"},
 )
-DATA = {"mask", "routing"}  # what a family's functions take beside arrays
+DATA = {"mask", "rotation", "routing"}  # what a family's functions take beside arrays
 PARTS = {"tiles", "heads", "programs", "scores", "blocks", "layout"} | DATA  # what a family's kernels share
 ROADS = {
     "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},

@@ -1,4 +1,4 @@
-"""Adaptive normalization: the kernel, on whatever mesh is in force."""
+"""Adaptive normalization: the kernels, on whatever mesh is in force."""
 
 import functools
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Array, Float
 
 from dito_jax.sharding import on_mesh
-from kernels_pallas import modulated_norm
+from kernels_pallas import gated_residual_norm, modulated_norm
 
 
 NormKind = Literal["layer", "rms"]
@@ -27,3 +27,19 @@ def adaptive_norm(
     # T D and D are whole on each device: the norm needs a whole row.
     norm = functools.partial(modulated_norm, kind=kind, implementation=implementation)
     return on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)
+
+
+def residual_norm(
+    x: Float[Array, "B T D"],
+    branch: Float[Array, "B T D"],
+    gate: Float[Array, "B D"],
+    scale: Float[Array, "B D"],
+    shift: Float[Array, "B D"],
+    *,
+    kind: NormKind,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """x + gate * branch, and the adaptive norm of that, in one pass over memory."""
+    norm = functools.partial(gated_residual_norm, kind=kind, implementation=implementation)
+    dims = ("B T .", "B T .", "B .", "B .", "B .")
+    return on_mesh(norm, dims, ("B T .", "B T ."))(x, branch, gate, scale, shift)

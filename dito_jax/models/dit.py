@@ -24,11 +24,12 @@ from dito_jax.layers.attention import Attention
 from dito_jax.layers.embed import NUM_FREQUENCIES, ClassEmbedding, TimeEmbedding
 from dito_jax.layers.linear import linear
 from dito_jax.layers.mlp import GeluMLP, SwiGLU
-from dito_jax.layers.norm import NormKind, adaptive_norm
+from dito_jax.layers.norm import NormKind, adaptive_norm, residual_norm
 from dito_jax.layers.patchify import patchify, unpatchify
-from dito_jax.layers.rope import Rotation, axial_rotation, sincos_table
+from dito_jax.layers.positions import sincos_table
+from dito_jax.models.kernels import KernelsConfig
 from dito_jax.sharding import constrain
-from kernels_pallas import flash_attention, flash_attention_jvp
+from kernels_pallas import Rotation, flash_attention, flash_attention_jvp
 
 
 SIZES = {  # depth, width, heads (table 1 of the paper); a name is size/patch: "XL/2"
@@ -60,6 +61,7 @@ class DiTConfig:
     learn_sigma: bool = False  # twice the output channels; the second half parametrises DDPM's variance
     remat: bool = False  # compute each block again in the backward pass: memory for time
     forward_mode: bool = False  # jax.jvp of the network works on a GPU too, as MeanFlow needs
+    kernels: KernelsConfig = KernelsConfig()
 
     @classmethod
     def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "DiTConfig":
@@ -80,9 +82,9 @@ class DiTConfig:
         return MLPS[self.mlp].hidden(self.width)
 
     @property
-    def norm_implementation(self) -> str | None:
-        """The norm's kernel has a backward and no tangent."""
-        return "xla" if self.forward_mode else None
+    def implementations(self) -> KernelsConfig:
+        """The kernels, but "xla" for what has a backward and no tangent where the model is differentiated forward."""
+        return dataclasses.replace(self.kernels, norm="xla", qk_norm_rope="xla") if self.forward_mode else self.kernels
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -110,8 +112,11 @@ class DiTConfig:
             ),
             f"head width {head_width} (width / num_heads) is not a multiple of 8": head_width % 8,
             f"depth {self.depth} is not positive": self.depth < 1,
+            f"forward_mode has no other norms and rotations than xla's, got {self.kernels}": (
+                self.forward_mode and not {self.kernels.norm, self.kernels.qk_norm_rope} <= {None, "xla"}
+            ),
         }
-        return [problem for problem, broken in rules.items() if broken]
+        return [problem for problem, broken in rules.items() if broken] + self.kernels.problems()
 
     def run_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
         """What makes a run impossible, by its mesh and the images of a device at a time, and whether it does."""
@@ -170,11 +175,17 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.norm: NormKind = config.norm
-        self.norm_implementation = config.norm_implementation
+        self.implementation = config.implementations.norm
         self.modulation = linear(config.width, (6, config.width), "D . .", init=zeros, rngs=rngs)
-        attend = flash_attention_jvp if config.forward_mode else flash_attention
         self.attention = Attention(
-            config.width, config.num_heads, config.kv_heads, qk_norm=config.qk_norm, attend=attend, rngs=rngs
+            config.width,
+            config.num_heads,
+            config.kv_heads,
+            qk_norm=config.qk_norm,
+            attend=flash_attention_jvp if config.forward_mode else flash_attention,
+            implementation=config.implementations.attention,
+            qk_implementation=config.implementations.qk_norm_rope,
+            rngs=rngs,
         )
         self.mlp = self.make_mlp(config, rngs)
 
@@ -191,12 +202,11 @@ class DiTBlock(nnx.Module):
     ) -> tuple[Array, Said]:
         """The block around an MLP, and what that says beside its output."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.unstack(self.modulation(c), axis=1)  # (B, D) each
-        x = x + gate1[:, None] * self.attention(self._norm(x, scale1, shift1), rotation)
-        y, said = mlp(self._norm(x, scale2, shift2))
+        norm: Any = dict(kind=self.norm, implementation=self.implementation)
+        y = self.attention(adaptive_norm(x, scale1, shift1, **norm), rotation)
+        x, y = residual_norm(x, y, gate1, scale2, shift2, **norm)
+        y, said = mlp(y)
         return constrain(x + gate2[:, None] * y, "B T D"), said
-
-    def _norm(self, x, scale, shift):
-        return adaptive_norm(x, scale, shift, kind=self.norm, implementation=self.norm_implementation)
 
 
 class DiT(nnx.Module):
@@ -236,7 +246,7 @@ class DiT(nnx.Module):
         x = self.patches(patchify(image.astype(self.patches.kernel.dtype), config.patch))  # (B, T, D)
         rotation = None
         if config.positions == "rope":
-            rotation = axial_rotation(*config.grid, head_width)
+            rotation = Rotation.grid(config.grid, head_width)
         else:
             x = x + jnp.asarray(sincos_table(*config.grid, config.width), x.dtype)[None]
         return constrain(x, "B T D"), jax.nn.silu(self.time(t) + self.label(label)), rotation
@@ -249,7 +259,7 @@ class DiT(nnx.Module):
         """The image of the last tokens."""
         config = self.config
         shift, scale = jnp.unstack(self.modulation(c), axis=1)
-        x = adaptive_norm(x, scale, shift, kind=config.norm, implementation=config.norm_implementation)
+        x = adaptive_norm(x, scale, shift, kind=config.norm, implementation=config.implementations.norm)
         h, w, _ = config.image_shape
         return unpatchify(self.out(x), config.patch, h, w)
 

@@ -8,7 +8,6 @@ import pytest
 from dito_jax.layers.embed import time_features
 from dito_jax.layers.mlp import GeluMLP, SwiGLU
 from dito_jax.layers.patchify import patchify, unpatchify
-from dito_jax.layers.rope import axial_rotation, rotate
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
@@ -21,17 +20,6 @@ def test_patches_are_row_major_and_channels_last():
     image = jnp.arange(4 * 6 * 2, dtype=jnp.float32).reshape(1, 4, 6, 2)
     np.testing.assert_array_equal(patchify(image, 2)[0, 1], image[0, 0:2, 2:4].reshape(-1))
     np.testing.assert_array_equal(patchify(image, 2)[0, 3], image[0, 2:4, 0:2].reshape(-1))
-
-
-def test_rotated_products_depend_on_the_offset_between_tokens_only():
-    rotation = axial_rotation(5, 7, 32)
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 32))
-    q, k = (jnp.broadcast_to(x, (1, 35, 1, 32)) for x in (q, k))
-    products = np.einsum("btnh,bsnh->ts", rotate(q, rotation), rotate(k, rotation))
-    at = lambda row, column: row * 7 + column
-    np.testing.assert_allclose(products[at(0, 0), at(2, 3)], products[at(1, 2), at(3, 5)], rtol=1e-4)
-    assert not np.allclose(products[at(0, 0), at(2, 3)], products[at(0, 0), at(3, 2)])
-    np.testing.assert_allclose(jnp.linalg.norm(rotate(q, rotation)), jnp.linalg.norm(q), rtol=1e-6)
 
 
 def test_time_features_are_cosines_then_sines_from_fast_to_slow():

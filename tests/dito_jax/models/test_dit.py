@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from dito_jax.models.dit import MODERN, ORIGINAL, DiT, DiTBlock, DiTConfig
+from dito_jax.models.kernels import KernelsConfig
+from kernels_pallas import backend
 
 
 TINY = DiTConfig((8, 12, 2), num_classes=3, patch=2, depth=2, width=64, num_heads=4)
@@ -188,6 +190,8 @@ def numpy_dit(params, config, image, t, label):
         ({"num_kv_heads": 3}, "not a multiple of num_kv_heads 3"),
         ({"width": 72, "num_heads": 6}, "head width 12"),
         ({"depth": 0}, "depth 0"),
+        ({"kernels": KernelsConfig(norm="cuda")}, "kernels.norm 'cuda' is no implementation; choose from xla, triton"),
+        ({"kernels": KernelsConfig(norm="triton"), "forward_mode": True}, "forward_mode has no other norms"),
     ],
 )
 def test_impossible_configs_say_why(change, words):
@@ -198,6 +202,36 @@ def test_impossible_configs_say_why(change, words):
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(ValueError, match="sizes are S, B, L, XL"):
         DiTConfig.preset("XXL/2", (32, 32, 4), 1000)
+
+
+def value_and_gradients(config: DiTConfig) -> list[jax.Array]:
+    """The network's image, and the gradients of a loss of it."""
+    graph, params = random_params(config)
+    weights = jax.random.normal(jax.random.key(2), (3, *config.image_shape))
+
+    def loss(params):
+        image = nnx.merge(graph, params)(*inputs(config))
+        return jnp.sum(weights * image), image
+
+    gradients, image = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return [image, *jax.tree.leaves(gradients)]
+
+
+@pytest.mark.parametrize("part", ["norm", "qk_norm_rope", "attention"])
+@pytest.mark.parametrize("make", [ORIGINAL, MODERN], ids=["original", "modern"])
+def test_a_kernel_by_name_changes_neither_the_image_nor_a_gradient(part, make):
+    plain = KernelsConfig(attention="xla", norm="xla", qk_norm_rope="xla")
+    config = dataclasses.replace(TINY, **make, num_kv_heads=2, kernels=plain)
+    want = value_and_gradients(config)
+    with backend.interpret_mode():
+        config = dataclasses.replace(config, kernels=dataclasses.replace(plain, **{part: "triton"}))
+        lowered = str(jax.make_jaxpr(lambda: value_and_gradients(config))())
+        got = value_and_gradients(config)
+    name = {"norm": "gated_residual_norm", "attention": "flash_attention"}.get(part, part)
+    assert f"{name}_forward" in lowered and f"{name}_backward" in lowered
+    for mine, theirs in zip(got, want, strict=True):
+        # Roundings of float32, which attention without QK-norm amplifies: 1.5e-5 at most.
+        assert np.linalg.norm(mine - theirs) <= 1e-4 * np.linalg.norm(theirs)
 
 
 def mean_flow_gradient(config: DiTConfig, graph, params):

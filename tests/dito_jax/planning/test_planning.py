@@ -65,7 +65,8 @@ def test_xl2_compiles_for_one_h200_with_our_kernels_and_fits(tmp_path):
     text, page = dito_hlo(tmp_path, "configs/dit_xl2_imagenet256.py", "--gpus", "1xh200")
     kernels = contents(text).kernels
     for name in ("flash_attention_forward", "flash_attention_backward_dq", "flash_attention_backward_dkv",
-                 "modulated_norm_forward", "modulated_norm_backward"):  # fmt: skip
+                 "modulated_norm_forward", "modulated_norm_backward", "gated_residual_norm_forward",
+                 "gated_residual_norm_backward", "qk_norm_rope_forward", "qk_norm_rope_backward"):  # fmt: skip
         assert kernels.get(name, 0) >= 1, (name, kernels)
         assert name in page
     peak = float(page.split("| peak | ")[1].split(" ")[0].replace(",", ""))

@@ -1,0 +1,11 @@
+"""DiT's fixed sine-cosine positions; rotary ones are `kernels_pallas.Rotation`'s."""
+
+import numpy as np
+
+
+def sincos_table(height: int, width: int, dim: int) -> np.ndarray:
+    """DiT's fixed positions, (T, D) float32: half of the channels encode the column, half the row, each [sin | cos]."""
+    frequency = 1e4 ** (-np.arange(dim // 4) / (dim // 4))
+    rows, columns = np.divmod(np.arange(height * width), width)
+    parts = [f(np.outer(axis, frequency)) for axis in (columns, rows) for f in (np.sin, np.cos)]
+    return np.concatenate(parts, axis=1).astype(np.float32)

@@ -1,0 +1,24 @@
+"""Which implementation computes what, where a user wants another than the fastest one measured."""
+
+import dataclasses
+
+from kernels_pallas import FLASH_ATTENTION, GATED_RESIDUAL_NORM, QK_NORM_ROPE
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelsConfig:
+    """A name for each part of a model: "xla" is the plain definition, None the fastest that results/ knows here."""
+
+    attention: str | None = None
+    norm: str | None = None  # modulated_norm and gated_residual_norm
+    qk_norm_rope: str | None = None
+
+    def problems(self) -> list[str]:
+        """The names that no implementation has, a line each."""
+        tables = {"attention": FLASH_ATTENTION, "norm": GATED_RESIDUAL_NORM, "qk_norm_rope": QK_NORM_ROPE}
+        found = []
+        for field, op in tables.items():
+            name, known = getattr(self, field), ["xla", *op.kernels]
+            if name is not None and name not in known:
+                found.append(f"kernels.{field} {name!r} is no implementation; choose from {', '.join(known)}, or None")
+        return found
