@@ -40,6 +40,12 @@ from .experts import (
     update_bias as update_bias,
     z_loss as z_loss,
 )
+from .mlp import (
+    DENSE_MLP as DENSE_MLP,
+    GATED_MLP as GATED_MLP,
+    dense_mlp as dense_mlp,
+    gated_mlp as gated_mlp,
+)
 from .norms import (
     GATED_RESIDUAL_NORM as GATED_RESIDUAL_NORM,
     MODULATED_NORM as MODULATED_NORM,
@@ -52,5 +58,5 @@ from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_
 # What tests, bench, tune and inspect run over.
 OPS = (
     FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM,
-    GATED_RESIDUAL_NORM, QK_NORM_ROPE, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
+    GATED_RESIDUAL_NORM, QK_NORM_ROPE, GATED_MLP, DENSE_MLP, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
 )  # fmt: skip

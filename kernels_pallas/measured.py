@@ -40,7 +40,7 @@ def digest(op) -> str:
     """Twelve hex digits that change with any line of the op's family, or of what all kernels of a road share."""
     family = Path(str(sys.modules[op.reference.__module__].__file__)).parent
     text = hashlib.sha256()
-    shared = [Path(__file__).with_name(f"{road}_road.py") for road in ("triton", "mosaic")]
+    shared = [path for road in ("triton", "mosaic") for path in sorted(Path(__file__).parent.glob(f"{road}_*.py"))]
     for path in [*sorted(family.glob("*.py")), *shared]:
         text.update(path.name.encode() + b"\0" + path.read_bytes())
     return text.hexdigest()[:12]

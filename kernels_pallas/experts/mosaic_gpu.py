@@ -35,9 +35,9 @@ from ..mosaic_road import (
     run_kernel,
     slot_of,
 )
+from ..triton_tiles import tile_of_program
 from . import triton
 from .blocks import NAMES
-from .programs import tile_of_program
 from .tiles import row_tiles
 
 

@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from ..triton_road import dot, run
+from ..triton_tiles import load_matrix, load_places, load_rows, store_rows, walk
 from . import cost, triton
 from .blocks import NAMES, blocks_for
-from .programs import load_matrix, load_places, load_rows, place, store_rows, walk
+from .programs import place
 from .routing import Routing
 from .tiles import row_tiles
 from .triton_rows import sum_rows

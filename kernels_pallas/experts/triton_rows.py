@@ -15,8 +15,8 @@ from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
 from ..triton_road import run
+from ..triton_tiles import Columns, Rows, load_places, load_rows, store_rows
 from . import cost
-from .programs import Columns, Rows, load_places, load_rows, store_rows
 from .routing import Routing, starts
 
 

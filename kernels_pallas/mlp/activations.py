@@ -1,0 +1,25 @@
+"""What lies between the products, and its derivative: both are x * sigmoid(k(x)) for a polynomial k."""
+
+import math
+
+import jax
+
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+_SLOPE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
+def value_and_derivative(x, activation: str):
+    """(f(x), f'(x)).
+
+    silu(x) = x sigmoid(x); gelu_tanh(x) = x (1 + tanh(u)) / 2 = x sigmoid(2 u), with u = sqrt(2/pi) (x + 0.044715 x^3):
+    arXiv 1606.08415, section 2.
+    """
+    if activation == "silu":
+        k, d_k = x, 1.0
+    else:
+        square = x * x
+        k, d_k = _SLOPE * x * (1.0 + _CUBE * square), _SLOPE * (1.0 + 3 * _CUBE * square)
+    sigmoid = jax.nn.sigmoid(k)
+    value = x * sigmoid
+    return value, sigmoid + value * (1.0 - sigmoid) * d_k

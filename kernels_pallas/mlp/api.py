@@ -1,0 +1,95 @@
+"""The public functions of this family, and their tables."""
+
+from typing import Literal, get_args
+
+from jaxtyping import Array, Float
+
+from ..op import Kernel, Op
+from . import cost, reference, triton
+from .blocks import PASSES, candidates
+from .cases import DENSE_CASES, GATED_CASES
+
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+def _op(name: str, definition, forward, backward, cases) -> Op:
+    tried = {f"{name}_{pass_}.triton": candidates for pass_ in PASSES}
+    kernel = Kernel(forward, backward, triton.unsupported, candidates=tried)
+    costs = {"forward": cost.forward, "backward": cost.backward}
+    return Op(name, definition, {"triton": kernel}, costs, cases)
+
+
+GATED_MLP = _op("gated_mlp", reference.gated_mlp, triton.gated_forward, triton.gated_backward, GATED_CASES)
+DENSE_MLP = _op("dense_mlp", reference.dense_mlp, triton.dense_forward, triton.dense_backward, DENSE_CASES)
+
+
+def gated_mlp(
+    x: Float[Array, "*B D"],
+    w_gate_up: Float[Array, "D 2 F"],
+    w_down: Float[Array, "F D"],
+    *,
+    activation: Activation = "silu",
+    implementation: str | None = None,
+) -> Float[Array, "*B D"]:
+    """The gated MLP: SwiGLU with "silu", GEGLU with "gelu_tanh".
+
+        y = (f(x w_gate) * x w_up) w_down
+
+    `w_gate_up` holds w_gate and w_up side by side, so that both are one product. Accumulated in float32; the output has
+    the dtype of `x`. Between forward and backward only the products before the activation are kept, in that dtype.
+
+    Raises:
+      ValueError: the shapes do not fit each other, or `activation` or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run here.
+
+    Source: arXiv 2002.05202, equation 6.
+    """
+    D = x.shape[-1]
+    if w_gate_up.ndim != 3 or w_gate_up.shape[:2] != (D, 2) or w_down.shape != (w_gate_up.shape[2], D):
+        raise ValueError(
+            f"gated_mlp: x {x.shape}, w_gate_up {w_gate_up.shape} and w_down {w_down.shape} do not fit; give x as "
+            "(..., D), w_gate_up as (D, 2, F), w_down as (F, D)."
+        )
+    _check("gated_mlp", activation)
+    y = GATED_MLP(x.reshape(-1, D), w_gate_up, w_down, activation=activation, implementation=implementation)
+    return y.reshape(x.shape)
+
+
+def dense_mlp(
+    x: Float[Array, "*B D"],
+    w_up: Float[Array, "D F"],
+    b_up: Float[Array, " F"],
+    w_down: Float[Array, "F D"],
+    b_down: Float[Array, " D"],
+    *,
+    activation: Activation = "gelu_tanh",
+    implementation: str | None = None,
+) -> Float[Array, "*B D"]:
+    """The MLP of the original transformer and DiT.
+
+        y = f(x w_up + b_up) w_down + b_down
+
+    Accumulated in float32; the output has the dtype of `x`. Between forward and backward only what is before the
+    activation is kept, in that dtype.
+
+    Raises:
+      ValueError: the shapes do not fit each other, or `activation` or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run here.
+
+    Source: arXiv 1706.03762, equation 2, with GELU (arXiv 1606.08415).
+    """
+    D, F = x.shape[-1], w_up.shape[-1]
+    if not (w_up.shape == (D, F) and b_up.shape == (F,) and w_down.shape == (F, D) and b_down.shape == (D,)):
+        raise ValueError(
+            f"dense_mlp: x {x.shape}, w_up {w_up.shape}, b_up {b_up.shape}, w_down {w_down.shape} and b_down "
+            f"{b_down.shape} do not fit; give x as (..., D), the rest as (D, F), (F,), (F, D) and (D,)."
+        )
+    _check("dense_mlp", activation)
+    arrays = (x.reshape(-1, D), w_up, b_up, w_down, b_down)
+    return DENSE_MLP(*arrays, activation=activation, implementation=implementation).reshape(x.shape)
+
+
+def _check(name: str, activation: str) -> None:
+    if activation not in get_args(Activation):
+        raise ValueError(f"{name}: no {activation=}; choose from {', '.join(get_args(Activation))}.")
