@@ -1,21 +1,40 @@
-"""Feed-forward layers: the original DiT's and the gated one of modern transformers."""
+"""Feed-forward layers: the original DiT's and the gated one of modern transformers.
+
+Their products are XLA's, unless `implementation` names one of `kernels_pallas.gated_mlp` and `dense_mlp`.
+"""
+
+import functools
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dito_jax.layers.linear import linear
+from dito_jax.sharding import axis_size, on_mesh
+from kernels_pallas import dense_mlp, gated_mlp
 
 
 class GeluMLP(nnx.Module):
     """W2 gelu_tanh(W1 x), four times the width inside."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, implementation: str | None = None, rngs: nnx.Rngs):
+        self.implementation = implementation
         self.up = linear(width, self.hidden(width), "D F", rngs=rngs)
         self.down = linear(self.hidden(width), width, "F D", rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        if self.implementation is None:
+            return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+        def mlp(x, w_up, b_up, w_down):  # what devices share is added up before the bias is
+            none = jnp.zeros(x.shape[-1], x.dtype)
+            return dense_mlp(x, w_up, b_up, w_down, none, implementation=self.implementation)
+
+        assert self.up.bias is not None and self.down.bias is not None
+        weights = (self.up.kernel[...], self.up.bias[...], self.down.kernel[...])
+        return _on_mesh(mlp, (". F", "F", "F ."))(x, *weights) + self.down.bias[...].astype(x.dtype)
 
     @staticmethod
     def hidden(width: int) -> int:
@@ -34,14 +53,18 @@ class SwiGLU(nnx.Module):
     Where that is left out there are as many parameters as in GeluMLP.
     """
 
-    def __init__(self, width: int, hidden: int | None = None, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int | None = None, *, implementation: str | None = None, rngs: nnx.Rngs):
+        self.implementation = implementation
         hidden = self.hidden(width) if hidden is None else hidden
         self.gate_up = linear(width, (2, hidden), "D . F", bias=False, rngs=rngs)
         self.down = linear(hidden, width, "F D", bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        both = self.gate_up(x)
-        return self.down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
+        if self.implementation is None:
+            both = self.gate_up(x)
+            return self.down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
+        mlp = functools.partial(gated_mlp, implementation=self.implementation)
+        return _on_mesh(mlp, (". . F", "F ."))(x, self.gate_up.kernel[...], self.down.kernel[...])
 
     @staticmethod
     def hidden(width: int) -> int:
@@ -52,3 +75,13 @@ class SwiGLU(nnx.Module):
     def flops(width: int) -> int:
         """Of one token: three products."""
         return 3 * 2 * width * SwiGLU.hidden(width)
+
+
+def _on_mesh(mlp: Callable, dims: tuple[str, ...]) -> Callable:
+    """`mlp(x, *weights)` with F over the devices of the axis "tensor", whose outputs are added up."""
+
+    def on_one_device(x, *weights):
+        y = mlp(x, *weights)
+        return jax.lax.psum(y, "tensor") if axis_size("tensor") > 1 else y
+
+    return on_mesh(on_one_device, ("B T .", *dims), "B T .")

@@ -112,8 +112,9 @@ class DiTConfig:
             ),
             f"head width {head_width} (width / num_heads) is not a multiple of 8": head_width % 8,
             f"depth {self.depth} is not positive": self.depth < 1,
-            f"forward_mode has no other norms and rotations than xla's, got {self.kernels}": (
-                self.forward_mode and not {self.kernels.norm, self.kernels.qk_norm_rope} <= {None, "xla"}
+            f"forward_mode has no other norms, rotations and MLPs than xla's, got {self.kernels}": (
+                self.forward_mode
+                and not {self.kernels.norm, self.kernels.qk_norm_rope, self.kernels.mlp} <= {None, "xla"}
             ),
         }
         return [problem for problem, broken in rules.items() if broken] + self.kernels.problems()
@@ -190,7 +191,7 @@ class DiTBlock(nnx.Module):
         self.mlp = self.make_mlp(config, rngs)
 
     def make_mlp(self, config: Any, rngs: nnx.Rngs) -> nnx.Module:
-        return MLPS[config.mlp](config.width, rngs=rngs)
+        return MLPS[config.mlp](config.width, implementation=config.implementations.mlp, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], c: Float[Array, "B D"], rotation: Rotation | None

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kernels_pallas import FLASH_ATTENTION, GATED_RESIDUAL_NORM, QK_NORM_ROPE
+from kernels_pallas import FLASH_ATTENTION, GATED_MLP, GATED_RESIDUAL_NORM, QK_NORM_ROPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,10 +12,18 @@ class KernelsConfig:
     attention: str | None = None
     norm: str | None = None  # modulated_norm and gated_residual_norm
     qk_norm_rope: str | None = None
+    mlp: str | None = (
+        None  # gated_mlp and dense_mlp; None is another thing here: products of XLA's in the model's dtype
+    )
 
     def problems(self) -> list[str]:
         """The names that no implementation has, a line each."""
-        tables = {"attention": FLASH_ATTENTION, "norm": GATED_RESIDUAL_NORM, "qk_norm_rope": QK_NORM_ROPE}
+        tables = {
+            "attention": FLASH_ATTENTION,
+            "norm": GATED_RESIDUAL_NORM,
+            "qk_norm_rope": QK_NORM_ROPE,
+            "mlp": GATED_MLP,
+        }
         found = []
         for field, op in tables.items():
             name, known = getattr(self, field), ["xla", *op.kernels]

@@ -1,13 +1,17 @@
 """Layers: what each promises in its docstring."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dito_jax.layers.embed import time_features
 from dito_jax.layers.mlp import GeluMLP, SwiGLU
 from dito_jax.layers.patchify import patchify, unpatchify
+from dito_jax.sharding import MeshConfig, make_mesh
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
@@ -32,3 +36,23 @@ def test_time_features_are_cosines_then_sines_from_fast_to_slow():
 def test_swiglu_has_as_many_parameters_as_gelu_to_two_percent(width):
     assert 3 * SwiGLU.hidden(width) == pytest.approx(2 * GeluMLP.hidden(width), rel=0.02)
     assert SwiGLU.hidden(width) % 16 == 0
+
+
+@pytest.mark.parametrize("layer", [GeluMLP, SwiGLU])
+def test_a_fused_mlp_is_the_plain_one_on_a_mesh_too(layer):
+    """The image and every gradient, with F over two devices whose halves are added up, and a bias added once."""
+    x, d_y = jax.random.normal(jax.random.key(0), (2, 4, 3, 32))
+
+    def passes(implementation):
+        graph, params = nnx.split(layer(32, implementation=implementation, rngs=nnx.Rngs(0)), nnx.Param)
+        params = jax.tree.map(lambda p: p + 0.1, params)  # biases too
+        y, vjp = jax.vjp(jax.jit(lambda p, x: nnx.merge(graph, p)(x)), params, x)
+        return [y, *jax.tree.leaves(vjp(d_y))]
+
+    want = passes(None)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), np.array(jax.devices()))
+    for where in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with where:
+            got = passes("xla")
+        for mine, theirs in zip(got, want, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())

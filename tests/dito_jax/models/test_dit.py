@@ -217,17 +217,18 @@ def value_and_gradients(config: DiTConfig) -> list[jax.Array]:
     return [image, *jax.tree.leaves(gradients)]
 
 
-@pytest.mark.parametrize("part", ["norm", "qk_norm_rope", "attention"])
+@pytest.mark.parametrize("part", ["norm", "qk_norm_rope", "attention", "mlp"])
 @pytest.mark.parametrize("make", [ORIGINAL, MODERN], ids=["original", "modern"])
 def test_a_kernel_by_name_changes_neither_the_image_nor_a_gradient(part, make):
-    plain = KernelsConfig(attention="xla", norm="xla", qk_norm_rope="xla")
+    plain = KernelsConfig(attention="xla", norm="xla", qk_norm_rope="xla", mlp=None)
     config = dataclasses.replace(TINY, **make, num_kv_heads=2, kernels=plain)
     want = value_and_gradients(config)
     with backend.interpret_mode():
         config = dataclasses.replace(config, kernels=dataclasses.replace(plain, **{part: "triton"}))
         lowered = str(jax.make_jaxpr(lambda: value_and_gradients(config))())
         got = value_and_gradients(config)
-    name = {"norm": "gated_residual_norm", "attention": "flash_attention"}.get(part, part)
+    mlp = {"swiglu": "gated_mlp", "gelu": "dense_mlp"}[config.mlp]
+    name = {"norm": "gated_residual_norm", "attention": "flash_attention", "mlp": mlp}.get(part, part)
     assert f"{name}_forward" in lowered and f"{name}_backward" in lowered
     for mine, theirs in zip(got, want, strict=True):
         # Roundings of float32, which attention without QK-norm amplifies: 1.5e-5 at most.
