@@ -40,6 +40,7 @@ from .experts import (
     update_bias as update_bias,
     z_loss as z_loss,
 )
+from .losses import LINEAR_CROSS_ENTROPY as LINEAR_CROSS_ENTROPY, linear_cross_entropy as linear_cross_entropy
 from .mlp import (
     DENSE_MLP as DENSE_MLP,
     GATED_MLP as GATED_MLP,
@@ -59,4 +60,5 @@ from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_
 OPS = (
     FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM,
     GATED_RESIDUAL_NORM, QK_NORM_ROPE, GATED_MLP, DENSE_MLP, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
+    LINEAR_CROSS_ENTROPY,
 )  # fmt: skip
