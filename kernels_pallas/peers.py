@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import backend, peers_experts as experts, timing
+from . import backend, peers_experts as experts, peers_memory as memory, peers_torch, timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +229,17 @@ def _torch(backend_name: str) -> Peer:
     )
 
 
+def _jax(function: Callable, *, yardstick: bool = False) -> Peer:
+    """A function of arrays and options that JAX can differentiate."""
+    reason = memory.tokamax_unsupported if function.__name__.startswith("tokamax") else memory.no_reason
+    run = lambda pass_, copies, **static: timing.call(functools.partial(function, **static), pass_, copies)
+    return Peer(reason, run, yardstick)
+
+
+def _compiled(name: str) -> Peer:
+    return Peer(peers_torch.unsupported, functools.partial(peers_torch.call, name))
+
+
 PEERS: dict[str, dict[str, Peer]] = {
     "flash_attention": {
         "xla_default": Peer(xla_default_unsupported, _xla_default_call),
@@ -238,4 +249,25 @@ PEERS: dict[str, dict[str, Peer]] = {
     },
     "grouped_matmul": _of_experts(lambda product: product, experts.dense),
     "expert_mlp": _of_experts(lambda product: functools.partial(experts.mlp, product=product), experts.dense_mlp),
+    "modulated_norm": {"tokamax": _jax(memory.tokamax_norm), "torch_compile": _compiled("modulated_norm")},
+    "gated_residual_norm": {
+        "tokamax": _jax(memory.tokamax_residual_norm),
+        "torch_compile": _compiled("gated_residual_norm"),
+    },
+    "qk_norm_rope": {"torch_compile": _compiled("qk_norm_rope")},
+    "gated_mlp": {
+        "xla_default": _jax(memory.default_gated_mlp),
+        "products": _jax(memory.gated_products, yardstick=True),
+        "tokamax": _jax(memory.tokamax_mlp),
+        "torch_compile": _compiled("gated_mlp"),
+    },
+    "dense_mlp": {
+        "xla_default": _jax(memory.default_dense_mlp),
+        "products": _jax(memory.dense_products, yardstick=True),
+        "torch_compile": _compiled("dense_mlp"),
+    },
+    "linear_cross_entropy": {
+        "xla_default": _jax(memory.default_loss),
+        "torch_compile": _compiled("linear_cross_entropy"),
+    },
 }
