@@ -4,6 +4,7 @@ dito sample RUN --num 64 --seed 0 --class 3 7      a PNG grid and an npz from th
 dito eval RUN                                      eval.json, report.md and samples/final.png again
 dito digest RUN --step 500                         the last line is a hash of its parameters and averages
 dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
+dito block CONFIG --images 32 --gpus 1xh200        what each fusion is worth in one block of the model
 dito doctor                                        versions, devices, what runs here and why not
 """
 
@@ -24,9 +25,11 @@ from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.judge import judge, visible
 from dito_jax.evaluation.plots import image_grid
 from dito_jax.evaluation.sample import balanced_labels, make_sampler
+from dito_jax.models.moe_dit import MoEDiTConfig
+from dito_jax.planning.block import measure, table
 from dito_jax.planning.doctor import diagnosis
 from dito_jax.planning.hlo import page
-from dito_jax.planning.lowering import lower_step, planned_mesh
+from dito_jax.planning.lowering import lower_step, planned_devices, planned_mesh
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.checkpoint import digest
 from dito_jax.training.program import Program, make_program
@@ -99,6 +102,24 @@ def hlo(options: argparse.Namespace) -> None:
         print(out / "report.md")
 
 
+def block(options: argparse.Namespace) -> None:
+    """Times one block of a config's model, forward and backward, under each choice of kernels."""
+    config = configs.override(configs.load(options.config), options.overrides)
+    if options.images < 1:
+        raise UserError(f"--images {options.images}: wanted at least 1.")
+    if isinstance(config.model, MoEDiTConfig):
+        raise UserError(f"{options.config}: blocks with experts are not compared here; give a config of a dense DiT.")
+    if problems := config.model.problems():
+        raise UserError("; ".join(f"model: {problem}" for problem in problems) + ".")
+    mesh = make_mesh(MeshConfig(), planned_devices(options.gpus)[:1])
+    where = mesh.devices.flat[0].device_kind
+    if mesh.devices.flat[0].platform == "cpu":
+        raise UserError("block: kernels need an NVIDIA GPU; here they can be compiled for one: --gpus 1xh200.")
+    tokens = config.model.grid[0] * config.model.grid[1]
+    title = f"One block of {Path(options.config).stem}, {options.images} images of {tokens} tokens, on {where}"
+    print(table(measure(config.model, options.images, mesh), title))
+
+
 def doctor(_: argparse.Namespace) -> None:
     """Says what this machine has and what runs on it."""
     print(diagnosis())
@@ -125,7 +146,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "sample": sample, "eval": evaluate, "digest": print_digest, "hlo": hlo, "doctor": doctor,
+    "sample": sample, "eval": evaluate, "digest": print_digest, "hlo": hlo, "block": block, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -143,16 +164,18 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parsers["sample"].add_argument("--seed", type=int, default=0)
     parsers["sample"].add_argument("--class", dest="classes", type=int, nargs="+", help="classes to draw; default: all")
     parsers["digest"].add_argument("--step", type=int, help="default: the last")
-    parsers["hlo"].add_argument("config", help="a config file")
+    for name in ("hlo", "block"):
+        parsers[name].add_argument("config", help="a config file")
+        parsers[name].add_argument("--gpus", help="compile for GPUs that are not here, e.g. 1xh200, 8xh100")
+    parsers["block"].add_argument("--images", type=int, default=32)
     parsers["hlo"].add_argument("--stage", choices=("jaxpr", "stablehlo", "optimized"), default="optimized")
-    parsers["hlo"].add_argument("--gpus", help="compile for GPUs that are not here, e.g. 1xh200, 8xh100")
     parsers["hlo"].add_argument("--out", help="directory; default runs/hlo/CONFIG_GPUS")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         near = difflib.get_close_matches(arguments[0], VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}."
         raise UserError(f"no verb {arguments[0]!r}; {hint}")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.verb != "hlo":
+    if rest and options.verb not in ("hlo", "block"):
         raise UserError(f"{options.verb}: no option {rest[0]}. `dito {options.verb} --help` lists what there is.")
     options.overrides = rest
     return options

@@ -6,10 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from dito_jax.models.dit import DiTConfig
+from dito_jax.planning.block import measure, table, traffic
 from dito_jax.planning.hlo import contents
 from dito_jax.planning.lowering import without_payloads
+from kernels_pallas import backend
 
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -116,3 +121,54 @@ def test_the_step_is_printed_at_every_stage(tmp_path):
             cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
         assert words in (tmp_path / f"train_step.{stage}.txt").read_text()
+
+
+BLOCK = """HloModule block
+
+ENTRY %main (p0: bf16[4,8], p1: f32[8]) -> (bf16[4,8], f32[4]) {
+  %p0 = bf16[4,8]{1,0} parameter(0)
+  %p1 = f32[8]{0} parameter(1)
+  %fusion.1 = bf16[4,8]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%fused
+  %call = (bf16[4,8]{1,0}, f32[4]{0}) custom-call(%fusion.1), custom_call_target="__gpu$xla.gpu.triton"
+  %get.0 = bf16[4,8]{1,0} get-tuple-element(%call), index=0
+  %get.1 = f32[4]{0} get-tuple-element(%call), index=1
+  ROOT %tuple = (bf16[4,8]{1,0}, f32[4]{0}) tuple(%get.0, %get.1)
+}
+"""
+
+
+def test_traffic_is_what_instructions_read_and_write():
+    fusion, call = (64 + 32) + 64, 64 + (64 + 16)
+    assert traffic(BLOCK) == (fusion + call, 2)
+
+
+def test_a_block_is_timed_under_each_choice_of_kernels():
+    """Where they run: here the interpreter."""
+    config = DiTConfig((4, 4, 1), 3, patch=2, depth=1, width=32, num_heads=2)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("device",))
+    with backend.interpret_mode():
+        rows = measure(config, 2, mesh)
+    assert [row.name for row in rows] == ["xla", "norm", "qk_norm_rope", "mlp", "all"]
+    assert all(row.microseconds is not None and row.microseconds > 0 for row in rows)
+    first, last = table(rows, "title").splitlines()[4], table(rows, "title").splitlines()[-1]
+    assert first.startswith("| xla | ") and first.endswith("| 1.00 |") and last.startswith("| all | ")
+
+
+@pytest.mark.deviceless
+def test_fusions_move_less_memory_in_a_compiled_block():
+    command = [sys.executable, "-m", "dito_jax.cli", "block", "configs/digits.py", "--gpus", "1xh200"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    share = {row[0].removeprefix("| "): float(row[2]) for row in rows}
+    assert share["xla"] == 1 and max(share["norm"], share["qk_norm_rope"], share["mlp"]) < 1
+    assert share["all"] < min(share["norm"], share["qk_norm_rope"], share["mlp"])
+    assert all(row[4] == "not measured" for row in rows)
+
+
+def test_a_block_needs_a_gpu_or_the_name_of_one():
+    done = subprocess.run(
+        [sys.executable, "-m", "dito_jax.cli", "block", "configs/digits.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert "kernels need an NVIDIA GPU" in done.stderr.splitlines()[-1]

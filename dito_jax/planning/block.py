@@ -1,0 +1,123 @@
+"""One block of a model, forward and backward, under each choice of kernels: what each fusion is worth where it runs.
+
+On a GPU it is timed, the choices taking turns; for a GPU that is not there, what the compiled block moves is counted.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dito_jax.models.dit import DiTConfig, Rotation
+from dito_jax.models.kernels import KernelsConfig
+from dito_jax.planning.hlo import ITEM_BYTES
+from dito_jax.planning.lowering import without_payloads
+from kernels_pallas import GATED_MLP, GATED_RESIDUAL_NORM, QK_NORM_ROPE, timing
+
+
+ROUNDS = 20
+PLAIN = KernelsConfig(norm="xla", qk_norm_rope="xla", mlp=None)
+FUSED = {"norm": GATED_RESIDUAL_NORM, "qk_norm_rope": QK_NORM_ROPE, "mlp": GATED_MLP}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockRow:
+    """One choice of kernels."""
+
+    name: str
+    moved: int  # bytes that the instructions of the compiled block read and write
+    launches: int  # of GPU functions, at most: one for each such instruction
+    microseconds: float | None  # median of ROUNDS; None where it was only compiled
+
+
+def choices() -> dict[str, KernelsConfig]:
+    """All by XLA but attention, each fusion by its first kernel alone, and all of them."""
+    first = {field: next(iter(op.kernels)) for field, op in FUSED.items()}
+    alone = {field: dataclasses.replace(PLAIN, **{field: name}) for field, name in first.items()}
+    return {"xla": PLAIN, **alone, "all": dataclasses.replace(PLAIN, **first)}
+
+
+def measure(config: DiTConfig, images: int, mesh: jax.sharding.Mesh) -> list[BlockRow]:
+    """A row for each of `choices`: a block of the config in bfloat16, on one device, which may be compile-only."""
+    compiled, calls = {}, {}
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
+    there = mesh.devices.flat[0] in jax.devices()
+    for name, kernels in choices().items():
+        function, shapes = _passes(dataclasses.replace(config, kernels=kernels), images)
+        with jax.set_mesh(mesh):
+            compiled[name] = jax.jit(function, in_shardings=replicated).lower(*shapes).compile()
+        if there:
+            calls[name] = timing.Call(compiled[name], timing.copies(_numbers(shapes)))
+    samples = timing.in_turns(calls, ROUNDS)
+    rows = []
+    for name, block in compiled.items():
+        moved, launches = traffic(without_payloads(block.as_text() or ""))
+        rows.append(BlockRow(name, moved, launches, float(np.median(samples[name])) if there else None))
+    return rows
+
+
+def table(rows: list[BlockRow], title: str) -> str:
+    """A page for a person, in Markdown; every ratio is to the first row."""
+    head = "| kernels | MB moved | of xla | launches | us | speed-up |\n|---|---|---|---|---|---|"
+    lines = []
+    for row in rows:
+        share = f"{row.moved / rows[0].moved:.2f}"
+        timed = ("not measured", "") if row.microseconds is None or rows[0].microseconds is None else (
+            f"{row.microseconds:.0f}", f"{rows[0].microseconds / row.microseconds:.2f}")  # fmt: skip
+        lines.append(f"| {row.name} | {row.moved / 1e6:.0f} | {share} | {row.launches} | {' | '.join(timed)} |")
+    return "\n".join([f"# {title}", "", head, *lines]) + "\n"
+
+
+def traffic(text: str) -> tuple[int, int]:
+    """(bytes read and written, instructions that do) of the entry computation in optimized HLO text without loops.
+
+    Each instruction reads its operands and writes its result once: what a fusion holds in registers moves nothing, and
+    what an operand is broadcast from counts once.
+    """
+    entry = text[text.index("\nENTRY") :]
+    sizes: dict[str, int] = {}
+    moved = launches = 0
+    for match in _INSTRUCTION.finditer(entry):
+        size = sum(
+            ITEM_BYTES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
+            for dtype, dims in _ARRAY.findall(match["type"])
+        )
+        sizes[match["name"]] = size
+        if match["op"] not in _FREE:
+            moved += size + sum(sizes.get(name, 0) for name in re.findall(r"%([\w.\-]+)", match["operands"]))
+            launches += 1
+    return moved, launches
+
+
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<operands>[^)]*)\)", re.MULTILINE
+)
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
+
+
+def _numbers(shapes):
+    """Normal ones of an eighth, so that a block's output stays of the size of its input."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape) / 8, s.dtype), shapes)
+
+
+def _passes(config: DiTConfig, images: int):
+    """(the function of a block's parameters and inputs that returns its output and gradients, their shapes)."""
+    block = lambda: jax.tree.map(lambda leaf: leaf[0], config.build(nnx.Rngs(0)).blocks)
+    graph, params = nnx.split(nnx.eval_shape(block), nnx.Param)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
+    tokens = config.grid[0] * config.grid[1]
+    x = jax.ShapeDtypeStruct((images, tokens, config.width), jnp.bfloat16)
+    c = jax.ShapeDtypeStruct((images, config.width), jnp.bfloat16)
+    rotation = Rotation.grid(config.grid, config.width // config.num_heads) if config.positions == "rope" else None
+
+    def passes(params, x, c, d_y):
+        y, vjp = jax.vjp(lambda params, x, c: nnx.merge(graph, params)(x, c, rotation), params, x, c)
+        return y, vjp(d_y)
+
+    return passes, (params, x, c, x)
