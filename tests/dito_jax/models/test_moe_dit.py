@@ -294,7 +294,7 @@ DENSE = DiTConfig((8, 8, 1), num_classes=3, patch=2, depth=2, width=32, num_head
 @pytest.mark.parametrize("moe_every", [1, 2])
 @pytest.mark.parametrize("make", [dict(normalize=True), dict(router="sigmoid")], ids=str)
 def test_an_upcycled_model_computes_what_the_dense_one_does(make, moe_every):
-    model = MoEDiTConfig(**dataclasses.asdict(DENSE), num_experts=4, moe_every=moe_every, **make)
+    model = MoEDiTConfig(**vars(DENSE), num_experts=4, moe_every=moe_every, **make)
     check_upcycling(DENSE, model)
     graph_dense, dense = network(DENSE)  # pyright: ignore[reportArgumentType]
     graph, fresh = network(model)
@@ -317,5 +317,5 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(make, moe_every):
 def test_what_cannot_be_upcycled_is_refused_in_one_line(dense, model, words):
     with pytest.raises(UserError, match=words):
         check_upcycling(
-            dataclasses.replace(DENSE, **dense), MoEDiTConfig(**dataclasses.asdict(DENSE), num_experts=4, **model)
+            dataclasses.replace(DENSE, **dense), MoEDiTConfig(**vars(DENSE), num_experts=4, **model)
         )
