@@ -18,6 +18,8 @@ from . import backend
 
 
 CONSUMERS = 2  # warpgroups that multiply
+ROWS = 64  # of a consumer: what wgmma multiplies
+DEPTH = 64  # of a contraction at a time: 128 bytes, one swizzle
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # a thread's; 128 (24 + 2 * 240) are within an SM's 65,536
 
 
@@ -91,6 +93,29 @@ def fill(walk, blocks, *streams: Stream) -> None:
             def _copy(stream=stream):
                 for source, smem in stream.copies:
                     plgpu.copy_gmem_to_smem(source(i), smem.at[slot], stream.ready.at[slot])
+
+
+def multiply(walk, x_smem, matrices, ready, free, me, accs, blocks) -> None:
+    """A consumer: acc += x matrix, for each accumulator; a slot is freed once the product after it began."""
+
+    @pl.loop(0, walk.steps)
+    def _(i):
+        slot = slot_of(i, blocks)
+        plgpu.barrier_wait(ready.at[slot])
+        x = x_smem.at[slot, pl.ds(me * ROWS, ROWS)]
+        for acc, matrix in zip(accs, matrices, strict=True):
+            plgpu.wgmma(acc, x, matrix(slot))
+        plgpu.wgmma_wait(len(accs))
+
+        @pl.when(i > 0)
+        def _free():
+            plgpu.barrier_arrive(free.at[slot_of(i - 1, blocks)])
+
+    plgpu.wgmma_wait(0)
+
+    @pl.when(walk.steps > 0)
+    def _free_last():
+        plgpu.barrier_arrive(free.at[slot_of(walk.steps - 1, blocks)])
 
 
 def pinned(index):

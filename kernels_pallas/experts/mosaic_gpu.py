@@ -26,14 +26,16 @@ from .. import backend, tuning
 from ..mosaic_road import (
     CONSUMER_REGISTERS,
     CONSUMERS,
+    DEPTH,
+    ROWS,
     Stream,
     fill,
     free,
+    multiply,
     operand,
     ready,
     round_up,
     run_kernel,
-    slot_of,
 )
 from ..triton_tiles import tile_of_program
 from . import triton
@@ -42,8 +44,6 @@ from .tiles import row_tiles
 
 
 DTYPES = ("bfloat16", "float16")
-ROWS = 64  # of a consumer: what wgmma multiplies
-DEPTH = 64  # of the contraction at a time: 128 bytes, one swizzle
 ALIGN = 8  # rows that TMA swizzles together
 
 
@@ -170,29 +170,6 @@ class Tile:
                 plgpu.copy_smem_to_gmem(piece, out_ref.at[(pl.ds(row, length), *columns)])
 
             row += size & length
-
-
-def multiply(tile: Tile, x_smem, matrices, ready, free, me, accs, blocks) -> None:
-    """acc += x matrix over the contraction, for each accumulator; a slot is freed once the product after it began."""
-
-    @pl.loop(0, tile.steps)
-    def _(i):
-        slot = slot_of(i, blocks)
-        plgpu.barrier_wait(ready.at[slot])
-        x = x_smem.at[slot, pl.ds(me * ROWS, ROWS)]
-        for acc, matrix in zip(accs, matrices, strict=True):
-            plgpu.wgmma(acc, x, matrix(slot))
-        plgpu.wgmma_wait(len(accs))
-
-        @pl.when(i > 0)
-        def _free():
-            plgpu.barrier_arrive(free.at[slot_of(i - 1, blocks)])
-
-    plgpu.wgmma_wait(0)
-
-    @pl.when(tile.steps > 0)
-    def _free_last():
-        plgpu.barrier_arrive(free.at[slot_of(tile.steps - 1, blocks)])
 
 
 def _product_kernel(x_ref, w_ref, tiles, out_ref, x_smem, w_smem, out_smem, ready, free, *, transposed, blocks):

@@ -12,10 +12,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..mosaic_road import CONSUMER_REGISTERS, CONSUMERS, Stream, fill, free, operand, ready, round_up, run_kernel
+from ..mosaic_road import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    DEPTH,
+    ROWS,
+    Stream,
+    fill,
+    free,
+    multiply,
+    operand,
+    ready,
+    round_up,
+    run_kernel,
+)
 from . import mosaic_gpu
 from .blocks import NAMES
-from .mosaic_gpu import ALIGN, DEPTH, ROWS, Tile, blocks_for, multiply, whole_rows
+from .mosaic_gpu import ALIGN, Tile, blocks_for, whole_rows
 from .tiles import row_tiles
 from .triton_rows import sum_rows
 

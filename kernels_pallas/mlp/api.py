@@ -5,7 +5,7 @@ from typing import Literal, get_args
 from jaxtyping import Array, Float
 
 from ..op import Kernel, Op
-from . import cost, reference, triton
+from . import cost, mosaic_gpu, reference, triton
 from .blocks import PASSES, candidates
 from .cases import DENSE_CASES, GATED_CASES
 
@@ -13,15 +13,28 @@ from .cases import DENSE_CASES, GATED_CASES
 Activation = Literal["silu", "gelu_tanh"]
 
 
-def _op(name: str, definition, forward, backward, cases) -> Op:
+def _op(name: str, definition, kernels, forward, backward, cases) -> Op:
     tried = {f"{name}_{pass_}.triton": candidates for pass_ in PASSES}
-    kernel = Kernel(forward, backward, triton.unsupported, candidates=tried)
-    costs = {"forward": cost.forward, "backward": cost.backward}
-    return Op(name, definition, {"triton": kernel}, costs, cases)
+    kernels |= {"triton": Kernel(forward, backward, triton.unsupported, candidates=tried)}
+    return Op(name, definition, kernels, {"forward": cost.forward, "backward": cost.backward}, cases)
 
 
-GATED_MLP = _op("gated_mlp", reference.gated_mlp, triton.gated_forward, triton.gated_backward, GATED_CASES)
-DENSE_MLP = _op("dense_mlp", reference.dense_mlp, triton.dense_forward, triton.dense_backward, DENSE_CASES)
+HOPPER = Kernel(
+    mosaic_gpu.forward,
+    mosaic_gpu.backward,
+    mosaic_gpu.unsupported,
+    candidates=mosaic_gpu.CANDIDATES,
+    needs_gpu_proof=True,
+)
+GATED_MLP = _op(
+    "gated_mlp",
+    reference.gated_mlp,
+    {"mosaic_gpu": HOPPER},
+    triton.gated_forward,
+    triton.gated_backward,
+    GATED_CASES,
+)
+DENSE_MLP = _op("dense_mlp", reference.dense_mlp, {}, triton.dense_forward, triton.dense_backward, DENSE_CASES)
 
 
 def gated_mlp(

@@ -35,7 +35,7 @@ def unsupported(x, *arrays, activation) -> str | None:
 def gated_forward(x, w_gate_up, w_down, *, activation):
     """The output, and (x, w_gate_up, w_down, z): z is (R, 2 F), before the activation."""
     z, hidden = _up("gated_mlp", x, w_gate_up, None, activation)
-    return _product(hidden, w_down), (x, w_gate_up, w_down, z)
+    return product(hidden, w_down), (x, w_gate_up, w_down, z)
 
 
 def gated_backward(residuals, d_out, *, activation):
@@ -43,14 +43,14 @@ def gated_backward(residuals, d_out, *, activation):
     x, w_gate_up, w_down, z = residuals
     d_z, hidden = _d_z("gated_mlp", d_out, w_down, z, activation)
     D, G, F = w_gate_up.shape
-    d_x = _product(d_z, w_gate_up.reshape(D, G * F), 1, 1)
-    return d_x, _product(x, d_z, 0, 0).reshape(D, G, F), _product(hidden, d_out, 0, 0)
+    d_x = product(d_z, w_gate_up.reshape(D, G * F), 1, 1)
+    return d_x, product(x, d_z, 0, 0).reshape(D, G, F), product(hidden, d_out, 0, 0)
 
 
 def dense_forward(x, w_up, b_up, w_down, b_down, *, activation):
     """The output, and (x, w_up, w_down, z, like the biases): z is (R, F), before the activation."""
     z, hidden = _up("dense_mlp", x, w_up[:, None], b_up, activation)
-    out = _product(hidden, w_down).astype(jnp.float32) + b_down.astype(jnp.float32)[None]
+    out = product(hidden, w_down).astype(jnp.float32) + b_down.astype(jnp.float32)[None]
     return out.astype(x.dtype), (x, w_up, w_down, z)
 
 
@@ -59,11 +59,11 @@ def dense_backward(residuals, d_out, *, activation):
     x, w_up, w_down, z = residuals
     d_z, hidden = _d_z("dense_mlp", d_out, w_down, z, activation)
     total = lambda d: jnp.sum(d.astype(jnp.float32), axis=0).astype(d.dtype)
-    return (_product(d_z, w_up, 1, 1), _product(x, d_z, 0, 0), total(d_z),
-            _product(hidden, d_out, 0, 0), total(d_out))  # fmt: skip
+    return (product(d_z, w_up, 1, 1), product(x, d_z, 0, 0), total(d_z),
+            product(hidden, d_out, 0, 0), total(d_out))  # fmt: skip
 
 
-def _product(a, b, of_a: int = 1, of_b: int = 0):
+def product(a, b, of_a: int = 1, of_b: int = 0):
     """Contracts those dims, in float32, to the dtype of a."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(

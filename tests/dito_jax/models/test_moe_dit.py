@@ -316,6 +316,4 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(make, moe_every):
 )
 def test_what_cannot_be_upcycled_is_refused_in_one_line(dense, model, words):
     with pytest.raises(UserError, match=words):
-        check_upcycling(
-            dataclasses.replace(DENSE, **dense), MoEDiTConfig(**vars(DENSE), num_experts=4, **model)
-        )
+        check_upcycling(dataclasses.replace(DENSE, **dense), MoEDiTConfig(**vars(DENSE), num_experts=4, **model))
