@@ -11,7 +11,7 @@ import jax
 from dito_jax import config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source
-from dito_jax.errors import UserError
+from dito_jax.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.models.upcycling import check_upcycling
 from dito_jax.training.checkpoint import Checkpoints
@@ -19,9 +19,6 @@ from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState, upcycled_state
 from kernels_pallas import backend
-
-
-USER_MISTAKE = 2
 
 
 def run[Arguments](parse: Callable[[], Arguments], execute: Callable[[Arguments], None]) -> None:
@@ -41,8 +38,11 @@ def run[Arguments](parse: Callable[[], Arguments], execute: Callable[[Arguments]
             raise
         print(f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}.", file=sys.stderr)
         sys.exit(USER_MISTAKE)
+    except Preempted as stop:
+        print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def train_arguments(arguments: Sequence[str]) -> tuple[TrainConfig, RunDirectory]:

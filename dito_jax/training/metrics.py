@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import UInt8
 
-from dito_jax.training.run_directory import RunDirectory, explained
+from dito_jax.training.run_directory import RunDirectory, explained, json_lines
 from dito_jax.training.tensorboard import TensorBoard
 
 
@@ -59,7 +59,4 @@ class MetricsWriter:
 
 def read_metrics(run: RunDirectory) -> list[dict]:
     """Every whole line of metrics.jsonl, in order; a line that is still being written is left out."""
-    if not run.metrics.exists():
-        return []
-    whole, _, _ = run.metrics.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    return json_lines(run.metrics)

@@ -25,6 +25,9 @@ class RunDirectory:
         self.samples = self.path / "samples"
         self.evaluation = self.path / "eval.json"
         self.report = self.path / "report.md"
+        self.events = self.path / "events.jsonl"
+        self.goodput = self.path / "goodput.jsonl"
+        self.heartbeats = self.path / "heartbeats"  # one file a process, named by its number
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -70,9 +73,34 @@ class RunDirectory:
                 unfinished.unlink(missing_ok=True)
         return path
 
+    def append(self, path: Path, text: str) -> None:
+        """Adds whole lines to the end of a file, on the disk when it returns.
+
+        A line that a killed process left half-written is ended first, so that it spoils no other.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                text = "\n" + text
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
     def write_json(self, name: str, value: Any) -> Path:
         """`write_text` of `value` as JSON that a person can read."""
         return self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a file of JSON objects; those that a killed process left half-written are left out."""
+    if not path.exists():
+        return []
+    rows = []
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 @contextlib.contextmanager

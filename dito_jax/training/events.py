@@ -1,0 +1,32 @@
+"""What happened to a run, in words and in order: events.jsonl, over all its starts."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dito_jax.training.run_directory import RunDirectory, explained, json_lines
+
+
+class Events:
+    """Appends to events.jsonl; each event is on the disk before `record` returns, so that no kill can take it back."""
+
+    def __init__(self, run: RunDirectory, *, process: int = 0, clock: Callable[[], float] = time.time):
+        self._run, self._process, self._clock = run, process, clock
+
+    def record(self, event: str, said: str | None = None, **values: Any) -> None:
+        """{"time": seconds since 1970, "process": 0, "event": "rollback", "said": "...", **values}.
+
+        `said` is for people: one sentence, printed on stderr as well.
+        """
+        row = {"time": self._clock(), "process": self._process, "event": event, "said": said} | values
+        with explained(self._run.events):
+            self._run.append(self._run.events, json.dumps(row) + "\n")
+        if said is not None:
+            print(said, file=sys.stderr, flush=True)
+
+
+def read_events(run: RunDirectory, *kinds: str) -> list[dict[str, Any]]:
+    """Every event, in order; only those of these kinds if any are named."""
+    return [row for row in json_lines(run.events) if not kinds or row["event"] in kinds]
