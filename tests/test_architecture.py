@@ -20,7 +20,7 @@ LAYERS = (
     {"training", "privacy", "evaluation", "planning", "interop"},
     {"models", "diffusion", "data"},
     {"layers"},
-    {"sharding"},
+    {"sharding", "processes"},
     {"dims", "errors"},
 )
 DATA = {"mask", "rotation", "routing"}  # what a family's functions take beside arrays
