@@ -50,6 +50,7 @@ class Preemption:
         self._grace, self._on_request = grace_seconds, on_request
         self._several = processes.count() > 1
         self._asked = self._deferred = self._raised = False
+        self._at_signal: dict[str, bool] = {}
         self._late = NEVER  # when a process with nothing to save is ended, by time.monotonic
         self._mine: str | None = None  # what this process does: "saves", "leaves"
         self._entered, self._news = threading.Event(), threading.Event()
@@ -113,9 +114,14 @@ class Preemption:
 
     # ------------------------------------------------------------------------------------------------ the main thread
     def _on_signal(self, _number: int, _frame: Any) -> None:
+        self._saves()
         self._asked = True
         if not self._deferred:
             self._raise_if_asked()
+
+    def _saves(self) -> bool:
+        """Whether there was something to save at the first signal; the first thread that hears of it decides."""
+        return self._at_signal.setdefault("saves", self._deferred)
 
     def _raise_if_asked(self) -> None:
         if self._asked and not self._raised:
@@ -137,7 +143,7 @@ class Preemption:
                 name = signal.Signals(number).name
                 if first == NEVER:
                     first = time.monotonic()
-                    self._begin(name, saves=self._deferred)
+                    self._begin(name, saves=self._saves())
                 elif time.monotonic() - first > TOGETHER:
                     self._say(f"{name} again: ended now; the same command goes on from the last checkpoint.")
                     os._exit(128 + number)

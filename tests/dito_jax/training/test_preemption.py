@@ -101,7 +101,7 @@ where, grace = sys.argv[1], float(sys.argv[2])
 processes.join()
 with Preemption(grace) as preemption, preemption.deferred() if where == "loop" else contextlib.nullcontext():
     print("blocked", flush=True)
-    ctypes.CDLL(None).system(b"sleep 15")
+    ctypes.CDLL(None).system(b"exec sleep 15 >/dev/null 2>&1")
 """
 
 

@@ -118,6 +118,7 @@ def test_one_that_is_frozen_is_named_by_the_other(frozen, said, tmp_path, start,
     for run in both:
         while run.stdout.readline() != "going\n":
             pass
+    time.sleep(1)  # until each has been heard of
     both[frozen].send_signal(signal.SIGSTOP)
     assert said in finish(both[1 - frozen], HUNG)[1]
 
