@@ -14,6 +14,7 @@ from dito_jax.data import Source
 from dito_jax.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.models.upcycling import check_upcycling
+from dito_jax.processes import index
 from dito_jax.training.checkpoint import Checkpoints
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
@@ -43,6 +44,12 @@ def run[Arguments](parse: Callable[[], Arguments], execute: Callable[[Arguments]
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def say(text: str) -> None:
+    """A line on stderr, by one process of several."""
+    if index() == 0:
+        print(text, file=sys.stderr)
 
 
 def train_arguments(arguments: Sequence[str]) -> tuple[TrainConfig, RunDirectory]:
@@ -84,13 +91,16 @@ def opened(path: str) -> tuple[RunDirectory, TrainConfig]:
 def restored(
     run: RunDirectory, config: TrainConfig, mesh: jax.sharding.Mesh, step: int | None = None
 ) -> tuple[Program, TrainState, int]:
-    """A run's checkpoint, the last if `step` is None, on this mesh."""
-    checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
-    step = checkpoints.latest() if step is None else step
-    if step is None:
+    """A run's checkpoint, the last good one if `step` is None, on this mesh."""
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    program = make_program(config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+    if step is not None:
+        return program, checkpoints.restore(step, program.state), step
+    found = checkpoints.restore_newest(program.state, lambda step, error: say(f"{error} Left where it is."))
+    if found is None:
         raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
-    program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
-    return program, checkpoints.restore(step, program.state), step
+    step, state = found
+    return program, state, step
 
 
 def first_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) -> TrainState:

@@ -15,12 +15,12 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # A layer may import those below it, and its own neighbours.
 LAYERS = (
-    {"command_line", "cli"},
+    {"command_line", "cli", "elastic"},
     {"config"},
     {"training", "privacy", "evaluation", "planning", "interop"},
     {"models", "diffusion", "data"},
     {"layers"},
-    {"sharding"},
+    {"sharding", "processes"},
     {"dims", "errors"},
 )
 DATA = {"mask", "rotation", "routing"}  # what a family's functions take beside arrays

@@ -54,8 +54,7 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.Pat
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
-    with _whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    write_figure(figure, path)
 
 
 def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
@@ -72,6 +71,11 @@ def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
     axes.set_xlabel("expert")
     axes.set_ylabel("layer with experts")
     figure.colorbar(squares, label="rows over an even share")
+    write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Draws a figure into a PNG."""
     with _whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 

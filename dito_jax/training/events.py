@@ -23,7 +23,7 @@ class Events:
         row = {"time": self._clock(), "process": self._process, "event": event, "said": said} | values
         with explained(self._run.events):
             self._run.append(self._run.events, json.dumps(row) + "\n")
-        if said is not None:
+        if said is not None and self._run.writes:
             print(said, file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,75 @@
+"""What a run's checkpoints hold, for a person: a table of them, one of them in full, and whether they are good."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dito_jax.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+
+
+COLUMNS = "{:>12}  {:>10}  {:19}  {}"
+
+
+def listing(checkpoints: Checkpoints) -> str:
+    """A line for each step: its size, when it was saved, and the metrics of the time; and what was set aside."""
+    lines = [COLUMNS.format("step", "MB", "saved (UTC)", "metrics")]
+    for step in checkpoints.steps():
+        try:
+            metadata = checkpoints.metadata(step)
+            saved = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(metadata["time"]))
+            metrics = "  ".join(f"{name} {value:.4g}" for name, value in metadata.get("metrics", {}).items())
+        except DamagedCheckpoint:
+            saved, metrics = "", "damaged"
+        lines.append(COLUMNS.format(step, _megabytes(checkpoints.path(step)), saved, metrics).rstrip())
+    lines += [COLUMNS.format(path.name, _megabytes(path), "", "set aside") for path in _aside(checkpoints)]
+    return "\n".join(lines)
+
+
+def contents(checkpoints: Checkpoints, step: int) -> str:
+    """Every array of a step, its fingerprint, and what was saved beside them."""
+    record = checkpoints.record(step)
+    longest = max(map(len, record["arrays"]))
+    lines = [f"{name:{longest}}  {mark}  {kind}" for name, (kind, mark) in record["arrays"].items()]
+    for name, value in record["metadata"].items():
+        lines.append(f"{name}: {value}")
+    return "\n".join(lines)
+
+
+def verified(checkpoints: Checkpoints) -> Iterator[tuple[int, str | None]]:
+    """(step, None or what is wrong with it) of each step: all its values are read, by the CPU or the first GPU."""
+    place = jax.sharding.SingleDeviceSharding(_reader())
+    for step in checkpoints.steps():
+        try:
+            arrays = {name: _struct(kind, place) for name, (kind, _) in checkpoints.record(step)["arrays"].items()}
+            checkpoints.restore(step, arrays)
+            yield step, None
+        except CheckpointError as error:
+            yield step, str(error)
+
+
+def _struct(kind: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """What `integrity.kind` describes."""
+    dtype, shape = re.fullmatch(r"(\w+)\[([\d,]*)\]", kind).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, shape.split(",")))), np.dtype(dtype), sharding=place)
+
+
+def _reader() -> jax.Device:
+    try:
+        return jax.devices("cpu")[0]  # it has the most memory
+    except RuntimeError:  # JAX_PLATFORMS=cuda
+        return jax.devices()[0]
+
+
+def _aside(checkpoints: Checkpoints) -> list[Path]:
+    if not checkpoints.directory.is_dir():
+        return []
+    names = re.compile(r"\d+\.(corrupt|abandoned)(-\d+)?")
+    return sorted(path for path in checkpoints.directory.iterdir() if names.fullmatch(path.name))
+
+
+def _megabytes(path: Path) -> str:
+    return f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6:.1f}"
