@@ -3,18 +3,20 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 from dito_jax import config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source
-from dito_jax.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
+from dito_jax.errors import CRASHED, INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.models.upcycling import check_upcycling
-from dito_jax.processes import index
+from dito_jax.processes import count, index, leave
 from dito_jax.training.checkpoint import Checkpoints
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
@@ -33,23 +35,35 @@ def run[Arguments](parse: Callable[[], Arguments], execute: Callable[[Arguments]
         execute(arguments)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(USER_MISTAKE)
+        _end(USER_MISTAKE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         print(f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}.", file=sys.stderr)
-        sys.exit(USER_MISTAKE)
+        _end(USER_MISTAKE)
     except Preempted as stop:
         print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
-        sys.exit(PREEMPTED)
+        _end(PREEMPTED)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        _end(INTERRUPTED)
+    except Exception:
+        if count() == 1:
+            raise
+        traceback.print_exc()
+        _end(CRASHED)
 
 
 def say(text: str) -> None:
     """A line on stderr, by one process of several."""
     if index() == 0:
         print(text, file=sys.stderr)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process; of several, without waiting for those that wait for this one."""
+    if count() > 1:
+        leave(code)
+    sys.exit(code)
 
 
 def train_arguments(arguments: Sequence[str]) -> tuple[TrainConfig, RunDirectory]:

@@ -4,6 +4,7 @@ Thirty-two bytes in a file that is mapped into memory. A beat costs as much as a
 that is killed at any moment, so that whoever starts next knows when and where the last one died.
 """
 
+import collections
 import dataclasses
 import mmap
 import struct
@@ -14,6 +15,8 @@ from pathlib import Path
 
 PHASES = ("init", "compile", "data", "step", "eval", "save", "restore", "done")
 RECORD = struct.Struct("<qqdd")  # step, index of the phase, since, alive
+ALIVE = struct.Struct("<d")
+RECENT = 256  # beats that are remembered: a hundred steps of data and step, and some saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,24 +38,29 @@ class Heartbeat:
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), RECORD.size)
         self._clock = clock
+        self.recent: collections.deque[Beat] = collections.deque(maxlen=RECENT)
         self.beat(0, "init")
+
+    @property
+    def last(self) -> Beat:
+        """Where the process is."""
+        return dataclasses.replace(self.recent[-1], alive=self._alive)
 
     def beat(self, step: int, phase: str) -> None:
         """The process went on: it is at this step, in this phase."""
-        now = self._clock()
-        self._write(Beat(step, phase, now, now))
+        self._alive = now = self._clock()
+        self.recent.append(Beat(step, phase, now, now))
+        self._map[:] = RECORD.pack(step, PHASES.index(phase), now, now)
 
     def alive(self) -> None:
-        """The process runs, and is where it was."""
-        self._write(dataclasses.replace(self.last, alive=self._clock()))
+        """The process runs, and is where it was; any thread may say so."""
+        # This field alone: a beat of another thread meanwhile must not be undone.
+        self._alive = self._clock()
+        ALIVE.pack_into(self._map, RECORD.size - ALIVE.size, self._alive)
 
     def close(self) -> None:
         """Leaves the last beat in the file."""
         self._map.close()
-
-    def _write(self, beat: Beat) -> None:
-        self.last = beat
-        self._map[:] = RECORD.pack(beat.step, PHASES.index(beat.phase), beat.since, beat.alive)
 
 
 def read_beat(path: Path) -> Beat | None:

@@ -60,3 +60,17 @@ def test_where_nothing_beats_there_is_none(tmp_path, content):
     if content is not None:
         (tmp_path / "0").write_bytes(content)
     assert read_beat(tmp_path / "0") is None
+
+
+def test_alive_undoes_no_beat_of_another_thread(tmp_path):
+    heart = Heartbeat(tmp_path / "0")
+
+    def clock() -> float:  # while one thread says that it is alive, another goes on
+        heart._clock = lambda: 5.0
+        heart.beat(6, "save")
+        return 4.0
+
+    heart._clock = clock
+    heart.alive()
+    beat = read_beat(tmp_path / "0")
+    assert beat is not None and (beat.step, beat.phase) == (heart.last.step, heart.last.phase) == (6, "save")
