@@ -3,6 +3,7 @@
 dito sample RUN --num 64 --seed 0 --class 3 7      a PNG grid and an npz from the last checkpoint
 dito eval RUN                                      eval.json, report.md and samples/final.png again
 dito digest RUN --step 500                         the last line is a hash of its parameters and averages
+dito goodput RUN                                   where its time went, over all its starts; RUN/goodput.png
 dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
 dito block CONFIG --images 32 --gpus 1xh200        what each fusion is worth in one block of the model
 dito doctor                                        versions, devices, what runs here and why not
@@ -32,6 +33,7 @@ from dito_jax.planning.hlo import page
 from dito_jax.planning.lowering import lower_step, planned_devices, planned_mesh
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.checkpoint import digest
+from dito_jax.training.goodput_report import read_accounts, table as accounts_table, timeline
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState
@@ -80,6 +82,16 @@ def print_digest(options: argparse.Namespace) -> None:
     _, state, step = _restored(run, config, options.step)
     print(f"{run.path}: step {step}")
     print(digest({"params": state.params, "ema": state.ema}))
+
+
+def goodput(options: argparse.Namespace) -> None:
+    """Tells where the time of a run went, over all its starts, and draws it."""
+    run = RunDirectory(options.run)
+    accounts = read_accounts(run)
+    if accounts is None:
+        raise UserError(f"{run.path}: no {run.goodput.name} here; give a directory that train.py made.")
+    timeline(accounts, picture := run.goodput.with_suffix(".png"))
+    print(f"{accounts_table(accounts)}\n{picture}")
 
 
 def hlo(options: argparse.Namespace) -> None:
@@ -146,7 +158,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "sample": sample, "eval": evaluate, "digest": print_digest, "hlo": hlo, "block": block, "doctor": doctor,
+    "sample": sample, "eval": evaluate, "digest": print_digest, "goodput": goodput, "hlo": hlo, "block": block,
+    "doctor": doctor,
 }  # fmt: skip
 
 
@@ -158,7 +171,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         name: verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
         for name, function in VERBS.items()
     }
-    for name in ("sample", "eval", "digest"):
+    for name in ("sample", "eval", "digest", "goodput"):
         parsers[name].add_argument("run", help="a run directory, e.g. runs/digits")
     parsers["sample"].add_argument("--num", type=int, default=64)
     parsers["sample"].add_argument("--seed", type=int, default=0)
