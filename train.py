@@ -103,7 +103,7 @@ def train(config: TrainConfig, run: RunDirectory, program: Program, attendance: 
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events), SaveClock(config.checkpoint, config.train.log_every)
     number, stream = first, batches_after(first)
-    with journal, attendance.preemption.deferred(), ledger.phase("step"):
+    with journal, attendance.preemption.deferred():
         while number < config.train.steps:
             number += 1
             ledger.step(number)

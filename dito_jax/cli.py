@@ -27,7 +27,6 @@ from dito_jax.config import TrainConfig
 from dito_jax.elastic import shrunk
 from dito_jax.errors import UserError
 from dito_jax.evaluation.expert_load import make_load_meter
-from dito_jax.evaluation.goodput_report import table as goodput_table, timeline
 from dito_jax.evaluation.judge import judge, visible
 from dito_jax.evaluation.plots import image_grid
 from dito_jax.evaluation.sample import balanced_labels, make_sampler
@@ -40,8 +39,7 @@ from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.checkpoint import Checkpoints, digest
 from dito_jax.training.checkpoint_report import contents, listing, verified
 from dito_jax.training.events import read_events
-from dito_jax.training.goodput import account
-from dito_jax.training.heartbeat import read_beat
+from dito_jax.training.goodput_report import read_accounts, table as goodput_table, timeline
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState
@@ -134,14 +132,13 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 
 def goodput(options: argparse.Namespace) -> None:
-    """Says where a run's time went, and draws it."""
-    run, _ = command_line.opened(options.run)
-    spans = account(run, read_beat(run.heartbeats / "0"))
-    if not spans:
-        raise UserError(f"{run.goodput}: nothing there yet; train first.")
-    print(goodput_table(spans))
-    timeline(spans, run.timeline)
-    print(run.timeline)
+    """Tells where the time of a run went, over all its starts, and draws it."""
+    run = RunDirectory(options.run)
+    accounts = read_accounts(run)
+    if accounts is None:
+        raise UserError(f"{run.path}: no {run.goodput.name} here; give a directory that train.py made.")
+    timeline(accounts, picture := run.goodput.with_suffix(".png"))
+    print(f"{goodput_table(accounts)}\n{picture}")
 
 
 def hlo(options: argparse.Namespace) -> None:

@@ -1,21 +1,15 @@
-"""Where the time of a run went: every second of it, over all its starts, belongs to one kind.
+"""Where the time of a run goes, written down as it goes: goodput.jsonl, over all its starts.
 
-    init      Python, imports, devices              eval      samples and figures
-    compile   the step                              save      waiting for a checkpoint
-    data      waiting for a batch                   restore   reading one, and checking it
-    step      training                              lost      work that was done again, or never recorded
-                                                    idle      no process was running
-
-goodput.jsonl has a row for each stretch between two flushes. What a killed process had not flushed is lost, and so is
-the work beyond the checkpoint from which the run went on. Goodput is the share of `step`.
+One row an interval, seconds by kind; goodput_report.py adds the rows up. What a killed process had not written yet is
+lost, so flush at log intervals.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,165 +17,147 @@ from dito_jax.training.heartbeat import PHASES, Beat, Heartbeat
 from dito_jax.training.run_directory import RunDirectory, explained, json_lines
 
 
-KINDS = ("init", "compile", "data", "step", "eval", "save", "restore", "lost", "idle")
-WORK = ("data", "step", "eval", "save")  # what is lost with the steps it belongs to
+WORK = tuple(phase for phase in PHASES if phase != "done")
+LOST, IDLE = "lost", "idle"  # work that had to be done again; no process ran
+KINDS = (*WORK, LOST, IDLE)
 
 
 class Phases:
-    """Says where a process is, to its heartbeat."""
+    """What a process is doing, told to its heartbeat. Call it from the main thread only."""
 
     def __init__(self, heartbeat: Heartbeat):
-        self._heartbeat, self._stack, self._number = heartbeat, ["init"], 0
+        self._heartbeat = heartbeat
+        self._number = 0
+        self._kinds = ["init"]  # the innermost is the last
 
     @contextlib.contextmanager
     def phase(self, kind: str) -> Iterator[None]:
-        """The time until the end of the block is of this kind, but for what is of another in it."""
-        self._enter(kind)
+        """The time inside is of this kind, one of WORK, but for what phases inside it take."""
+        assert kind in WORK, kind
+        self._tally()
+        self._kinds.append(kind)
+        self._beat()
         try:
             yield
         finally:
-            self._leave()
+            self._tally()
+            self._kinds.pop()
+            self._beat()
 
     def step(self, number: int) -> None:
-        """The step that is worked on from now on."""
-        self._number = number
-        self._heartbeat.beat(number, self._stack[-1])
+        """Training step `number` begins; from the first one on, what is in no phase is of kind "step"."""
+        self._tally()
+        self._number, self._kinds[0] = number, "step"
+        self._beat()
 
     def resumed(self, step: int) -> None:
-        """The state is that of `step`: what was done beyond it before will be done again."""
+        """The state is that after `step`: restored at the start (0 for a new run), or rolled back to."""
+        self._number = step
+        self._beat()
 
     def flush(self) -> None:
-        """Puts on the disk what happened since the last flush."""
+        """Writes down the time since the last row.
 
-    def _enter(self, kind: str) -> None:
-        assert kind in PHASES, kind
-        self._stack.append(kind)
-        self._heartbeat.beat(self._number, kind)
+        Call it at log intervals, and after a save and what else follows a step: only of rows that do not reach across
+        a checkpoint is it exact what a restart from there loses.
+        """
 
-    def _leave(self) -> None:
-        self._stack.pop()
-        self._heartbeat.beat(self._number, self._stack[-1])
+    def close(self) -> None:
+        """The work is over; what comes later is idle."""
+
+    def _tally(self) -> None:
+        """The innermost phase, or the step, is about to change."""
+
+    def _beat(self) -> None:
+        self._heartbeat.beat(self._number, self._kinds[-1])
 
 
 class Ledger(Phases):
-    """Keeps the account of one process of a run, and writes it to goodput.jsonl.
+    """Phases that are also written down; one process a run has it, the others have Phases.
 
-    `previous` is the last beat of the process before it, read before its file was written anew.
+    A row holds `attempt`, which start of the run it is of, from 1; `from` and `to`, seconds since 1970, the `to` of
+    one being the `from` of the next; `steps`, the first and the last worked on, or null; `seconds` by kind, which add
+    up to `to` - `from`. The first row of an attempt tells its `pid` and `host`, and `died` and `reached`, when and at
+    what step the attempt before it was last alive, or null. A row with `resumed` says that the state at its end is
+    that after step `resumed`; one with `closed`, that the attempt ended with it.
     """
 
     def __init__(
         self,
         run: RunDirectory,
         heartbeat: Heartbeat,
-        previous: Beat | None,
         *,
+        previous: Beat | None,
         clock: Callable[[], float] = time.time,
         born: float | None = None,
     ):
+        """Begins an attempt: the time since `born`, when this process began (default: ask the system), is "init".
+
+        `previous` is the last beat of the attempt before this one. Read it before Heartbeat overwrites it.
+        """
         super().__init__(heartbeat)
         self._run, self._clock = run, clock
-        rows = json_lines(run.goodput)
-        self._attempt = 1 + max((row["attempt"] for row in rows), default=0)
-        self._from = self._since = process_birth() if born is None else born
         self._seconds: dict[str, float] = {}
         self._steps: tuple[int, int] | None = None
-        died = previous.alive if previous and rows else None
-        self._append({"event": "start", "from": self._from, "died": died})
+        self._at_step = False
+        self._attempt, died, reached = 1, None, None
+        if rows := json_lines(run.goodput):
+            self._attempt, died = rows[-1]["attempt"] + 1, rows[-1]["to"]
+            if previous is not None and "closed" not in rows[-1]:
+                died, reached = max(died, previous.alive), previous.step
+        if born is None:
+            born = clock() - (process_age("self") or 0.0)
+        # A clock may have been set back, and this process may have begun before the last one ended: no second counts
+        # twice.
+        self._since = born if died is None else max(died, min(born, clock()))
+        self._from = self._since
+        self._tally()
+        self._write(died=died, reached=reached, pid=os.getpid(), host=socket.gethostname())
 
     def step(self, number: int) -> None:
-        """The step that is worked on from now on."""
         super().step(number)
+        self._at_step = True
         self._steps = (self._steps[0] if self._steps else number, number)
 
     def resumed(self, step: int) -> None:
-        """The state is that of `step`: what was done beyond it before will be done again."""
-        self.flush()
-        self._append({"event": "resume", "step": step})
+        self._tally()
+        self._write(resumed=step)
+        self._steps, self._at_step = None, False
+        super().resumed(step)
 
     def flush(self) -> None:
-        """Puts on the disk what happened since the last flush."""
-        self._count()
-        row = {"from": self._from, "to": self._since, "steps": self._steps, "seconds": self._seconds}
-        self._append(row)
-        self._from, self._seconds, self._steps = self._since, {}, None
+        self._tally()
+        if self._since > self._from:
+            self._write()
 
-    def _enter(self, kind: str) -> None:
-        self._count()
-        super()._enter(kind)
+    def close(self) -> None:
+        self._tally()
+        self._write(closed=True)
 
-    def _leave(self) -> None:
-        self._count()
-        super()._leave()
-
-    def _count(self) -> None:
-        now = self._clock()
-        kind = self._stack[-1]
+    def _tally(self) -> None:
+        now = max(self._clock(), self._since)
+        kind = self._kinds[-1]
         self._seconds[kind] = self._seconds.get(kind, 0.0) + now - self._since
         self._since = now
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _write(self, **marks: Any) -> None:
+        steps = self._steps or ((self._number, self._number) if self._at_step else None)
+        seconds = {kind: value for kind, value in self._seconds.items() if value}
+        row = {"attempt": self._attempt, "from": self._from, "to": self._since, "steps": steps, "seconds": seconds}
         with explained(self._run.goodput):
-            self._run.append(self._run.goodput, json.dumps({"attempt": self._attempt} | row) + "\n")
+            self._run.append(self._run.goodput, json.dumps(row | marks) + "\n")
+        self._from, self._steps, self._seconds = self._since, None, {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """A stretch of one attempt."""
+def process_age(pid: int | str) -> float | None:
+    """Seconds since a process began, to a hundredth, its Python's start included; None if it has ended.
 
-    attempt: int
-    start: float  # seconds since 1970
-    end: float
-    seconds: dict[str, float]  # by kind; they add up to end - start
-    steps: tuple[int, int] | None = None  # first and last that were worked on
-
-    def losing(self, step: int) -> "Span":
-        """As it is when the run goes on from `step`: the work beyond it is lost."""
-        if self.steps is None or self.steps[1] <= step:
-            return self
-        first, last = self.steps
-        share = (last - max(step, first - 1)) / (last - first + 1)
-        lost = {kind: share * s for kind, s in self.seconds.items() if kind in WORK}
-        seconds = {kind: s - lost.get(kind, 0.0) for kind, s in self.seconds.items()}
-        seconds["lost"] = seconds.get("lost", 0.0) + sum(lost.values())
-        return dataclasses.replace(self, seconds=seconds, steps=(first, step) if step >= first else None)
-
-
-def account(run: RunDirectory, last: Beat | None) -> list[Span]:
-    """Every second of the run so far, in order. `last` is the beat of its process 0: how far the last attempt came."""
-    spans: list[Span] = []
-    for row in json_lines(run.goodput):
-        attempt = row["attempt"]
-        if row.get("event") == "start":
-            if spans and row["died"] is not None:
-                spans += _unrecorded(spans[-1], min(row["died"], row["from"]))
-            if spans and row["from"] > spans[-1].end:
-                gap = row["from"] - spans[-1].end
-                spans.append(Span(spans[-1].attempt, spans[-1].end, row["from"], {"idle": gap}))
-            spans.append(Span(attempt, row["from"], row["from"], {}))
-        elif row.get("event") == "resume":
-            spans = [span.losing(row["step"]) for span in spans]
-        else:
-            steps = tuple(row["steps"]) if row["steps"] else None
-            spans.append(Span(attempt, row["from"], row["to"], row["seconds"], steps))
-    return spans + (_unrecorded(spans[-1], last.alive) if spans and last is not None else [])
-
-
-def totals(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds by kind, all KINDS; they add up to the wall time of the run."""
-    return {kind: sum(span.seconds.get(kind, 0.0) for span in spans) for kind in KINDS}
-
-
-def process_birth() -> float:
-    """When this process began, in seconds since 1970; now, where /proc does not say."""
+    None as well where there is no /proc. A program started by `exec` is as old as the one it replaced.
+    """
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine booted
-        up = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, IndexError, ValueError):
-        return time.time()
-    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _unrecorded(before: Span, died: float) -> list[Span]:
-    """From the last flush of an attempt to its death: what was done then was lost with it."""
-    lost = died - before.end
-    return [Span(before.attempt, before.end, died, {"lost": lost})] if lost > 0 else []
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    if state == "Z":  # ended, but its parent has not asked yet
+        return None
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[18]) / os.sysconf("SC_CLK_TCK")

@@ -30,7 +30,6 @@ class RunDirectory:
         self.events = self.path / "events.jsonl"
         self.supervision = self.path / "supervise.log"
         self.skips = self.path / "skips.json"
-        self.timeline = self.path / "goodput.png"
         self.goodput = self.path / "goodput.jsonl"
         self.heartbeats = self.path / "heartbeats"  # one file a process, named by its number
 
