@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from dito_jax.training.events import Events
+from dito_jax.training.events import Events, write_incidents
 from dito_jax.training.faults import Faults, FaultsConfig
 from dito_jax.training.goodput import Ledger, Phases
 from dito_jax.training.heartbeat import Heartbeat, read_beat
@@ -38,6 +38,7 @@ def attended(run: RunDirectory, watchdog: WatchdogConfig, faults: FaultsConfig) 
     ledger = Ledger(run, heartbeat, previous=previous) if run.writes else Phases(heartbeat)
     with contextlib.ExitStack() as stack:
         stack.callback(heartbeat.close)
+        stack.callback(write_incidents, run)
         stack.callback(ledger.close)
         dog = stack.enter_context(Watchdog(heartbeat, own, Events(own, process=process), watchdog, process=process))
         preemption = stack.enter_context(Preemption(watchdog.grace_seconds, on_request=dog.expect_within))

@@ -27,6 +27,15 @@ class Events:
             print(said, file=sys.stderr, flush=True)
 
 
+def write_incidents(run: RunDirectory) -> None:
+    """incidents.md: all that was said, for a person; nothing where there was nothing to say."""
+    told = [row for row in read_events(run) if row["said"]]
+    if told:
+        when = lambda row: time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"]))
+        lines = [f"- {when(row)} {row['said']}" for row in told]
+        run.write_text("incidents.md", f"# What happened to {run.path.name} (UTC)\n\n" + "\n".join(lines) + "\n")
+
+
 def read_events(run: RunDirectory, *kinds: str) -> list[dict[str, Any]]:
     """Every event, in order; only those of these kinds if any are named."""
     return [row for row in json_lines(run.events) if not kinds or row["event"] in kinds]

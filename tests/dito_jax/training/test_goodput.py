@@ -4,6 +4,7 @@ import collections
 import itertools
 import math
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -219,12 +220,12 @@ def test_a_run_of_kills_rollbacks_and_restarts_adds_up(tmp_path, seed):
 
 
 WORKER = """
-import sys, threading, time
+import os, signal, sys, threading, time
 from dito_jax.training.goodput import Ledger
 from dito_jax.training.heartbeat import Heartbeat, read_beat
 from dito_jax.training.run_directory import RunDirectory
 
-run, state = RunDirectory(sys.argv[1]), int(sys.argv[2])
+run, state, dies = RunDirectory(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 previous = read_beat(run.heartbeats / "0")
 heartbeat = Heartbeat(run.heartbeats / "0")
 ledger = Ledger(run, heartbeat, previous=previous)
@@ -243,6 +244,8 @@ for number in range(state + 1, 7):
     with ledger.phase("data"):
         time.sleep(0.1)
     time.sleep(0.2)
+    if number == dies:
+        os.kill(os.getpid(), signal.SIGKILL)
     if number % 2 == 0:
         with ledger.phase("save"):
             time.sleep(0.1)
@@ -254,21 +257,15 @@ print("closed", flush=True)
 
 
 def test_killed_twice_and_restarted_it_adds_up_to_the_time_on_the_wall(tmp_path):
-    started, idle, run = time.time(), [], RunDirectory(tmp_path)
+    started, ended, run = time.time(), 0.0, RunDirectory(tmp_path)
     for state in (0, 2, 4):
-        command = [sys.executable, "-c", WORKER, str(tmp_path), str(state)]
+        # Killed in the step after the next save but one: it was not written down, and its own save was not reached.
+        command = [sys.executable, "-c", WORKER, str(tmp_path), str(state), "0" if state == 4 else str(state + 4)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            idle and idle.append(time.time() - idle.pop())
-            assert process.stdout is not None and process.stdout.readline() == f"{state + 2}\n"
-            if state == 4:
-                assert process.stdout.readline() == "closed\n"
-                ended = time.time()
-            else:
-                time.sleep(0.35)  # into the step after next: it was not written down, and its save was not reached
-                process.kill()
-                process.wait()
-                idle.append(time.time())
-                time.sleep(0.3)
+            assert process.stdout is not None
+            said, ended = process.stdout.read(), time.time()
+        assert (said, process.returncode) == (("6\nclosed\n", 0) if state == 4 else (f"{state + 2}\n", -signal.SIGKILL))
+        time.sleep(0.3)
     accounts = read_accounts(run)
     assert accounts is not None
     wall = ended - started
@@ -281,7 +278,7 @@ def test_killed_twice_and_restarted_it_adds_up_to_the_time_on_the_wall(tmp_path)
 
 def test_a_running_process_has_lost_nothing_yet_and_a_dead_one_has(tmp_path):
     run = RunDirectory(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), "0"], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), "0", "0"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"2\n"
         time.sleep(0.2)
         running = read_accounts(run)
