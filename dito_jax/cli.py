@@ -3,7 +3,7 @@
 dito sample RUN --num 64 --seed 0 --class 3 7      a PNG grid and an npz from the last checkpoint
 dito eval RUN                                      eval.json, report.md and samples/final.png again
 dito supervise CONFIG --processes 8 --run-dir RUN  train.py, started again whenever it ends before its time
-dito checkpoint ls|show|verify RUN                 what its checkpoints hold, and whether they are good
+dito checkpoint ls|show|verify|bench RUN           what its checkpoints hold, whether they are good, a save's cost
 dito goodput RUN                                   where its time went: a table, and RUN/goodput.png
 dito digest RUN --step 500                         the last line is a hash of its parameters and averages
 dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
@@ -37,7 +37,7 @@ from dito_jax.planning.hlo import page
 from dito_jax.planning.lowering import lower_step, planned_devices, planned_mesh
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.checkpoint import Checkpoints, digest
-from dito_jax.training.checkpoint_report import contents, listing, verified
+from dito_jax.training.checkpoint_report import contents, listing, save_cost, verified
 from dito_jax.training.events import read_events
 from dito_jax.training.goodput_report import read_accounts, table as goodput_table, timeline
 from dito_jax.training.program import Program, make_program
@@ -110,7 +110,7 @@ def supervise(options: argparse.Namespace) -> None:
 
 
 def checkpoint(options: argparse.Namespace) -> None:
-    """Lists a run's checkpoints, shows one, or verifies every value of all."""
+    """Lists a run's checkpoints, shows one, verifies every value of all, or times a save."""
     run, config = command_line.opened(options.run)
     checkpoints = Checkpoints(run.checkpoints, dataclasses.replace(config.checkpoint, verify="full"))
     latest = checkpoints.latest()
@@ -120,6 +120,8 @@ def checkpoint(options: argparse.Namespace) -> None:
         print(listing(checkpoints))
     elif options.what == "show":
         print(contents(checkpoints, latest if options.step is None else options.step))
+    elif options.what == "bench":
+        print(save_cost(checkpoints, latest if options.step is None else options.step))
     else:
         wrong = 0
         for step, said in verified(checkpoints):
@@ -218,7 +220,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         name: verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
         for name, function in VERBS.items()
     }
-    parsers["checkpoint"].add_argument("what", choices=("ls", "show", "verify"))
+    parsers["checkpoint"].add_argument("what", choices=("ls", "show", "verify", "bench"))
     for name in ("sample", "eval", "checkpoint", "goodput", "digest"):
         parsers[name].add_argument("run", help="a run directory, e.g. runs/digits")
     parsers["sample"].add_argument("--num", type=int, default=64)

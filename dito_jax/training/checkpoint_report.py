@@ -1,14 +1,18 @@
-"""What a run's checkpoints hold, for a person: a table of them, one of them in full, and whether they are good."""
+"""What a run's checkpoints hold, for a person: a table, one in full, whether they are good, and what a save costs."""
 
 import re
+import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from dito_jax.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from dito_jax.training.retention import CheckpointConfig
 
 
 COLUMNS = "{:>12}  {:>10}  {:19}  {}"
@@ -41,14 +45,44 @@ def contents(checkpoints: Checkpoints, step: int) -> str:
 
 def verified(checkpoints: Checkpoints) -> Iterator[tuple[int, str | None]]:
     """(step, None or what is wrong with it) of each step: all its values are read, by the CPU or the first GPU."""
-    place = jax.sharding.SingleDeviceSharding(_reader())
     for step in checkpoints.steps():
         try:
-            arrays = {name: _struct(kind, place) for name, (kind, _) in checkpoints.record(step)["arrays"].items()}
-            checkpoints.restore(step, arrays)
+            _read(checkpoints, step)
             yield step, None
         except CheckpointError as error:
             yield step, str(error)
+
+
+def save_cost(checkpoints: Checkpoints, step: int, repeats: int = 5) -> str:
+    """How long a save keeps the step loop waiting, beside how long it takes until it is on the disk.
+
+    The state of `step` is saved beside the run's own checkpoints, again and again, and removed; medians after a first.
+    """
+    state = _read(checkpoints, step)
+    waits, totals = [], []
+    with tempfile.TemporaryDirectory(dir=checkpoints.directory.parent, prefix=".save_cost") as folder:
+        beside = Checkpoints(folder, CheckpointConfig(keep=1))
+        for number in range(repeats + 1):
+            began = time.perf_counter()
+            beside.save(number, state, metadata={})
+            waits.append(time.perf_counter() - began)
+            beside.wait()
+            totals.append(time.perf_counter() - began)
+        beside.close()
+    wait, total = statistics.median(waits[1:]), statistics.median(totals[1:])
+    size = sum(leaf.nbytes for leaf in state.values()) / 1e6
+    return (
+        f"{size:,.1f} MB on {jax.devices()[0].device_kind}: a save keeps the loop waiting for {wait:.3f} s, "
+        f"and is on the disk after {total:.3f} s: {wait / total:.1%} (medians of {repeats})"
+    )
+
+
+def _read(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+    """All arrays of a step, checked, on one device."""
+    place = jax.sharding.SingleDeviceSharding(_reader())
+    return checkpoints.restore(
+        step, {name: _struct(kind, place) for name, (kind, _) in checkpoints.record(step)["arrays"].items()}
+    )
 
 
 def _struct(kind: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
