@@ -4,103 +4,143 @@
     python train.py configs/digits.py --train.steps 200 --checkpoint.every 50 --run-dir runs/short
     python train.py configs/digits.py --help
 
-The run directory (default runs/<config name>) holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/,
-and at the end eval.json and report.md. Where it holds a checkpoint the run goes on from there, bit for bit; options
-other than before are taken over and change what follows.
-Exit code 0: done. 2: the user's mistake, in one line. 130: interrupted. Anything else is a bug.
+The run directory (default runs/<config name>) holds config.json, metrics.jsonl, events.jsonl, goodput.jsonl,
+tensorboard/, checkpoints/, samples/, and at the end eval.json and report.md. Where it holds a checkpoint the run goes
+on from there, bit for bit; options other than before are taken over and change what follows.
+
+Several processes train one run where the environment says so (dito_jax/processes.py); `dito supervise` starts them.
+Exit code 0: done. 2: the user's mistake, in one line. 75: asked to stop (SIGTERM, SIGUSR1, SIGINT) and saved. 86: hung.
+Anything else is a bug.
 """
 
 import sys
 
 import jax
-import numpy as np
 
 from dito_jax import command_line
 from dito_jax.config import TrainConfig, check, to_json
 from dito_jax.data import batches
+from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.judge import judge
 from dito_jax.evaluation.sample import make_sampler
+from dito_jax.processes import index, join
 from dito_jax.sharding import make_mesh
-from dito_jax.training.checkpoint import Checkpoints
+from dito_jax.training.attendance import Attendance, attended
+from dito_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dito_jax.training.compiling import compile_step, enable_compilation_cache
-from dito_jax.training.metrics import MetricsWriter
+from dito_jax.training.guard import Guard, position, step_back
+from dito_jax.training.journal import Journal
 from dito_jax.training.optimizer import learning_rate
 from dito_jax.training.program import Program, make_program
-from dito_jax.training.progress import Progress
-from dito_jax.training.run_directory import RunDirectory
+from dito_jax.training.retention import SaveClock
+from dito_jax.training.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.training.state import TrainState
 from dito_jax.training.throughput import Throughput
 
 
 def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
     config, run = arguments
+    join()
     check(config, jax.device_count())
     enable_compilation_cache(command_line.cache_directory())
     mesh = make_mesh(config.mesh)
-    with run.hold(), jax.set_mesh(mesh):
-        program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
-        state = train(config, run, program)
-        finish(config, run, program, state)
+    run = run if index() == 0 else FollowedDirectory(run.path)
+    with run.hold(), jax.set_mesh(mesh), attended(run, config.watchdog, config.faults) as attendance:
+        program = make_program(config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+        state = train(config, run, program, attendance)
+        with attendance.ledger.phase("eval"):
+            finish(config, run, program, state)
 
 
-def train(config: TrainConfig, run: RunDirectory, program: Program) -> TrainState:
+def train(config: TrainConfig, run: RunDirectory, program: Program, attendance: Attendance) -> TrainState:
+    ledger, events, faults = attendance.ledger, attendance.events, attendance.faults
+
     # ------------------------------------------------------------------------------------------------------------ data
     source = config.data.open("train")
     command_line.check_data(config, source)
-    stream = batches(
-        source, batch_size=config.train.batch_size, seed=config.train.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+    share, shares = program.share()
+
+    def batches_after(step: int):
+        return batches(
+            source, batch_size=config.train.batch_size, seed=config.train.seed, start=position(run, step),
+            process_index=share, process_count=shares,
+        )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------- state, or restore
-    checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
-    restored = checkpoints.latest()
-    if restored is None:
-        state = command_line.first_state(config, program, jax.sharding.get_mesh())
-    else:
-        state = checkpoints.restore(restored, program.state, stream)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint, on_disk=faults.after_save)
+
+    def quarantine(step: int, error: DamagedCheckpoint) -> None:
+        aside = checkpoints.set_aside(step, "corrupt")
+        events.record("quarantine", f"{error} It is kept as {aside.name}.", step=step)
+
+    with ledger.phase("restore"):
+        restored = checkpoints.restore_newest(program.state, quarantine)
+    mesh = jax.sharding.get_mesh()
+    first, state = restored or (0, command_line.first_state(config, program, mesh))
+    ledger.resumed(first)
+    events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
     run.write_text("config.json", to_json(config))
-    first = restored or 0
-    print(f"{run.path}: {config.model.num_parameters():,} parameters, {len(source):,} training images, "
-          f"{jax.device_count()} x {jax.devices()[0].device_kind}, from step {first}", file=sys.stderr)  # fmt: skip
+    command_line.say(
+        f"{run.path}: {config.model.num_parameters():,} parameters, {len(source):,} training images, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, from step {first}"
+    )
 
     # --------------------------------------------------------------------------------------------------------- compile
-    step, compiled = compile_step(program.step, program.state, program.batch)
-    print(compiled.line(), file=sys.stderr)
+    with ledger.phase("compile"):
+        step, compiled = compile_step(program.step, program.state, program.batch)
+    command_line.say(compiled.line())
     throughput = Throughput(
         images_per_step=config.train.batch_size,
         flops_per_step=3 * config.model.flops() * config.train.batch_size,  # the backward is two forwards
         dtype=config.train.compute_dtype,
     )
-    rate = learning_rate(config.optimizer, config.train.steps)
+    journal = Journal(
+        run, total=config.train.steps, first=first, throughput=throughput,
+        rate=learning_rate(config.optimizer, config.train.steps), compiled=compiled.asdict(),
+    )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------ loop
-    with MetricsWriter(run, after=restored) as metrics:
-        if first < config.train.steps:
-            metrics.write(first + 1, compiled.asdict())
-        progress = Progress(config.train.steps, step=first)
-        pending = []  # metrics still on the device: fetched once an interval, so that steps are queued without a wait
-        for number in range(first + 1, config.train.steps + 1):
-            batch = jax.tree.map(
-                lambda leaf, share: jax.make_array_from_process_local_data(leaf.sharding, share),
-                program.batch, next(stream),
-            )  # fmt: skip
+    guard, clock = Guard(config.guard, run, events), SaveClock(config.checkpoint, config.train.log_every)
+    number, stream = first, batches_after(first)
+    with journal, attendance.preemption.deferred():
+        while number < config.train.steps:
+            number += 1
+            ledger.step(number)
+            faults.before_step(number)
+            with ledger.phase("data"):
+                rows = next(stream)
+                batch = program.place(faults.poisoned(number, rows))
             state, measured = step(state, batch)
-            pending.append(measured)
-            last = number == config.train.steps
-            if number % config.train.log_every == 0 or last:
-                fetched = jax.device_get(pending)
-                means = {name: float(np.mean([m[name] for m in fetched])) for name in measured}
-                speed = throughput.interval(len(pending))
-                metrics.write(number, means | speed | {"learning_rate": np.asarray(rate(number - 1)).item()})
-                shown = {"loss": means["loss"]} | speed
-                progress.show(number, {name: value for name, value in shown.items() if value is not None})
-                pending = []
-            if number % config.checkpoint.every == 0 or last:
-                checkpoints.save(number, state, stream, metadata={"config": to_json(config)})
-        progress.close()
-    checkpoints.close()
+            if config.guard.rerun and guard.is_bad(measured):
+                before = measured
+                state, measured = step(step_back(state), program.place(faults.poisoned(number, rows)))
+                guard.compare(number, before, measured)
+            guard.watch(number, measured)
+            journal.note(measured)
+
+            last, stop = number == config.train.steps, attendance.preemption.requested(number)
+            if number % config.train.log_every == 0 or last or stop:
+                guard.settle()
+                journal.tell(number)
+            if clock.due(number) or last or stop:
+                with ledger.phase("save"):
+                    faults.before_save(number)
+                    checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": journal.means})
+                clock.saved()
+                ledger.flush()
+            if stop and not last:
+                checkpoints.close()
+                raise Preempted(f"asked to stop: step {number} is saved; the same command goes on from there.")
+            if guard.burst():
+                del state  # before another takes its place
+                with ledger.phase("restore"):
+                    number, state = guard.roll_back(number, checkpoints, program.state, quarantine)
+                ledger.resumed(number)
+                journal.rewind(number)
+                stream = batches_after(number)
+        with ledger.phase("save"):
+            checkpoints.close()
     return state
 
 
@@ -116,7 +156,8 @@ def finish(config: TrainConfig, run: RunDirectory, program: Program, state: Trai
     if figures is not None:
         agreement, of_heldout = figures["class_agreement"], figures["class_agreement_of_heldout"]
         print(f"class agreement {agreement:.3f} (held-out data {of_heldout:.3f})")
-    print(f"done: look at {run.samples / 'final.png'}")
+    if run.writes:
+        print(f"done: look at {run.samples / 'final.png'}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from dito_jax.diffusion.loss import LossConfig
 from dito_jax.evaluation.evaluate import EvaluationConfig
 from dito_jax.models.dit import ORIGINAL, DiTConfig
 from dito_jax.training.optimizer import OptimizerConfig
-from dito_jax.training.program import CheckpointConfig, LoopConfig
+from dito_jax.training.program import LoopConfig
+from dito_jax.training.retention import CheckpointConfig
 
 
 def config() -> TrainConfig:

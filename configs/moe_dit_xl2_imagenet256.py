@@ -13,7 +13,8 @@ from dito_jax.evaluation.evaluate import EvaluationConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.sharding import MeshConfig
 from dito_jax.training.optimizer import OptimizerConfig
-from dito_jax.training.program import CheckpointConfig, LoopConfig
+from dito_jax.training.program import LoopConfig
+from dito_jax.training.retention import CheckpointConfig
 
 
 def config() -> TrainConfig:

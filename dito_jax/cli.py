@@ -2,6 +2,9 @@
 
 dito sample RUN --num 64 --seed 0 --class 3 7      a PNG grid and an npz from the last checkpoint
 dito eval RUN                                      eval.json, report.md and samples/final.png again
+dito supervise CONFIG --processes 8 --run-dir RUN  train.py, started again whenever it ends before its time
+dito checkpoint ls|show|verify|bench RUN           what its checkpoints hold, whether they are good, a save's cost
+dito goodput RUN                                   where its time went: a table, and RUN/goodput.png
 dito digest RUN --step 500                         the last line is a hash of its parameters and averages
 dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
 dito block CONFIG --images 32 --gpus 1xh200        what each fusion is worth in one block of the model
@@ -9,6 +12,7 @@ dito doctor                                        versions, devices, what runs 
 """
 
 import argparse
+import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +24,7 @@ import numpy as np
 
 from dito_jax import command_line, config as configs
 from dito_jax.config import TrainConfig
+from dito_jax.elastic import shrunk
 from dito_jax.errors import UserError
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.judge import judge, visible
@@ -31,10 +36,14 @@ from dito_jax.planning.doctor import diagnosis
 from dito_jax.planning.hlo import page
 from dito_jax.planning.lowering import lower_step, planned_devices, planned_mesh
 from dito_jax.sharding import MeshConfig, make_mesh
-from dito_jax.training.checkpoint import digest
+from dito_jax.training.checkpoint import Checkpoints, digest
+from dito_jax.training.checkpoint_report import contents, listing, save_cost, verified
+from dito_jax.training.events import read_events
+from dito_jax.training.goodput_report import read_accounts, table as goodput_table, timeline
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState
+from dito_jax.training.supervisor import Supervisor, places
 
 
 def main() -> None:
@@ -82,6 +91,58 @@ def print_digest(options: argparse.Namespace) -> None:
     print(digest({"params": state.params, "ema": state.ema}))
 
 
+def supervise(options: argparse.Namespace) -> None:
+    """Trains, and starts again what ends before its time: from the last checkpoint, in fewer places if one is lost."""
+    config = configs.override(configs.load(options.config), options.overrides)  # a mistake is told before any start
+    run = RunDirectory(options.run_dir or f"runs/{Path(options.config).stem}")
+    where = places(options.processes, options.hosts)
+
+    def shrink(left: int) -> tuple[int, list[str]]:
+        started = [row for row in read_events(run, "start") if row["processes"] == len(where)]
+        if not started:
+            raise UserError(f"{run.path}: it never came so far as to say how many devices a process has.")
+        each = started[-1]["devices"] // started[-1]["processes"]
+        return shrunk(config, devices_each=each, before=len(where), left=left)
+
+    train = str(Path(__file__).parent.parent / "train.py")
+    command = [sys.executable, train, options.config, *options.overrides, "--run-dir", str(run.path)]
+    sys.exit(Supervisor(command, run, where, shrink, remote_shell=options.remote_shell).supervise())
+
+
+def checkpoint(options: argparse.Namespace) -> None:
+    """Lists a run's checkpoints, shows one, verifies every value of all, or times a save."""
+    run, config = command_line.opened(options.run)
+    checkpoints = Checkpoints(run.checkpoints, dataclasses.replace(config.checkpoint, verify="full"))
+    latest = checkpoints.latest()
+    if latest is None:
+        raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
+    if options.what == "ls":
+        print(listing(checkpoints))
+    elif options.what == "show":
+        print(contents(checkpoints, latest if options.step is None else options.step))
+    elif options.what == "bench":
+        print(save_cost(checkpoints, latest if options.step is None else options.step))
+    else:
+        wrong = 0
+        for step, said in verified(checkpoints):
+            print(f"step {step}: {said or 'good'}", flush=True)
+            wrong += said is not None
+        if wrong:
+            raise UserError(
+                f"{wrong} of {len(checkpoints.steps())} checkpoints are damaged; training passes them over."
+            )
+
+
+def goodput(options: argparse.Namespace) -> None:
+    """Tells where the time of a run went, over all its starts, and draws it."""
+    run = RunDirectory(options.run)
+    accounts = read_accounts(run)
+    if accounts is None:
+        raise UserError(f"{run.path}: no {run.goodput.name} here; give a directory that train.py made.")
+    timeline(accounts, picture := run.goodput.with_suffix(".png"))
+    print(f"{goodput_table(accounts)}\n{picture}")
+
+
 def hlo(options: argparse.Namespace) -> None:
     """Writes the train step of a config as text, and a page about it."""
     config = configs.override(configs.load(options.config), options.overrides)
@@ -90,7 +151,7 @@ def hlo(options: argparse.Namespace) -> None:
     where = options.gpus or f"{mesh.size}x{mesh.devices.flat[0].device_kind}"
     out = Path(options.out or f"runs/hlo/{Path(options.config).stem}_{where}")
     with jax.set_mesh(mesh):
-        program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
+        program = make_program(config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
         lowered = lower_step(program, options.stage)
     text = out / f"train_step.{options.stage}.txt"
     out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +207,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "sample": sample, "eval": evaluate, "digest": print_digest, "hlo": hlo, "block": block, "doctor": doctor,
+    "supervise": supervise, "sample": sample, "eval": evaluate, "checkpoint": checkpoint, "goodput": goodput,
+    "digest": print_digest, "hlo": hlo, "block": block, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -158,14 +220,21 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         name: verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
         for name, function in VERBS.items()
     }
-    for name in ("sample", "eval", "digest"):
+    parsers["checkpoint"].add_argument("what", choices=("ls", "show", "verify", "bench"))
+    for name in ("sample", "eval", "checkpoint", "goodput", "digest"):
         parsers[name].add_argument("run", help="a run directory, e.g. runs/digits")
     parsers["sample"].add_argument("--num", type=int, default=64)
     parsers["sample"].add_argument("--seed", type=int, default=0)
     parsers["sample"].add_argument("--class", dest="classes", type=int, nargs="+", help="classes to draw; default: all")
-    parsers["digest"].add_argument("--step", type=int, help="default: the last")
-    for name in ("hlo", "block"):
+    for name in ("digest", "checkpoint"):
+        parsers[name].add_argument("--step", type=int, help="default: the last")
+    parsers["supervise"].add_argument("--processes", type=int, default=1, help="on this machine")
+    parsers["supervise"].add_argument("--hosts", nargs="+", default=[], help="machines, a process each")
+    parsers["supervise"].add_argument("--remote-shell", default="ssh", help="how a command is run on a host")
+    parsers["supervise"].add_argument("--run-dir", help="default runs/CONFIG")
+    for name in ("supervise", "hlo", "block"):
         parsers[name].add_argument("config", help="a config file")
+    for name in ("hlo", "block"):
         parsers[name].add_argument("--gpus", help="compile for GPUs that are not here, e.g. 1xh200, 8xh100")
     parsers["block"].add_argument("--images", type=int, default=32)
     parsers["hlo"].add_argument("--stage", choices=("jaxpr", "stablehlo", "optimized"), default="optimized")
@@ -175,7 +244,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}."
         raise UserError(f"no verb {arguments[0]!r}; {hint}")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.verb not in ("hlo", "block"):
+    if rest and options.verb not in ("supervise", "hlo", "block"):
         raise UserError(f"{options.verb}: no option {rest[0]}. `dito {options.verb} --help` lists what there is.")
     options.overrides = rest
     return options

@@ -3,17 +3,20 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 from dito_jax import config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source
-from dito_jax.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
+from dito_jax.errors import CRASHED, INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.models.upcycling import check_upcycling
+from dito_jax.processes import count, index, leave
 from dito_jax.training.checkpoint import Checkpoints
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
@@ -32,17 +35,35 @@ def run[Arguments](parse: Callable[[], Arguments], execute: Callable[[Arguments]
         execute(arguments)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(USER_MISTAKE)
+        _end(USER_MISTAKE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         print(f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}.", file=sys.stderr)
-        sys.exit(USER_MISTAKE)
+        _end(USER_MISTAKE)
     except Preempted as stop:
         print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
-        sys.exit(PREEMPTED)
+        _end(PREEMPTED)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        _end(INTERRUPTED)
+    except Exception:
+        if count() == 1:
+            raise
+        traceback.print_exc()
+        _end(CRASHED)
+
+
+def say(text: str) -> None:
+    """A line on stderr, by one process of several."""
+    if index() == 0:
+        print(text, file=sys.stderr)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process; of several, without waiting for those that wait for this one."""
+    if count() > 1:
+        leave(code)
+    sys.exit(code)
 
 
 def train_arguments(arguments: Sequence[str]) -> tuple[TrainConfig, RunDirectory]:
@@ -84,13 +105,16 @@ def opened(path: str) -> tuple[RunDirectory, TrainConfig]:
 def restored(
     run: RunDirectory, config: TrainConfig, mesh: jax.sharding.Mesh, step: int | None = None
 ) -> tuple[Program, TrainState, int]:
-    """A run's checkpoint, the last if `step` is None, on this mesh."""
-    checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
-    step = checkpoints.latest() if step is None else step
-    if step is None:
+    """A run's checkpoint, the last good one if `step` is None, on this mesh."""
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    program = make_program(config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+    if step is not None:
+        return program, checkpoints.restore(step, program.state), step
+    found = checkpoints.restore_newest(program.state, lambda step, error: say(f"{error} Left where it is."))
+    if found is None:
         raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
-    program = make_program(config.model, config.loss, config.optimizer, config.train, mesh)
-    return program, checkpoints.restore(step, program.state), step
+    step, state = found
+    return program, state, step
 
 
 def first_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) -> TrainState:

@@ -27,8 +27,12 @@ from dito_jax.models.dit import DiTConfig
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.sharding import MeshConfig, batch_pieces
+from dito_jax.training.faults import FaultsConfig
+from dito_jax.training.health import GuardConfig
 from dito_jax.training.optimizer import OptimizerConfig
-from dito_jax.training.program import CheckpointConfig, LoopConfig
+from dito_jax.training.program import LoopConfig
+from dito_jax.training.retention import CheckpointConfig
+from dito_jax.training.watchdog import WatchdogConfig
 
 
 DataConfig = DigitsData | ImageFolderData | LatentsData
@@ -45,6 +49,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    faults: FaultsConfig = FaultsConfig()
     sample: SampleConfig = SampleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     upcycle: str | None = None  # the run directory of a dense model, whose MLPs a new run's experts begin as
@@ -165,7 +172,8 @@ _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         TrainConfig, DiTConfig, MoEDiTConfig, KernelsConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig,
-        CheckpointConfig, SampleConfig, EvaluationConfig, DigitsData, ImageFolderData, LatentsData,
+        CheckpointConfig, GuardConfig, WatchdogConfig, FaultsConfig, SampleConfig, EvaluationConfig,
+        DigitsData, ImageFolderData, LatentsData,
     )
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """How a command ends: exit codes, and the errors that mean one."""
 
 DONE = 0
+CRASHED = 1  # a bug of ours, or of what we stand on; the traceback says which
 USER_MISTAKE = 2  # one line said why; the same command will fail again
 PREEMPTED = 75  # asked to stop, and saved; the same command goes on
 HUNG = 86  # the watchdog saw no progress; the same command goes on from the last checkpoint

@@ -2,11 +2,8 @@
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -96,34 +93,6 @@ def test_a_run_leaves_everything_a_person_looks_at(finished):
     figures = json.loads((finished / "eval.json").read_text())
     assert 0 <= figures["class_agreement"] <= 1 < 60 == figures["num_samples"]
     assert figures["class_agreement_of_heldout"] > 0.97
-
-
-def test_a_run_killed_at_random_steps_ends_with_the_very_same_bits(finished, tmp_path, environment, call):
-    """kill -9, then the same command again: the hash of parameters and averages is that of a run never killed."""
-    arguments = [*SMALL, *STEPS, "--run-dir", tmp_path / "killed"]
-    kills = 0
-    for seed in range(4):
-        process = subprocess.Popen(
-            command("train", "configs/digits.py", *arguments), cwd=ROOT, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        saved = lambda: len([p for p in (tmp_path / "killed/checkpoints").glob("*") if p.name.isdecimal()])
-        before, deadline = saved(), time.monotonic() + 120
-        while saved() == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(random.Random(seed).uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2, "the runs ended before they could be killed"
-    call("train", "configs/digits.py", *arguments)
-    of_killed, of_finished = (call("digest", run).stdout.splitlines()[-1] for run in (tmp_path / "killed", finished))
-    assert of_killed == of_finished and len(of_killed) == 64
-    steps = [
-        json.loads(line)["step"]
-        for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
-        if "loss" in line
-    ]
-    assert steps == sorted(set(steps)) and steps[-1] == 40
 
 
 EXPERTS = [*SMALL, "--train.log_every", "1", "--model.expert_hidden", "None", "--model.shared_hidden", "0"]

@@ -11,7 +11,7 @@ from dito_jax.data import Source
 from dito_jax.diffusion import path
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
-from dito_jax.sharding import whole_batch
+from dito_jax.sharding import constrain, whole_batch
 
 
 MOST = 256  # images
@@ -29,16 +29,18 @@ def make_load_meter(
 
     @jax.jit
     def rows(params, image, label, t, noise):
-        return nnx.merge(graph, params).with_report(path.interpolate(image, noise, t), t, label)[1].rows
+        counted = nnx.merge(graph, params).with_report(path.interpolate(image, noise, t), t, label)[1].rows
+        return constrain(counted, "L .")
 
     def measure(params, source):
         count = whole_batch(min(len(source), MOST), model.together)
         examples = [source[int(i)] for i in np.linspace(0, len(source) - 1, count)]
-        image = jnp.stack([jnp.asarray(example["image"]) for example in examples])
-        label = jnp.asarray([example["label"] for example in examples], jnp.int32)
+        image = np.stack([np.asarray(example["image"], np.float32) for example in examples])
+        label = np.asarray([example["label"] for example in examples], np.int32)
         key_time, key_noise = jax.random.split(jax.random.key(seed))
         t = jax.random.permutation(key_time, (jnp.arange(count) + 0.5) / count)
-        found = np.asarray(rows(params, image, label, t, jax.random.normal(key_noise, image.shape)))
+        noise = jax.random.normal(key_noise, image.shape)
+        found = np.asarray(rows(params, image, label, np.asarray(t), np.asarray(noise)))
         return found / found.mean(axis=1, keepdims=True)
 
     return measure

@@ -31,16 +31,18 @@ def judge(
 
     `load` measures how a network with experts uses them (expert_load.py); expert_load.png shows it.
 
-    Returns the figures of eval.json, or None without an evaluation.
+    Returns the figures of eval.json, or None without an evaluation, or in a process that does not write.
     """
     labels = balanced_labels(max(evaluation.num_samples, evaluation.grid), train.num_classes)
     images = draw(params, labels, seed)
+    shares = None if load is None or not evaluation.num_samples else load(params, heldout)
+    if not run.writes:  # all processes compute, one writes
+        return None
     image_grid(visible(images[: evaluation.grid]), run.samples / "final.png")
     history = [row for row in read_metrics(run) if "loss" in row]
     loss_curve([row["step"] for row in history], [row["loss"] for row in history], run.path / "loss.png")
     if not evaluation.num_samples:
         return None
-    shares = None if load is None else load(params, heldout)
     if shares is not None:
         load_map(shares, run.path / "expert_load.png")
     figures = evaluate(images, np.array(labels), train, heldout, max_reference=evaluation.max_reference)

@@ -38,7 +38,7 @@ def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *,
         row, column = divmod(number, columns)
         top, left = GAP + row * down, GAP + column * across
         canvas[top : top + height * zoom, left : left + width * zoom] = image
-    with _whole(path) as partial:
+    with whole(path) as partial:
         Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas).save(partial, "PNG")
 
 
@@ -54,7 +54,7 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.Pat
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
-    with _whole(path) as partial:
+    with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
 
@@ -72,12 +72,12 @@ def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
     axes.set_xlabel("expert")
     axes.set_ylabel("layer with experts")
     figure.colorbar(squares, label="rows over an even share")
-    with _whole(path) as partial:
+    with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
 
 @contextlib.contextmanager
-def _whole(path: str | os.PathLike) -> Iterator[Path]:
+def whole(path: str | os.PathLike) -> Iterator[Path]:
     """A name to write to, which becomes `path` once all is written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from dito_jax.diffusion.path import Quantity
 from dito_jax.diffusion.sampler import SOLVERS
 from dito_jax.diffusion.time import schedule
 from dito_jax.models.dit import DiTConfig
-from dito_jax.sharding import whole_batch
+from dito_jax.sharding import constrain, whole_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,14 @@ def make_sampler(
             interval=sample.guidance_interval,
         )
         times = schedule(sample.steps, shift=sample.time_shift)
-        return SOLVERS[sample.solver](guided_velocity, noise, times)
+        # Whole on every device, so that each process of several can look at it.
+        return constrain(SOLVERS[sample.solver](guided_velocity, noise, times), ". h w c")
 
     def draw(params, labels, seed):
-        label, index = jnp.asarray(labels, jnp.int32), jnp.arange(len(labels))
+        label, index = np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32)
         size, batches = whole_batch(sample.batch_size, model.together), []
         for start in range(0, len(labels), size):
-            chosen = jnp.minimum(start + jnp.arange(size), len(labels) - 1)  # one shape to compile
+            chosen = np.minimum(start + np.arange(size), len(labels) - 1)  # one shape to compile
             images = draw_batch(params, label[chosen], jax.random.key(seed), index[chosen])
             batches.append(np.asarray(images)[: len(labels) - start])
         return np.concatenate(batches)

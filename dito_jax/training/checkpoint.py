@@ -1,52 +1,67 @@
-"""Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh.
+"""Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh, and never wrong.
 
 Step N is the directory `N`, which Orbax renames into place when all of it is written. So a run killed at any
-moment leaves its last good step, and perhaps a `N.orbax-checkpoint-tmp` that the next save removes. Reading
-changes nothing on the disk: a run can be sampled from while it trains.
+moment leaves its last good step, and perhaps a `N.orbax-checkpoint-tmp` that the next save removes. A step that is
+not what was saved (integrity.py) is set aside as `N.corrupt`, and the one before it is taken. Reading changes nothing
+on the disk: a run can be sampled from while it trains.
 
 The state is stored flat, {path of the leaf: array}, so that what a checkpoint holds does not depend on the
-Python classes around it. A file cut short is noticed when it is read; a flipped bit is not: compare `digest`.
+Python classes around it.
 """
 
+import concurrent.futures
 import contextlib
-import errno
-import functools
 import hashlib
-import logging
 import os
-import re
 import shutil
-import sys
-import warnings
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dito_jax.errors import UserError
+from dito_jax.processes import agree
+from dito_jax.training.integrity import Damaged, check_record, check_sizes, check_values, kind, make_record, write_sizes
+from dito_jax.training.orbax_errors import first_line, hush_orbax, refusal
+from dito_jax.training.retention import CheckpointConfig, superfluous
 
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a directory that it is still writing
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+DEFAULT = CheckpointConfig()
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or used, in one line: which, why, and what to do."""
 
 
-class Checkpoints:
-    """The steps saved in one directory, of which the last `keep` stay. One process saves; any number read."""
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not what was saved."""
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+
+class Checkpoints:
+    """The steps saved in one directory. The processes of one run save, together; any number read.
+
+    `on_disk(step, path)` is called in process 0, in the background, when all of a step is written.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        config: CheckpointConfig = DEFAULT,
+        *,
+        on_disk: Callable[[int, Path], None] = lambda step, path: None,
+    ):
         self.directory = Path(directory).absolute()
-        self._keep = keep
-        self._pending: ocp.AsyncResponse[None] | None = None
+        self._config, self._on_disk = config, on_disk
+        self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
         self._saving = (0, 0)  # step and bytes of the last save begun
-        _hush_orbax()
+        hush_orbax()
 
     def steps(self) -> list[int]:
         """Every step that was saved whole, ascending."""
@@ -58,30 +73,36 @@ class Checkpoints:
         """The last step that was saved whole; None if there is none."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator, *, metadata: dict[str, Any]) -> None:
-        """Begins to save `state` (a pytree of arrays), the position of `data`, and `metadata` (JSON).
+    def path(self, step: int) -> Path:
+        """Where a step is."""
+        return self.directory / str(step)
 
-        When it returns, all are copied: the state may be donated, the iterator advanced. A step that is there
-        already is left as it is.
+    def save(self, step: int, state: Any, *, metadata: dict[str, Any]) -> None:
+        """Begins to save `state` (a pytree of arrays) and `metadata` (JSON).
+
+        When it returns, all are copied: the state may be donated. A step that is there already is left as it is.
 
         Raises:
-          CheckpointError: the disk is full, now or while the save before this one was being written.
+          CheckpointError: the disk is full or read-only, now or while the save before this one was being written.
         """
         self.wait()
         if step in self.steps():
             return
-        self._remove_unfinished()
-        self.directory.mkdir(parents=True, exist_ok=True)
         leaves = _by_path(state)
         self._saving = step, sum(leaf.nbytes for leaf in leaves.values())
-        if self._saving[1] > self._free():
-            raise self._full("measured before writing")
+        record = make_record(leaves, metadata | {"time": time.time()})
         # Made in the background, directories keep a process whose save failed before from ending.
         in_turn = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         with self._explained(), ocp.Context(async_options=in_turn):
-            self._pending = ocp.save_checkpointables_async(
-                str(self._path(step)), {"state": leaves, "data": data}, custom_metadata=metadata
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._remove_unfinished()
+                if self._saving[1] > self._free():
+                    raise self._refused("measured before writing")
+            response = ocp.save_checkpointables_async(
+                str(self.path(step)), {"state": leaves}, custom_metadata={"record": record}
             )
+        self._pending = self._background.submit(self._finish, step, response)
 
     def wait(self) -> None:
         """Returns when the save in progress is on the disk, and the steps too old to keep are off it.
@@ -89,43 +110,120 @@ class Checkpoints:
         Raises:
           CheckpointError: the disk was full. Nothing is left of the step; those before it are intact.
         """
-        if self._pending is None:
-            return
         pending, self._pending = self._pending, None
-        with self._explained():
-            pending.result()
-        for step in self.steps()[: -self._keep]:
-            # Renamed first, so that a kill in the middle leaves no half of a step under its name.
-            self._path(step).rename(doomed := self.directory / f"{step}{UNFINISHED}")
-            shutil.rmtree(doomed)
+        if pending is not None:
+            with self._explained():
+                pending.result()
 
-    close = wait
+    def close(self) -> None:
+        """Waits for the save in progress; saves no more."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
 
-    def restore[Tree](self, step: int, like: Tree, data: grain.DatasetIterator | None = None) -> Tree:
+    def restore[Tree](self, step: int, like: Tree) -> Tree:
         """The state of `step`, laid out as `like`: `jax.ShapeDtypeStruct`s, on shardings of any mesh.
 
-        `data` is set in place to the position it was saved at.
-
         Raises:
-          CheckpointError: there is no such step, it cannot be read, or it is of another model.
+          CheckpointError: there is no such step, or it is of another model.
+          DamagedCheckpoint: it is not what was saved.
         """
-        wanted = _by_path(like)
-        self._compare(step, self._read(step, _stored).metadata, wanted)
-        state = self._read(step, lambda path: ocp.load(path, wanted, checkpointable_name="state"))
-        if data is not None:
-            self._read(step, lambda path: ocp.load_checkpointables(path, {"data": data}))
+        wanted, record = _by_path(like), self.record(step)
+        self._compare(step, record, wanted)
+        with self._damage_told(step):
+            if self._config.verify != "off":
+                check_sizes(self.path(step))
+            state = self._load(step, wanted)
+            if self._config.verify == "full":
+                check_values(state, record)
         return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in wanted])
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `metadata`."""
-        written: Any = self._read(step, _stored).custom_metadata
-        return written or {}
+    def restore_newest[Tree](
+        self, like: Tree, on_damage: Callable[[int, DamagedCheckpoint], None], *, before: int | None = None
+    ) -> tuple[int, Tree] | None:
+        """The newest step, of those `before` one, that is what was saved, and its state; None if there are none.
 
-    def _path(self, step: int) -> Path:
-        return self.directory / str(step)
+        `on_damage(step, error)` hears of each newer one that is not.
+
+        Raises:
+          DamagedCheckpoint: there are steps, and none is good.
+          CheckpointError: they are of another model.
+        """
+        last = None
+        for step in reversed([step for step in self.steps() if before is None or step < before]):
+            try:
+                return step, self.restore(step, like)
+            except DamagedCheckpoint as error:
+                on_damage(step, last := error)
+        if last is not None:
+            raise last
+        return None
+
+    def set_aside(self, step: int, why: str) -> Path:
+        """Renames a step to `N.<why>`, so that it is kept and not taken for good; in all processes at once."""
+        self.wait()
+        names = [f"{step}.{why}", *(f"{step}.{why}-{number}" for number in range(2, 1000))]
+        aside = next(path for name in names if not (path := self.directory / name).exists())
+        if jax.process_index() == 0:
+            self.path(step).rename(aside)
+        agree(True)  # that it is done
+        return aside
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What `save` recorded: {"arrays": {path: [kind, fingerprint]}, "metadata": what it was given, ...}."""
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; choose from: {there}.")
+        with self._damage_told(step):
+            try:
+                stored: Any = ocp.metadata(str(self.path(step)), "state").custom_metadata
+            except Exception as error:  # whatever Orbax makes of damaged files
+                raise Damaged(f"its metadata cannot be read: {first_line(error)}") from error
+            return check_record((stored or {}).get("record"))
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `metadata`, and "time", seconds since 1970."""
+        return self.record(step)["metadata"]
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        # Every process reads for itself, or one that cannot would leave the others waiting for it.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        state, failed = {}, None
+        try:
+            with ocp.Context(multiprocessing_options=alone):
+                state = ocp.load(str(self.path(step)), wanted, checkpointable_name="state")
+        except Exception as error:  # whatever Orbax makes of damaged files
+            failed = error
+        if not agree(failed is None):
+            raise Damaged("it cannot be read" + (f": {first_line(failed)}" if failed else " by another process"))
+        return state
+
+    def _finish(self, step: int, response: Any) -> None:
+        """In the background: what follows when a step is on the disk."""
+        response.result()
+        if jax.process_index() != 0:
+            return
+        write_sizes(self.path(step))
+        saved = {step: self._metric(step) for step in self.steps()}
+        for old in superfluous(saved, self._config):
+            # Renamed first, so that a kill in the middle leaves no half of a step under its name.
+            self.path(old).rename(doomed := self.directory / f"{old}{UNFINISHED}")
+            shutil.rmtree(doomed)
+        self._on_disk(step, self.path(step))
+
+    def _metric(self, step: int) -> float | None:
+        if not self._config.keep_best:
+            return None
+        with contextlib.suppress(DamagedCheckpoint):
+            return self.metadata(step).get("metrics", {}).get(self._config.best_metric)
+        return None
 
     def _free(self) -> int:
-        return shutil.disk_usage(self.directory).free
+        there = next(path for path in (self.directory, *self.directory.parents) if path.exists())
+        return shutil.disk_usage(there).free
 
     def _remove_unfinished(self) -> None:
         for path in self.directory.glob(f"*{UNFINISHED}"):
@@ -133,43 +231,42 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Removes what a failed save wrote, and says in a line that the disk was full if it was."""
+        """Removes what a failed save wrote, and says in a line that the disk was full, or closed to us, if it was."""
         try:
             yield
+        except CheckpointError:
+            raise
         except Exception as error:
-            self._remove_unfinished()
-            if reason := _no_room(error):
-                raise self._full(reason) from error
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
+            if reason := refusal(error):
+                raise self._refused(reason) from error
             raise
 
-    def _full(self, reason: str) -> CheckpointError:
+    def _refused(self, reason: str) -> CheckpointError:
         step, needed = self._saving
         kept = "no step was saved yet" if self.latest() is None else f"step {self.latest()} is intact"
         return CheckpointError(
-            f"{self.directory}: no room for the checkpoint of step {step} ({reason}): it needs {needed:,} "
+            f"{self.directory}: cannot write the checkpoint of step {step} ({reason}): it needs {needed:,} "
             f"bytes, {self._free():,} are free; make room, or use another --run-dir; {kept}."
         )
 
-    def _read[T](self, step: int, read: Callable[[str], T]) -> T:
-        """`read` of the step's directory; says in a line that it is missing or damaged."""
-        path = self._path(step)
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; choose from: {there}.")
+    @contextlib.contextmanager
+    def _damage_told(self, step: int) -> Iterator[None]:
         try:
-            return read(str(path))
-        except Exception as error:
+            yield
+        except Damaged as damage:
             earlier = max((s for s in self.steps() if s < step), default=None)
             cure = "use another --run-dir" if earlier is None else f"move it away to go on from step {earlier}"
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise CheckpointError(f"{path}: cannot be read ({reason}): {cure}.") from error
+            raise DamagedCheckpoint(f"{self.path(step)}: damaged ({damage}): {cure}.") from damage
 
-    def _compare(self, step: int, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def _compare(self, step: int, record: dict[str, Any], wanted: dict[str, Any]) -> None:
+        found = {name: kind for name, (kind, _) in record["arrays"].items()}
         for name in [*wanted, *found]:
-            there, here = _kind(found.get(name)), _kind(wanted.get(name))
+            there, here = found.get(name, "absent"), kind(wanted.get(name))
             if there != here:
                 raise CheckpointError(
-                    f"{self._path(step)}: {name} is {there} in this checkpoint and {here} in this config: "
+                    f"{self.path(step)}: {name} is {there} in this checkpoint and {here} in this config: "
                     "use another --run-dir, or the config that the checkpoint was made with."
                 )
 
@@ -182,7 +279,7 @@ def digest(tree: Any) -> str:
     sha = hashlib.sha256()
     for name, leaf in sorted(_by_path(tree).items()):
         values = np.asarray(leaf)
-        sha.update(f"{name} {_kind(values)}\n".encode())
+        sha.update(f"{name} {kind(values)}\n".encode())
         sha.update(values.tobytes())
     return sha.hexdigest()
 
@@ -193,44 +290,3 @@ def _by_path(tree: Any) -> dict[str, Any]:
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     assert len(named) == len(leaves), "two leaves have one path"
     return named
-
-
-def _kind(leaf: Any) -> str:
-    """float32[3,4] for an array or what stands for one; "absent" for None."""
-    if leaf is None:
-        return "absent"
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-
-def _no_room(error: BaseException) -> str | None:
-    """The system's words if a full disk, a quota or a file size limit ended a write; else None."""
-    # tensorstore raises no OSError: the system's number is in its message.
-    number = re.search(r"os_error_code='(\d+)'", str(error))
-    code = int(number[1]) if number else getattr(error, "errno", None)
-    return os.strerror(code) if code in NO_ROOM else None
-
-
-def _stored(path: str) -> ocp.CheckpointMetadata:
-    stored = ocp.metadata(path, "state")
-    if stored.metadata is None:  # Orbax logs the reason, and only logs it
-        raise ValueError("its metadata is damaged")
-    return stored
-
-
-@functools.cache
-def _hush_orbax() -> None:
-    """Drops what Orbax prints of an error that it also raises: pages of it, where we say one line."""
-
-    def not_of_orbax(record: logging.LogRecord) -> bool:
-        raised = str(record.exc_info[1]) if record.exc_info else ""
-        return f"{os.sep}orbax{os.sep}" not in record.pathname and "tensorstore" not in raised
-
-    def unraisable(args: Any) -> None:
-        if "Event loop is closed" not in str(args.exc_value):
-            before(args)
-
-    # A read that fails closes the event loop under the others: some complain, some are never begun.
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(not_of_orbax)
-    before, sys.unraisablehook = sys.unraisablehook, unraisable

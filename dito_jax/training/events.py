@@ -23,8 +23,17 @@ class Events:
         row = {"time": self._clock(), "process": self._process, "event": event, "said": said} | values
         with explained(self._run.events):
             self._run.append(self._run.events, json.dumps(row) + "\n")
-        if said is not None:
+        if said is not None and self._run.writes:
             print(said, file=sys.stderr, flush=True)
+
+
+def write_incidents(run: RunDirectory) -> None:
+    """incidents.md: all that was said, for a person; nothing where there was nothing to say."""
+    told = [row for row in read_events(run) if row["said"]]
+    if told:
+        when = lambda row: time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"]))
+        lines = [f"- {when(row)} {row['said']}" for row in told]
+        run.write_text("incidents.md", f"# What happened to {run.path.name} (UTC)\n\n" + "\n".join(lines) + "\n")
 
 
 def read_events(run: RunDirectory, *kinds: str) -> list[dict[str, Any]]:

@@ -20,11 +20,14 @@ class MetricsWriter:
     """
 
     def __init__(self, run: RunDirectory, *, after: int | None = None):
-        first = 0 if after is None else after + 1
-        kept = [json.dumps(row) + "\n" for row in read_metrics(run) if row["step"] < first]
-        self._path = run.write_text(run.metrics.name, "".join(kept))
+        self._run = run
+        self._open(0 if after is None else after + 1)
+
+    def _open(self, first: int) -> None:
+        kept = [json.dumps(row) + "\n" for row in read_metrics(self._run) if row["step"] < first]
+        self._path = self._run.write_text(self._run.metrics.name, "".join(kept))
         self._lines = self._path.open("a", encoding="utf-8")
-        self._board = TensorBoard(run.tensorboard, first=first)
+        self._board = TensorBoard(self._run.tensorboard, first=first)
 
     def write(self, step: int, values: Mapping[str, float | int | str | bool | None]) -> None:
         """One line, and one TensorBoard scalar for each number in it.
@@ -45,6 +48,11 @@ class MetricsWriter:
         """An image for TensorBoard."""
         self._board.image(step, name, image)
 
+    def rewind(self, step: int) -> None:
+        """Drops what was written of steps beyond `step`: they will come again."""
+        self.close()
+        self._open(step + 1)
+
     def close(self) -> None:
         """Closes both files."""
         with contextlib.closing(self._board), explained(self._path):
@@ -55,6 +63,22 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class NoMetrics(MetricsWriter):
+    """What a process has that is not the one to write: nothing is kept."""
+
+    def _open(self, first: int) -> None:
+        del first
+
+    def write(self, step: int, values: Mapping[str, float | int | str | bool | None]) -> None:
+        """Nothing."""
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def read_metrics(run: RunDirectory) -> list[dict]:

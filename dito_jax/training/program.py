@@ -9,15 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.sharding import shardings, spec
+from dito_jax.training.health import GuardConfig
 from dito_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dito_jax.training.state import TrainState, init_state, split_model
 from dito_jax.training.step import ComputeDtype, make_step
+
+
+DEFAULT_GUARD = GuardConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +39,6 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """How often a run is saved, and how many of its saves are kept."""
-
-    every: int = 500  # steps; the last step is always saved
-    keep: int = 3
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
     """The jitted parts of a run, and the shapes and shardings of what they take."""
 
@@ -51,15 +48,36 @@ class Program:
     state: TrainState  # of ShapeDtypeStructs with shardings: what a checkpoint is restored into
     batch: dict[str, jax.ShapeDtypeStruct]
 
+    def share(self) -> tuple[int, int]:
+        """(i, n): a batch cut into n equal shares, this process's devices need the i-th."""
+        image = self.batch["image"]
+        num = image.shape[0]
+        indices = image.sharding.addressable_devices_indices_map(image.shape).values()
+        pieces = {index[0].indices(num)[:2] for index in indices if index}
+        start, stop = min(piece[0] for piece in pieces), max(piece[1] for piece in pieces)
+        assert sum(b - a for a, b in pieces) == stop - start, f"rows of one process are apart: {sorted(pieces)}"
+        return start // (stop - start), num // (stop - start)
+
+    def place(self, share: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch, as part of the whole on all devices."""
+        return jax.tree.map(
+            lambda leaf, rows: jax.make_array_from_process_local_data(leaf.sharding, rows), self.batch, share
+        )
+
 
 def make_program(
-    model: DiTConfig, loss: LossConfig, optimizer: OptimizerConfig, loop: LoopConfig, mesh: jax.sharding.Mesh
+    model: DiTConfig,
+    loss: LossConfig,
+    optimizer: OptimizerConfig,
+    loop: LoopConfig,
+    mesh: jax.sharding.Mesh,
+    guard: GuardConfig = DEFAULT_GUARD,
 ) -> Program:
     """The program of this recipe on this mesh; call it under `jax.set_mesh(mesh)`."""
     update: optax.GradientTransformation = make_optimizer(optimizer, loop.steps)
 
     def init() -> TrainState:
-        return init_state(model, update, loop.ema_decays, loop.seed)
+        return init_state(model, update, loop.ema_decays, loop.seed, guard.window)
 
     shapes = jax.eval_shape(init)
     places = shardings(shapes, mesh)
@@ -76,6 +94,7 @@ def make_program(
         compute_dtype=loop.compute_dtype,
         accumulation=loop.accumulation,
         rebalance=model.rebalance,
+        spike_deviations=guard.spike_deviations,
     )
     by_example = jax.NamedSharding(mesh, spec("B", mesh))
     batch = {

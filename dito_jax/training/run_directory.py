@@ -16,6 +16,8 @@ from dito_jax.errors import UserError
 class RunDirectory:
     """runs/<name>, made by the first write. Reading it needs no lock."""
 
+    writes = True
+
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.config = self.path / "config.json"
@@ -26,6 +28,8 @@ class RunDirectory:
         self.evaluation = self.path / "eval.json"
         self.report = self.path / "report.md"
         self.events = self.path / "events.jsonl"
+        self.supervision = self.path / "supervise.log"
+        self.skips = self.path / "skips.json"
         self.goodput = self.path / "goodput.jsonl"
         self.heartbeats = self.path / "heartbeats"  # one file a process, named by its number
 
@@ -89,6 +93,25 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> Path:
         """`write_text` of `value` as JSON that a person can read."""
         return self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+
+class FollowedDirectory(RunDirectory):
+    """The same directory in a process that leaves the writing to another."""
+
+    writes = False
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Nothing: the process that writes holds it."""
+        yield
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Nothing but the path."""
+        del text
+        return self.path / name
+
+    def append(self, path: Path, text: str) -> None:
+        """Nothing."""
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, UInt32
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.models.upcycling import upcycled
+from dito_jax.training.health import Health
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +25,7 @@ class TrainState:
     optimizer: Any  # optax's state
     ema: dict[str, nnx.State]  # by decay, "0.999"
     key: UInt32[Array, "..."]  # raw key data, which a checkpoint can hold
+    health: Health
 
 
 def split_model(config: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -33,14 +35,14 @@ def split_model(config: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def init_state(
-    config: DiTConfig, optimizer: optax.GradientTransformation, decays: tuple[float, ...], seed: int
+    config: DiTConfig, optimizer: optax.GradientTransformation, decays: tuple[float, ...], seed: int, window: int
 ) -> TrainState:
-    """Step 0. Pure: under jit with shardings it makes each shard where it lives."""
+    """Step 0; its health is of `window` steps. Pure: under jit with shardings it makes each shard where it lives."""
     key_params, key_train = jax.random.split(jax.random.key(seed))
     params = nnx.state(config.build(nnx.Rngs(key_params)), nnx.Param)
     ema = {str(decay): jax.tree.map(jnp.copy, params) for decay in decays}
     key = jax.random.key_data(key_train)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, key, Health.new(window))
 
 
 def upcycled_state(dense: nnx.State, fresh: TrainState, model: MoEDiTConfig, like: TrainState) -> TrainState:

@@ -13,6 +13,7 @@ from dito_jax.diffusion import path
 from dito_jax.diffusion.loss import LossConfig, drop_labels, flow_matching_error
 from dito_jax.models.dit import Report
 from dito_jax.training.ema import update_ema
+from dito_jax.training.health import FINE, chosen, examine
 from dito_jax.training.state import TrainState
 
 
@@ -31,13 +32,15 @@ def make_step(
     compute_dtype: ComputeDtype,
     accumulation: int,
     rebalance: Callable[[Any, Report], Any],
+    spike_deviations: float | None,
 ) -> Step:
     """The step for this model and recipe.
 
     Parameters are kept in float32 and cast to `compute_dtype` for the network alone, but for those marked `float32`;
     loss, gradient sum and update are float32. `rebalance` has the last word on the parameters, with the report of the
     network: it moves what has no gradient. With `accumulation` > 1 the batch goes through in that many equal parts,
-    which changes memory and not the result.
+    which changes memory and not the result. A step that is bad (health.py) changes nothing but its own count; its
+    metric "bad" says why.
     """
 
     def loss_of_part(params, part):
@@ -57,8 +60,11 @@ def make_step(
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = rebalance(jax.tree.map(jnp.add, state.params, updates), report)
         ema = update_ema(state.ema, params, decays, state.step)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), **report.metrics}
-        return TrainState(state.step + 1, params, moments, ema, state.key), metrics
+        norm = optax.tree.norm(gradient)
+        bad, health = examine(state.health, value, norm, spike_deviations)
+        params, moments, ema = chosen(bad == FINE, (params, moments, ema), (state.params, state.optimizer, state.ema))
+        metrics = {"loss": value, "gradient_norm": norm, "bad": bad, **report.metrics}
+        return TrainState(state.step + 1, params, moments, ema, state.key, health), metrics
 
     return step
 

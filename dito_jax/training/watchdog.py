@@ -42,6 +42,7 @@ class WatchdogConfig:
     floor_seconds: float = 120.0  # a step: the longer of this,
     factor: float = 10.0  # and this times the slowest of the last 100 steps
     other_seconds: float = 1800.0  # anything else: compiling, restoring, saving, evaluating
+    grace_seconds: float = 60.0  # from a request to stop to the end, the save in it
 
 
 class Watchdog:
@@ -52,7 +53,7 @@ class Watchdog:
         heartbeat: Heartbeat,
         run: RunDirectory,
         events: Events,
-        config: WatchdogConfig = WatchdogConfig(),
+        config: WatchdogConfig,
         *,
         process: int = 0,
         clock: Callable[[], float] = time.monotonic,

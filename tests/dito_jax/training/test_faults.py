@@ -1,201 +1,162 @@
-"""Each fault strikes where and when it was told to, and once a run."""
+"""Each drill does what it says, and once a run unless told otherwise."""
 
-import errno
+import os
 import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dito_jax.errors import UserError
-from dito_jax.training.faults import KINDS, Fault, Faults, FaultsConfig, largest_data_file, parse
-from dito_jax.training.run_directory import RunDirectory, json_lines
+from dito_jax.training.faults import KINDS, Fault, Faults, FaultsConfig
+from dito_jax.training.run_directory import RunDirectory
 
 
-# A run of ten steps that says which it comes to.
-RUN = """
-import sys, time
+ROOT = Path(__file__).parents[3]
+ROWS = {"image": np.ones((2, 4, 4, 1), np.float32), "label": np.zeros(2, np.int32)}
+
+
+def faults(path, *inject, process=0):
+    return Faults(FaultsConfig(inject), RunDirectory(path), process=process)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kil@3", "did you mean kill"),
+        ("kill", "wanted kind@step"),
+        ("kill@x", "wanted kind@step"),
+        ("kill@3#", "wanted kind@step"),
+        ("zzz@3", "choose from kill"),
+    ],
+)
+def test_a_fault_that_is_none_is_one_line(text, words):
+    with pytest.raises(UserError, match=words) as error:
+        Fault.parsed(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_fault_is_parsed():
+    assert Fault.parsed("slow-rank@30#2!:1.5") == Fault("slow-rank@30#2!:1.5", "slow-rank", 30, 2, True, 1.5)
+    assert Fault.parsed("kill@7") == Fault("kill@7", "kill", 7, 0, False, None)
+    assert {Fault.parsed(f"{kind}@1").kind for kind in KINDS} == set(KINDS)
+
+
+STEPS = """
+import sys
 from dito_jax.training.faults import Faults, FaultsConfig
 from dito_jax.training.run_directory import RunDirectory
 faults = Faults(FaultsConfig(tuple(sys.argv[2:])), RunDirectory(sys.argv[1]), process=0)
 faults.begin()
-for step in range(1, 11):
+for step in range(1, 6):
     faults.before_step(step)
     print(step, flush=True)
 """
-WHOLE = "".join(f"{step}\n" for step in range(1, 11))
 
 
-@pytest.fixture
-def faults(tmp_path):
-    """`faults("kill@3", process=1)`: those of a new start of one run."""
-
-    def start(*specs: str, process: int = 0) -> Faults:
-        return Faults(FaultsConfig(specs), RunDirectory(tmp_path), process=process)
-
-    return start
-
-
-@pytest.mark.parametrize(
-    ("spec", "fault"),
-    [
-        ("kill@120", ("kill", 120, 0, False, 0.0)),
-        ("hang@50#1", ("hang", 50, 1, False, 0.0)),
-        ("spike@7!:3.5", ("spike", 7, 0, True, 3.5)),
-        ("slow-rank@7#2", ("slow-rank", 7, 2, False, 0.5)),
-        ("spike@0", ("spike", 0, 0, False, 100.0)),
-    ],
-)
-def test_a_fault_is_read_as_written(spec, fault):
-    assert parse(spec) == Fault(spec, *fault)
+def steps(path, *inject, place="0") -> tuple[str, int]:
+    """The steps that a process came through, and how it ended; SIGCONT ends a frozen one, by SIGKILL."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STEPS, path, *inject], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"DITO_PLACE": place},
+    )  # fmt: skip
+    if inject[0].startswith(("freeze", "hang")):
+        wanted = "T" if inject[0].startswith("freeze") else "S"
+        said = [process.stdout.readline() for _ in range(2)]
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != wanted:
+            pass
+        assert process.poll() is None
+        process.kill()
+        return "".join([*said, process.communicate()[0]]).replace("\n", ""), process.wait()
+    out = process.communicate(timeout=60)[0]
+    return out.replace("\n", ""), process.returncode
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
-    [
-        ("kil@120", "no kind kil; did you mean kill"),
-        ("explode@120", "choose from: kill, term"),
-        ("kill", "wanted kind@step"),
-        ("kill@-3", "wanted kind@step"),
-        ("kill@3:5", "kill takes no value"),
-        ("spike@3:1.2.3", "1.2.3 is no number"),
-    ],
+    ("kind", "code"),
+    [("kill", -signal.SIGKILL), ("term", -signal.SIGTERM), ("crash", 1), ("freeze", -9), ("hang", -9)],
 )
-def test_a_wrong_one_is_one_line(spec, said, faults):
-    with pytest.raises(UserError, match=said) as error:
-        faults(spec)
-    assert "\n" not in str(error.value) and spec in str(error.value)
+def test_what_stops_a_process_does_so_once(tmp_path, kind, code):
+    assert steps(tmp_path, f"{kind}@3") == ("12", code)
+    assert steps(tmp_path, f"{kind}@3", "kill@9") == ("12345", 0) if kind not in ("freeze", "hang") else True
 
 
-@pytest.mark.parametrize(("kind", "number"), [("kill", signal.SIGKILL), ("term", signal.SIGTERM)])
-def test_what_ends_a_run_does_so_once(kind, number, tmp_path, start, finish):
-    (run,) = start(RUN, tmp_path, f"{kind}@4")
-    out, err = finish(run, -number)
-    assert out == "1\n2\n3\n" and err == f"drill: {kind}@4: {KINDS[kind]}.\n"
-    (run,) = start(RUN, tmp_path, f"{kind}@4")
-    assert finish(run, 0) == (WHOLE, "")
-    assert [row["fault"] for row in json_lines(tmp_path / "faults.jsonl")] == [f"{kind}@4"]
+def test_with_an_exclamation_mark_it_does_so_at_every_start(tmp_path):
+    assert [steps(tmp_path, "kill@3!") for _ in range(2)] == [("12", -9)] * 2
 
 
-def test_or_at_every_start(tmp_path, start, finish):
-    for _ in range(2):
-        (run,) = start(RUN, tmp_path, "kill@4!")
-        assert finish(run, -signal.SIGKILL)[0] == "1\n2\n3\n"
+def test_a_dead_place_dies_at_once_from_then_on_and_others_live(tmp_path):
+    assert steps(tmp_path, "dead@3#2", place="2") == ("12", -9)
+    assert steps(tmp_path, "dead@3#2", place="2") == ("", -9)
+    assert steps(tmp_path, "dead@3#2", place="1") == ("12345", 0)
 
 
-@pytest.mark.parametrize(("kind", "state"), [("hang", "S"), ("freeze", "T")])
-def test_what_stands_still(kind, state, tmp_path, start, finish):
-    (run,) = start(RUN, tmp_path, f"{kind}@4")
-    assert [run.stdout.readline() for _ in range(3)] == ["1\n", "2\n", "3\n"]
-    assert run.stderr.readline().startswith(f"drill: {kind}@4")
-    time.sleep(0.5)
-    stat = Path(f"/proc/{run.pid}/stat").read_text()
-    assert stat.rpartition(")")[2].split()[0] == state and run.poll() is None
-    run.kill()
-    assert finish(run, -signal.SIGKILL)[0] == ""
-
-
-def test_the_dead_stay_dead_in_their_place(tmp_path, start, finish):
-    dead = ("dead@4#3",)
-    (run,) = start(RUN, tmp_path, *dead, DITO_PLACE="3")
-    assert finish(run, -signal.SIGKILL)[0] == "1\n2\n3\n"
-    (run,) = start(RUN, tmp_path, *dead, DITO_PLACE="3")
-    assert finish(run, -signal.SIGKILL)[0] == "", "at once, at a later start"
-    for elsewhere in ({"DITO_PLACE": "0"}, {}):
-        (run,) = start(RUN, tmp_path, *dead, **elsewhere)
-        assert finish(run, 0)[0] == WHOLE
-
-
-def test_a_crash_is_an_error_once(faults):
-    first = faults("crash@4")
-    first.before_step(3)
-    with pytest.raises(RuntimeError, match="crash@4"):
-        first.before_step(4)
-    faults("crash@4").before_step(4)
-    faults("crash@5#1").before_step(5)
-    with pytest.raises(RuntimeError):
-        faults("crash@5#1", process=1).before_step(5)
-
-
-def test_a_slow_rank_is_slow_from_a_step_on(faults, monkeypatch):
+def test_a_slow_process_is_slow_from_then_on(tmp_path, monkeypatch):
     slept = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    slow = faults("slow-rank@4:0.25")
-    for step in range(1, 7):
-        slow.before_step(step)
-    assert slept == [0.25] * 3
+    monkeypatch.setattr("time.sleep", slept.append)
+    drill = faults(tmp_path, "slow-rank@3:0.25", "slow-rank@4")
+    for step in range(1, 5):
+        drill.before_step(step)
+    assert slept == [0.25, 0.25, 0.5]
 
 
-@pytest.mark.parametrize(("spec", "again"), [("nan-grad@4", True), ("transient-nan@4", False)])
-def test_images_become_nan_and_again_or_not(spec, again, faults):
-    images = np.ones((2, 4, 4, 1), np.float32)
-    first = faults(spec)
-    assert first.poisoned(3, images) is images
-    poisoned = first.poisoned(4, images)
-    assert np.isnan(poisoned).all() and poisoned.dtype == np.float32 and (images == 1).all()
-    assert np.isnan(first.poisoned(4, images)).all() == again
-    assert faults(spec).poisoned(4, images) is images, "a later start of the same run"
+def test_only_the_process_named_is_struck(tmp_path):
+    other = faults(tmp_path, "crash@1#1", "nan-grad@1#1", process=0)
+    other.before_step(1)
+    assert other.poisoned(1, ROWS) is ROWS
+    with pytest.raises(RuntimeError, match="crash@1#1"):
+        faults(tmp_path, "crash@1#1", process=1).before_step(1)
 
 
-def test_a_spike_multiplies(faults):
-    images = np.full((2, 4, 4, 1), 0.5, np.float32)
-    assert (faults("spike@4").poisoned(4, images) == 50).all()
-    assert (faults("spike@5!:3").poisoned(5, images) == 1.5).all()
+def test_poison_is_in_the_images_of_its_step_once_and_again_when_the_step_is(tmp_path):
+    drill = faults(tmp_path, "nan-grad@2", "spike@3:7", "transient-nan@4")
+    assert drill.poisoned(1, ROWS) is ROWS
+    for _ in range(2):
+        assert np.isnan(drill.poisoned(2, ROWS)["image"]).all()
+    assert (drill.poisoned(3, ROWS)["image"] == 7).all() and drill.poisoned(3, ROWS)["label"] is ROWS["label"]
+    assert np.isnan(drill.poisoned(4, ROWS)["image"]).all()
+    assert (drill.poisoned(4, ROWS)["image"] == 1).all(), "run again, it is whole"
+    assert drill.poisoned(2, ROWS) is ROWS, "not when the run comes to the step another time"
+    assert faults(tmp_path, "nan-grad@2").poisoned(2, ROWS) is ROWS, "nor when it is started again"
+    assert ROWS["image"].max() == 1 and ROWS["image"].dtype == np.float32
 
 
-def test_a_full_disk_is_full_while_it_saves(faults, tmp_path):
-    full = faults("disk-full@4:1000")
-    with full.saving(3):
-        (tmp_path / "a").write_bytes(bytes(2000))
-    with pytest.raises(OSError) as error, full.saving(4):
-        (tmp_path / "b").write_bytes(bytes(2000))
-    assert error.value.errno == errno.EFBIG
-    (tmp_path / "c").write_bytes(bytes(2000))
+@pytest.mark.parametrize("kind", ["bitflip", "truncate", "delete"])
+def test_the_largest_file_of_a_checkpoint_is_damaged(tmp_path, kind):
+    folder = tmp_path / "checkpoints/4"
+    folder.mkdir(parents=True)
+    (folder / "large").write_bytes(bytes(100))
+    (folder / "small").write_bytes(bytes(10))
+    drill = faults(tmp_path, f"{kind}-ckpt@4")
+    drill.after_save(3, folder)
+    assert (folder / "large").read_bytes() == bytes(100)
+    drill.after_save(4, folder)
+    assert (folder / "small").read_bytes() == bytes(10)
+    if kind == "delete":
+        assert not (folder / "large").exists()
+    else:
+        content = (folder / "large").read_bytes()
+        assert len(content) == (50 if kind == "truncate" else 100)
+        assert sum(byte.bit_count() for byte in content) == (1 if kind == "bitflip" else 0)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A checkpoint as Orbax writes it, and its files by name."""
-    from orbax.checkpoint import v1 as ocp
-
-    ocp.save(str(tmp_path / "4"), {"params": jnp.arange(5000.0), "step": jnp.zeros(())})
-    return tmp_path / "4", lambda: {p: p.read_bytes() for p in (tmp_path / "4").rglob("*") if p.is_file()}
-
-
-def changed(before: dict, after: dict) -> list:
-    return [path for path in before if before[path] != after.get(path)]
-
-
-def test_one_bit_is_flipped_by_the_seed_of_the_step(checkpoint, faults):
-    path, files = checkpoint
-    before = files()
-    flips = faults("bitflip-ckpt@4")
-    flips.after_save(3, path)
-    assert files() == before
-    flips.after_save(4, path)
-    (file,) = changed(before, files())
-    difference = int.from_bytes(before[file]) ^ int.from_bytes(file.read_bytes())
-    assert difference.bit_count() == 1 and len(before[file]) >= 4000
-    faults("bitflip-ckpt@4!").after_save(4, path)
-    assert files() == before, "the same bit, flipped back"
+FULL = """
+import sys
+from pathlib import Path
+from dito_jax.training.faults import Faults, FaultsConfig
+from dito_jax.training.run_directory import RunDirectory
+faults = Faults(FaultsConfig(("disk-full@2",)), RunDirectory(sys.argv[1]), process=0)
+for step in (1, 2):
+    faults.before_save(step)
+    try:
+        Path(sys.argv[1], str(step)).write_bytes(bytes(5000))
+    except OSError as error:
+        print(step, error.strerror)
+"""
 
 
-@pytest.mark.parametrize("kind", ["truncate-ckpt", "delete-ckpt"])
-def test_a_file_is_cut_or_deleted(kind, checkpoint, faults):
-    path, files = checkpoint
-    before, largest = files(), largest_data_file(path)
-    faults(f"{kind}@4").after_save(4, path)
-    assert changed(before, files()) == [largest]
-    assert not largest.exists() if kind == "delete-ckpt" else 2 * largest.stat().st_size <= len(before[largest])
-
-
-def test_without_faults_nothing_is_touched(faults, tmp_path):
-    none, images = faults(), np.ones(3)
-    none.begin()
-    none.before_step(1)
-    assert none.poisoned(1, images) is images
-    with none.saving(1):
-        none.after_save(1, tmp_path / "there is none")
-    assert not list(tmp_path.iterdir())
+def test_on_a_full_disk_nothing_large_is_written(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("2 File too large\n", 0)

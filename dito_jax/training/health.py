@@ -1,0 +1,79 @@
+"""Whether a step may change the parameters: judged on the device, from its loss and the norm of its gradient.
+
+A step is bad if either is not finite, or is a spike: further above the median of the last good steps than so many
+robust deviations, (x - median) / max(1.4826 MAD, 1 % of the median), with MAD the median of the distances from the
+median. A bad step leaves parameters, optimizer and averages as they were; the host hears of it later (guard.py).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+FINE, NOT_FINITE, LOSS_SPIKE, GRADIENT_SPIKE = range(4)  # what a step's "bad" metric says
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What makes a step bad, and what many bad steps lead to."""
+
+    spike_deviations: float | None = 30.0  # above the median; None: only what is not finite is bad
+    window: int = 128  # good steps that the median is of; before half of them nothing is a spike
+    burst: int = 5  # so many bad steps,
+    burst_window: int = 50  # of so many, lead back to the last checkpoint before them, past the data of the time
+    rollbacks: int = 3  # to one checkpoint; then the run stops
+    rerun: bool = False  # run a bad step again, to tell a passing fault of the hardware; waits for every step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """What is remembered of the last good steps; NaN where there was none yet."""
+
+    loss: Float[Array, " window"]
+    gradient_norm: Float[Array, " window"]
+    good: Int[Array, ""]  # steps that changed the parameters
+    bad: Int[Array, ""]  # steps that were not let
+
+    @classmethod
+    def new(cls, window: int) -> "Health":
+        """Of a run that begins."""
+        empty = jnp.full((window,), jnp.nan, jnp.float32)
+        return cls(empty, jnp.copy(empty), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def examine(
+    health: Health, loss: Float[Array, ""], gradient_norm: Float[Array, ""], deviations: float | None
+) -> tuple[Int[Array, ""], Health]:
+    """What is wrong with a step, FINE or one of the other three; and the health after it."""
+    bad = jnp.where(jnp.isfinite(loss) & jnp.isfinite(gradient_norm), FINE, NOT_FINITE)
+    if deviations is not None:
+        known = health.good >= health.loss.size // 2
+        for values, value, name in (
+            (health.gradient_norm, gradient_norm, GRADIENT_SPIKE),
+            (health.loss, loss, LOSS_SPIKE),
+        ):
+            bad = jnp.where((bad != NOT_FINITE) & known & (deviation(values, value) > deviations), name, bad)
+    place = health.good % health.loss.size
+    good = Health(
+        loss=health.loss.at[place].set(loss),
+        gradient_norm=health.gradient_norm.at[place].set(gradient_norm),
+        good=health.good + 1,
+        bad=health.bad,
+    )
+    return bad, chosen(bad == FINE, good, dataclasses.replace(health, bad=health.bad + 1))
+
+
+def deviation(values: Float[Array, " window"], value: Float[Array, ""]) -> Float[Array, ""]:
+    """How many robust deviations `value` is above the median of the values that are not NaN."""
+    median = jnp.nanmedian(values)
+    spread = 1.4826 * jnp.nanmedian(jnp.abs(values - median))
+    return (value - median) / jnp.maximum(spread, 0.01 * jnp.abs(median) + 1e-12)
+
+
+def chosen[Tree](condition: Any, this: Tree, that: Tree) -> Tree:
+    """One of two trees."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), this, that)

@@ -1,0 +1,124 @@
+"""Whether what was read is what was written: a fingerprint of every array, and a record that vouches for itself.
+
+A flipped bit in a checkpoint is read without a complaint, as another number. So each save records a fingerprint of
+every array, taken on the devices before any copy of it is made, and a restore takes it again, of what it has put on
+the devices, however the arrays lie on them.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+FILES = "files.json"
+Leaves = Mapping[str, Any]  # arrays by their path in the state
+
+
+class Damaged(Exception):
+    """What was read is not what was written; the message says how it shows."""
+
+
+def fingerprints(leaves: Leaves) -> dict[str, str]:
+    """Of each array 16 hex digits, which depend on its bits and their places, not on its sharding.
+
+    The sum over all elements of h(place, bits) mod 2^32, for two functions h that are one-to-one in the bits: a
+    change in any one element always shows, other changes but for one in 2^64. Sums of integers have no order, so each
+    device adds up its own shard. Arrays of any process or sharding; every process gets all.
+    """
+    # A call for each array: most shapes come four times (parameters, two moments, average), and are compiled once.
+    sums = jax.device_get({name: _lanes(leaf) for name, leaf in leaves.items()})
+    return {name: "".join(f"{int(lane):08x}" for lane in lanes) for name, lanes in sums.items()}
+
+
+def kind(leaf: Any) -> str:
+    """float32[3,4] for an array or what stands for one; "absent" for None."""
+    if leaf is None:
+        return "absent"
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def make_record(leaves: Leaves, metadata: dict[str, Any]) -> dict[str, Any]:
+    """JSON that says what a checkpoint holds: {"arrays": {path: [kind, fingerprint]}, "metadata", "sha256"}."""
+    marks = fingerprints(leaves)
+    arrays = {name: [kind(leaf), marks[name]] for name, leaf in leaves.items()}
+    # As a reader will find it: JSON has no tuples, and no integers as keys.
+    record = json.loads(json.dumps({"arrays": arrays, "metadata": metadata}))
+    return record | {"sha256": _sha256(record)}
+
+
+def check_record(record: Any) -> dict[str, Any]:
+    """The record, if it is as it was made; else raises Damaged."""
+    if not isinstance(record, dict) or "sha256" not in record:
+        raise Damaged("it has no record of its contents")
+    told = {name: value for name, value in record.items() if name != "sha256"}
+    if _sha256(told) != record["sha256"]:
+        raise Damaged("the record of its contents was changed")
+    return record
+
+
+def check_values(leaves: Leaves, record: dict[str, Any]) -> None:
+    """Raises Damaged if an array is not, bit for bit, what the record says."""
+    marks = fingerprints(leaves)
+    wrong = [name for name, leaf in leaves.items() if [kind(leaf), marks[name]] != record["arrays"].get(name)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise Damaged(f"the values of {wrong[0]}{more} are not those that were saved")
+
+
+def write_sizes(directory: Path) -> None:
+    """Records how large each file is, in files.json among them."""
+    unfinished = directory / f".{FILES}"
+    unfinished.write_text(json.dumps(_sizes(directory)))
+    unfinished.replace(directory / FILES)
+
+
+def check_sizes(directory: Path) -> None:
+    """Raises Damaged if a file is missing or of another size; nothing where sizes were not recorded."""
+    try:
+        recorded = json.loads((directory / FILES).read_text())
+    except (FileNotFoundError, ValueError):
+        return
+    found = _sizes(directory)
+    for name, size in recorded.items():
+        if name not in found:
+            raise Damaged(f"its file {name} is missing")
+        if found[name] != size:
+            raise Damaged(f"its file {name} has {found[name]:,} bytes, not {size:,}")
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name not in (FILES, f".{FILES}"))
+    return {os.fspath(path.relative_to(directory)): path.stat().st_size for path in sorted(files)}
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _lanes(leaf: jax.Array) -> jax.Array:
+    """The two sums, uint32[2]."""
+    assert leaf.dtype.itemsize <= 4, f"{kind(leaf)}: 64 bits do not fit"
+    unsigned = jnp.uint8 if leaf.dtype == bool else np.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = leaf.astype(unsigned) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, unsigned)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for dim in range(leaf.ndim):
+        stride = jnp.uint32(math.prod(leaf.shape[dim + 1 :]) % 2**32)
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim) * stride
+    # Odd factors and xor-shifts are one-to-one; the constants are those of xxHash and MurmurHash3.
+    mixed = _stirred(bits.astype(jnp.uint32) ^ _stirred(place, 0x9E3779B1), 0x85EBCA77)
+    again = _stirred(mixed ^ place, 0xC2B2AE3D)
+    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(again, dtype=jnp.uint32)])
+
+
+def _stirred(x: jax.Array, odd: int) -> jax.Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(odd)
+    return x ^ (x >> 15)

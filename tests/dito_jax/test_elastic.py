@@ -1,0 +1,41 @@
+"""The same batch on fewer processes."""
+
+import dataclasses
+
+import pytest
+
+from dito_jax.config import TrainConfig, load
+from dito_jax.elastic import shrunk
+from dito_jax.errors import UserError
+from dito_jax.sharding import MeshConfig
+
+
+def config(batch_size: int, accumulation: int = 1, **mesh: int) -> TrainConfig:
+    digits = load("configs/digits.py")
+    train = dataclasses.replace(digits.train, batch_size=batch_size, accumulation=accumulation)
+    return dataclasses.replace(digits, train=train, mesh=MeshConfig(**mesh))
+
+
+@pytest.mark.parametrize(
+    ("config", "devices_each", "before", "left", "used", "data", "accumulation"),
+    [
+        (config(48), 1, 4, 3, 3, 3, 2),  # 12 a device before; 16, so in two parts of 8
+        (config(64), 1, 4, 3, 2, 2, 2),  # three do not divide 64
+        (config(64), 1, 4, 2, 2, 2, 2),
+        (config(64, accumulation=2), 1, 4, 2, 2, 2, 4),
+        (config(48, data=4), 1, 4, 3, 3, 3, 2),
+        (config(96, fsdp=2), 2, 4, 3, 3, 3, 2),
+        (config(64, data=2, fsdp=4), 8, 1, 1, 1, 2, 1),
+        (config(64, data=4, fsdp=8), 8, 4, 2, 2, 2, 2),
+        (config(64, data=2, fsdp=8), 4, 4, 3, 2, 1, 2),  # half the data axis is two processes
+    ],
+    ids=lambda value: "" if isinstance(value, TrainConfig) else str(value),
+)
+def test_the_data_axis_shrinks_and_a_device_holds_no_more(config, devices_each, before, left, used, data, accumulation):
+    got = shrunk(config, devices_each=devices_each, before=before, left=left)
+    assert got == (used, ["--mesh.data", str(data), "--train.accumulation", str(accumulation)])
+
+
+def test_what_cannot_shrink_says_so():
+    with pytest.raises(UserError, match="1 of 2 processes are left, and the data axis .1. cannot shrink"):
+        shrunk(config(64, data=1, fsdp=16), devices_each=8, before=2, left=1)
