@@ -24,7 +24,7 @@ from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.judge import judge
 from dito_jax.evaluation.sample import make_sampler
-from dito_jax.processes import index, join
+from dito_jax.processes import agree, index, join
 from dito_jax.sharding import make_mesh
 from dito_jax.training.attendance import Attendance, attended
 from dito_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
@@ -89,6 +89,7 @@ def train(config: TrainConfig, run: RunDirectory, program: Program, attendance: 
     # --------------------------------------------------------------------------------------------------------- compile
     with ledger.phase("compile"):
         step, compiled = compile_step(program.step, program.state, program.batch)
+        agree(True)  # a process that had it in its cache waits here, and not in its first step
     command_line.say(compiled.line())
     throughput = Throughput(
         images_per_step=config.train.batch_size,

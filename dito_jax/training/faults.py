@@ -39,7 +39,7 @@ POISONS = ("nan-grad", "spike", "transient-nan")
 DAMAGES = ("bitflip-ckpt", "truncate-ckpt", "delete-ckpt")
 KINDS = (*STOPS, "slow-rank", "dead", *POISONS, *DAMAGES, "disk-full")
 FULL = 4096  # bytes that a file may have on a full disk
-GRAMMAR = re.compile(r"(?P<kind>[a-z-]+)@(?P<step>\d+)(#(?P<process>\d+))?(?P<always>!)?(:(?P<value>[\d.]+))?")
+GRAMMAR = re.compile(r"(?P<kind>[a-z-]+)@(?P<step>\d+)(#(?P<process>\d+))?(?P<always>!)?(:(?P<value>\d+(\.\d+)?))?")
 
 
 @dataclasses.dataclass(frozen=True)
