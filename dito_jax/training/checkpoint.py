@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dito_jax.errors import UserError
 from dito_jax.processes import agree
-from dito_jax.training.integrity import Damaged, check_record, check_sizes, check_values, kind, make_record, write_sizes
+from dito_jax.training.integrity import Damaged, Record, check_sizes, check_values, kind, read_record, write_sizes
 from dito_jax.training.orbax_errors import first_line, hush_orbax, refusal
 from dito_jax.training.retention import CheckpointConfig, superfluous
 
@@ -90,7 +90,7 @@ class Checkpoints:
             return
         leaves = _by_path(state)
         self._saving = step, sum(leaf.nbytes for leaf in leaves.values())
-        record = make_record(leaves, metadata | {"time": time.time()})
+        record = Record(leaves, metadata | {"time": time.time()})
         # Made in the background, directories keep a process whose save failed before from ending.
         in_turn = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         with self._explained(), ocp.Context(async_options=in_turn):
@@ -99,9 +99,7 @@ class Checkpoints:
                 self._remove_unfinished()
                 if self._saving[1] > self._free():
                     raise self._refused("measured before writing")
-            response = ocp.save_checkpointables_async(
-                str(self.path(step)), {"state": leaves}, custom_metadata={"record": record}
-            )
+            response = ocp.save_checkpointables_async(str(self.path(step)), {"state": leaves, "record": record})
         self._pending = self._background.submit(self._finish, step, response)
 
     def wait(self) -> None:
@@ -176,11 +174,7 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; choose from: {there}.")
         with self._damage_told(step):
-            try:
-                stored: Any = ocp.metadata(str(self.path(step)), "state").custom_metadata
-            except Exception as error:  # whatever Orbax makes of damaged files
-                raise Damaged(f"its metadata cannot be read: {first_line(error)}") from error
-            return check_record((stored or {}).get("record"))
+            return read_record(self.path(step))
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given as `metadata`, and "time", seconds since 1970."""

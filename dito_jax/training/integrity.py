@@ -5,11 +5,12 @@ every array, taken on the devices before any copy of it is made, and a restore t
 the devices, however the arrays lie on them.
 """
 
+import asyncio
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 
 FILES = "files.json"
+RECORD = Path("record/record.json")
 Leaves = Mapping[str, Any]  # arrays by their path in the state
 
 
@@ -33,9 +35,22 @@ def fingerprints(leaves: Leaves) -> dict[str, str]:
     change in any one element always shows, other changes but for one in 2^64. Sums of integers have no order, so each
     device adds up its own shard. Arrays of any process or sharding; every process gets all.
     """
+    return begin_fingerprints(leaves)()
+
+
+def begin_fingerprints(leaves: Leaves) -> Callable[[], dict[str, str]]:
+    """`fingerprints` for another thread to wait for; the arrays may be donated meanwhile."""
     # A call for each array: most shapes come four times (parameters, two moments, average), and are compiled once.
-    sums = jax.device_get({name: _lanes(leaf) for name, leaf in leaves.items()})
-    return {name: "".join(f"{int(lane):08x}" for lane in lanes) for name, lanes in sums.items()}
+    compute = lambda leaves: {name: _lanes(leaf) for name, leaf in leaves.items()}
+    hexadecimal = lambda sums: {
+        name: "".join(f"{int(lane):08x}" for lane in lanes) for name, lanes in jax.device_get(sums).items()
+    }
+    if jax.process_count() == 1 and all(_on_cpu(leaf) for leaf in leaves.values()):
+        # A CPU computes where it is called. It may read the old values later: who donates them gets a copy then.
+        aliases = {name: _alias(leaf) for name, leaf in leaves.items()}
+        return lambda: hexadecimal(compute(aliases))
+    sums = compute(leaves)  # queued on the devices, before whatever takes the arrays' memory
+    return lambda: hexadecimal(sums)
 
 
 def kind(leaf: Any) -> str:
@@ -45,17 +60,46 @@ def kind(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
-def make_record(leaves: Leaves, metadata: dict[str, Any]) -> dict[str, Any]:
-    """JSON that says what a checkpoint holds: {"arrays": {path: [kind, fingerprint]}, "metadata", "sha256"}."""
-    marks = fingerprints(leaves)
-    arrays = {name: [kind(leaf), marks[name]] for name, leaf in leaves.items()}
-    # As a reader will find it: JSON has no tuples, and no integers as keys.
-    record = json.loads(json.dumps({"arrays": arrays, "metadata": metadata}))
-    return record | {"sha256": _sha256(record)}
+class Record:
+    """Says what a checkpoint holds: {"arrays": {path: [kind, fingerprint]}, "metadata", "sha256"}, as JSON.
+
+    Orbax saves it beside the arrays, and waits for their fingerprints in the background.
+    """
+
+    def __init__(self, leaves: Leaves, metadata: dict[str, Any]):
+        self._kinds = {name: kind(leaf) for name, leaf in leaves.items()}
+        self._marks, self._metadata = begin_fingerprints(leaves), metadata
+
+    def made(self) -> dict[str, Any]:
+        """The record; waits."""
+        marks = self._marks()
+        arrays = {name: [kind, marks[name]] for name, kind in self._kinds.items()}
+        # As a reader will find it: JSON has no tuples, and no integers as keys.
+        record = json.loads(json.dumps({"arrays": arrays, "metadata": self._metadata}))
+        return record | {"sha256": _sha256(record)}
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Orbax's protocol for what saves itself: what it returns is done in the background."""
+
+        async def write() -> None:
+            folder = await directory.await_creation()
+            record = await asyncio.to_thread(self.made)
+            if jax.process_index() == 0:
+                (Path(folder) / RECORD.name).write_text(json.dumps(record))
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        """Nothing loads it through Orbax; `read_record` does."""
+        raise NotImplementedError
 
 
-def check_record(record: Any) -> dict[str, Any]:
-    """The record, if it is as it was made; else raises Damaged."""
+def read_record(step: Path) -> dict[str, Any]:
+    """The record in a step's directory, if it is as it was made; else raises Damaged."""
+    try:
+        record = json.loads((step / RECORD).read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise Damaged("the record of its contents cannot be read") from error
     if not isinstance(record, dict) or "sha256" not in record:
         raise Damaged("it has no record of its contents")
     told = {name: value for name, value in record.items() if name != "sha256"}
@@ -101,6 +145,16 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _on_cpu(leaf: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in leaf.sharding.device_set)
+
+
+def _alias(leaf: jax.Array) -> jax.Array:
+    """The same memory of a CPU as another array."""
+    shards = [jax.device_put(np.asarray(shard.data), shard.device, may_alias=True) for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
 @jax.jit

@@ -274,7 +274,7 @@ def test_checkpoint_of_another_model_names_the_first_leaf_that_differs(tmp_path)
         ("state/_METADATA", 0.5, "its file state/_METADATA has"),
         ("state/manifest.ocdbt", 0, "its file state/manifest.ocdbt has 0 bytes, not"),
         ("state/ocdbt*/d/*", 0.5, "its file state/ocdbt.process_0/d/"),
-        ("_CHECKPOINT_METADATA", 0.5, "its metadata cannot be read|it has no record"),
+        ("record/record.json", 0.5, "the record of its contents cannot be read"),
     ],
 )
 @pytest.mark.usefixtures("collected")
@@ -338,7 +338,8 @@ def test_nothing_wrong_is_ever_loaded(tmp_path, known_sizes):
 def test_a_flipped_bit_in_the_values_is_told_from_fast_and_off(tmp_path):
     """Bits flipped inside the data, as they lie on the disk: only a full check sees them."""
     x = {"x": make_big()["x"]}
-    Checkpoints(tmp_path).save(1, x, metadata={})
+    (writer := Checkpoints(tmp_path)).save(1, x, metadata={})
+    writer.close()
     data = max((tmp_path / "1").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
@@ -378,7 +379,7 @@ def test_when_no_step_is_good_nothing_is_loaded(tmp_path):
         checkpoints.save(step, make_state(step), metadata={})
     checkpoints.wait()
     for step in (1, 2):
-        (tmp_path / f"{step}/_CHECKPOINT_METADATA").write_text("{}")
+        (tmp_path / f"{step}/record/record.json").write_text("{}")
     with pytest.raises(DamagedCheckpoint, match=f"{tmp_path}/1: damaged .*use another --run-dir"):
         checkpoints.restore_newest(like(make_state(1)), lambda step, error: heard.append(step))
     assert heard == [2, 1]

@@ -1,12 +1,14 @@
 """What was read is told from what was written."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dito_jax.training import integrity
-from dito_jax.training.integrity import Damaged, check_record, check_sizes, check_values, fingerprints, make_record
+from dito_jax.training.integrity import Damaged, Record, check_sizes, check_values, fingerprints, read_record
 
 
 LEAVES = {
@@ -49,17 +51,36 @@ def test_sharding_does_not_count_and_nothing_is_gathered(shape):
     assert "all-reduce" in text and "all-gather" not in text
 
 
-def test_a_record_vouches_for_itself_and_for_the_values():
-    record = make_record(LEAVES, {"step": 3, "shape": (1, 2)})
-    assert check_record(record) is record and record["metadata"] == {"step": 3, "shape": [1, 2]}
+def test_a_record_vouches_for_itself_and_for_the_values(tmp_path):
+    record = Record(LEAVES, {"step": 3, "shape": (1, 2)}).made()
+    (tmp_path / "record").mkdir()
+    file = tmp_path / "record/record.json"
+    file.write_text(json.dumps(record))
+    assert read_record(tmp_path) == record and record["metadata"] == {"step": 3, "shape": [1, 2]}
     check_values(LEAVES, record)
     with pytest.raises(Damaged, match="values of int32 and 1 more are not those"):
         check_values(LEAVES | {"int32": LEAVES["int32"] + 1, "number": -LEAVES["number"]}, record)
+    file.write_text(json.dumps(record | {"metadata": {"step": 4, "shape": [1, 2]}}))
     with pytest.raises(Damaged, match="record of its contents was changed"):
-        check_record(record | {"metadata": {"step": 4, "shape": [1, 2]}})
-    for nothing in (None, {}, [], {"arrays": {}}):
-        with pytest.raises(Damaged, match="no record"):
-            check_record(nothing)
+        read_record(tmp_path)
+    for nothing in ("null", "{}", "[]", '{"arrays": {}}', "{"):
+        file.write_text(nothing)
+        with pytest.raises(Damaged, match=r"no record|record .* cannot be read"):
+            read_record(tmp_path)
+    file.unlink()
+    with pytest.raises(Damaged, match="cannot be read"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_is_donated_meanwhile_is_still_read_as_it_was(devices):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("a",))
+    x = jax.device_put(jnp.arange(4096.0), jax.NamedSharding(mesh, jax.P("a")))
+    wanted, later = fingerprints({"x": x}), integrity.begin_fingerprints({"x": x})
+    step = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    y = step(step(x))
+    y.block_until_ready()
+    assert later() == wanted != fingerprints({"x": y})
 
 
 def test_files_that_shrank_or_went_are_named(tmp_path):
