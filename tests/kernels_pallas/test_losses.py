@@ -42,10 +42,16 @@ def test_reference_is_the_formula(softcap):
             np.testing.assert_allclose(loss[r], want - logits[labels[r]] + 0.1 * want**2, rtol=1e-5)
 
 
-def test_logits_that_overflow_an_exponential_do_no_harm():
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_logits_that_overflow_an_exponential_do_no_harm(implementation):
     x, w, labels = arrays()
-    loss, lse = linear_cross_entropy(1e3 * x, w, labels)
-    gradient = jax.grad(lambda x: linear_cross_entropy(1e3 * x, w, labels)[0].sum())(x)
+
+    def total(x):
+        loss, lse = linear_cross_entropy(1e3 * x, w, labels, implementation=implementation)
+        return loss.sum(), (loss, lse)
+
+    with backend.interpret_mode():
+        gradient, (loss, lse) = jax.grad(total, has_aux=True)(x)
     assert np.isfinite(loss).all() and np.isfinite(lse).all() and np.isfinite(gradient).all()
 
 
@@ -64,6 +70,19 @@ def test_chunks_of_the_vocabulary_add_up(width, softcap):
     labels, static = labels.at[::3].set(-100), dict(z_loss=1e-2, logit_softcap=softcap)
     with mock.patch.object(triton, "CHUNK", 128), backend.interpret_mode():
         got = gradients("triton", x, w, labels, **static)
+    for mine, theirs in zip(got, gradients("xla", x, w, labels, **static), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("ignored", [0, 7, 20])
+def test_any_number_may_stand_for_no_label(ignored):
+    """A class's own, as where padding is one, or one past the last."""
+    x, w, labels = arrays()
+    labels, static = labels.at[::2].set(ignored), dict(ignore_index=ignored, z_loss=1e-2)
+    with backend.interpret_mode():
+        loss, _ = linear_cross_entropy(x, w, labels, implementation="triton", **static)
+        got = gradients("triton", x, w, labels, **static)
+    np.testing.assert_array_equal(loss == 0, labels == ignored)
     for mine, theirs in zip(got, gradients("xla", x, w, labels, **static), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import deviceless, gated_residual_norm, modulated_norm
+from kernels_pallas import backend, deviceless, gated_residual_norm, modulated_norm
 
 
 B, T, D = 2, 3, 8
@@ -34,7 +34,7 @@ def formula(x, scale, shift, weight, kind, eps):
 
 
 MODULATIONS = [((B, D), (B, D), None), ((B, T, D), (B, D), (D,)), ((B, D), (B, T, D), None), (None, None, (D,)),
-               (None, (B, D), None), ((B, D), None, (D,)), (None, None, None)]  # fmt: skip
+               (None, (B, D), None), ((B, D), None, (D,)), ((B, D), None, None), (None, None, None)]  # fmt: skip
 
 
 @pytest.mark.parametrize("shapes", MODULATIONS, ids=str)
@@ -61,11 +61,44 @@ def test_residual_reference_is_the_formula(kind, gated):
         assert np.abs(got - want).max() <= roundings * np.finfo(np.float32).eps * np.abs(want).max()
 
 
-def test_what_is_normalised_is_what_is_returned():
+def both_ways(function, implementation, given):
+    """The outputs and the gradients of the arrays that there are."""
+    at = [i for i, a in enumerate(given) if a is not None]
+    call = lambda *some: function(*(some[at.index(i)] if i in at else None for i in range(len(given))), implementation)
+    with backend.interpret_mode():
+        out, vjp = jax.vjp(call, *(given[i] for i in at))
+        return [*jax.tree.leaves(out), *vjp(jax.tree.map(jnp.cos, out))]
+
+
+@pytest.mark.parametrize("shapes", MODULATIONS, ids=str)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_the_kernel_takes_each_modulation_by_itself(kind, shapes):
+    """One for each example beside one for each token, or beside none: both ways, at an eps that shows."""
+    function = lambda x, scale, shift, weight, implementation: modulated_norm(
+        x, scale, shift, weight=weight, kind=kind, eps=0.1, implementation=implementation
+    )
+    given = arrays((B, T, D), *shapes)
+    got, want = (both_ways(function, name, given) for name in ("triton", "xla"))
+    for mine, wanted in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("shapes", [((B, T, D), (B, D), (B, D)), ((B, D), (B, T, D), (B, D))], ids=str)
+def test_the_residual_kernel_takes_each_modulation_by_itself(shapes):
+    function = lambda *arrays: gated_residual_norm(*arrays[:-1], implementation=arrays[-1])
+    given = arrays((B, T, D), (B, T, D), *shapes)
+    got, want = (both_ways(function, name, given) for name in ("triton", "xla"))
+    for mine, wanted in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_what_is_normalised_is_what_is_returned(implementation):
     """x_new is rounded once, and the backward reads it: its norm must be of the rounded one."""
     x, branch, gate = (a.astype(jnp.bfloat16) for a in arrays((B, T, D), (B, T, D), (B, D)))
-    x_new, y = gated_residual_norm(x, branch, gate)
-    np.testing.assert_array_equal(y, modulated_norm(x_new))
+    with backend.interpret_mode():
+        x_new, y = gated_residual_norm(x, branch, gate, implementation=implementation)
+        np.testing.assert_array_equal(y, modulated_norm(x_new, implementation=implementation))
 
 
 def test_results_have_the_dtype_of_x():

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dito_jax.layers.attention import Attention
 from dito_jax.layers.embed import time_features
 from dito_jax.layers.mlp import GeluMLP, SwiGLU
 from dito_jax.layers.patchify import patchify, unpatchify
 from dito_jax.sharding import MeshConfig, make_mesh
+from kernels_pallas import Rotation
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
@@ -56,3 +58,14 @@ def test_a_fused_mlp_is_the_plain_one_on_a_mesh_too(layer):
             got = passes("xla")
         for mine, theirs in zip(got, want, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_attention_turns_by_one_rotation_or_each_examples_own_on_a_mesh_too(rows):
+    positions = jax.random.randint(jax.random.key(0), (rows, 6, 1), 0, 50)
+    x, rotation = jax.random.normal(jax.random.key(1), (8, 6, 32)), Rotation.of(positions, (8,))
+    attention = lambda x: Attention(32, 4, 2, qk_norm=True, rngs=nnx.Rngs(0))(x, rotation)
+    want = jax.jit(attention)(x)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), np.array(jax.devices()))):
+        got = jax.jit(attention)(x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())

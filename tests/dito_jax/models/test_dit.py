@@ -113,9 +113,10 @@ def test_grouped_queries_equal_repeated_keys_and_values():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_original_agrees_with_a_plain_numpy_forward():
-    """Written from the paper alone, float64: the definition that the layers have to meet."""
-    config = dataclasses.replace(TINY, **ORIGINAL)
+@pytest.mark.parametrize("make", [ORIGINAL, MODERN], ids=["original", "modern"])
+def test_agrees_with_a_plain_numpy_forward(make):
+    """Written from the papers alone, float64: the definition that the layers have to meet."""
+    config = dataclasses.replace(TINY, **make)
     graph, params = random_params(config)
     got = forward(graph, params, *inputs(config))
     want = numpy_dit(nnx.to_pure_dict(params), config, *inputs(config))
@@ -128,12 +129,28 @@ def numpy_dit(params, config, image, t, label):
     image, t, label = np.asarray(image, np.float64), np.asarray(t, np.float64), np.asarray(label)
 
     def dense(x, w, inputs=1):
-        kernel = w["kernel"]
-        return np.tensordot(x, kernel, axes=inputs) + w["bias"]
+        return np.tensordot(x, w["kernel"], axes=inputs) + w.get("bias", 0)
+
+    def rms(x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
 
     def norm(x, scale, shift):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        x = rms(x - x.mean(-1, keepdims=True)) if config.norm == "layer" else rms(x)
         return x * (1 + scale[:, None]) + shift[:, None]
+
+    def turned(x):  # half of a head's pairs, (x_i, x_{i + H/2}), by the row and half by the column
+        each = x.shape[-1] // 4
+        at = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)  # (T, 2)
+        angles = (at[:, :, None] * 1e4 ** (-np.arange(each) / each)).reshape(1, -1, 1, 2 * each)
+        pairs = (x[..., : 2 * each] + 1j * x[..., 2 * each :]) * np.exp(1j * angles)
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    def mlp(x, w):
+        if config.mlp == "swiglu":
+            gate, up = np.moveaxis(dense(x, w["gate_up"]), 2, 0)
+            return dense(silu(gate) * up, w["down"])
+        x = dense(x, w["up"])
+        return dense(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), w["down"])
 
     def silu(x):
         return x / (1 + np.exp(-x))
@@ -155,7 +172,7 @@ def numpy_dit(params, config, image, t, label):
         for r in range(rows)
         for c in range(columns)
     ]
-    x = dense(patches, p["patches"]) + np.stack(table)[None]
+    x = dense(patches, p["patches"]) + (np.stack(table)[None] if config.positions == "sincos" else 0)
     angles = 1000 * t[:, None] * np.exp(-np.log(1e4) * np.arange(128) / 128)
     features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     c = silu(dense(silu(dense(features, p["time"]["up"])), p["time"]["out"]) + p["label"]["table"][label])
@@ -164,13 +181,15 @@ def numpy_dit(params, config, image, t, label):
         b = jax.tree.map(lambda a, layer=layer: a[layer], p["blocks"])
         shift1, scale1, gate1, shift2, scale2, gate2 = np.moveaxis(dense(c, b["modulation"]), 1, 0)
         q, k, v = np.moveaxis(dense(norm(x, scale1, shift1), b["attention"]["qkv"]), 3, 0)  # (B, T, N, H) each
+        if config.qk_norm:
+            q, k = rms(q) * b["attention"]["q_norm"], rms(k) * b["attention"]["k_norm"]
+        if config.positions == "rope":
+            q, k = turned(q), turned(k)
         logits = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         x = x + gate1[:, None] * dense(np.einsum("bnts,bsnh->btnh", weights, v), b["attention"]["out"], inputs=2)
-        hidden = dense(norm(x, scale2, shift2), b["mlp"]["up"])
-        hidden = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
-        x = x + gate2[:, None] * dense(hidden, b["mlp"]["down"])
+        x = x + gate2[:, None] * mlp(norm(x, scale2, shift2), b["mlp"])
 
     shift, scale = np.moveaxis(dense(c, p["modulation"]), 1, 0)
     out = dense(norm(x, scale, shift), p["out"])
@@ -191,6 +210,8 @@ def numpy_dit(params, config, image, t, label):
         ({"width": 72, "num_heads": 6}, "head width 12"),
         ({"depth": 0}, "depth 0"),
         ({"kernels": KernelsConfig(norm="cuda")}, "kernels.norm 'cuda' is no implementation; choose from xla, triton"),
+        ({"kernels": KernelsConfig(qk_norm_rope="mosaic_gpu")}, "qk_norm_rope 'mosaic_gpu' is no implementation"),
+        ({"kernels": KernelsConfig(attention="cuda")}, "kernels.attention 'cuda' is no implementation"),
         ({"kernels": KernelsConfig(norm="triton"), "forward_mode": True}, "forward_mode has no other norms"),
     ],
 )
@@ -228,8 +249,10 @@ def test_a_kernel_by_name_changes_neither_the_image_nor_a_gradient(part, make):
         lowered = str(jax.make_jaxpr(lambda: value_and_gradients(config))())
         got = value_and_gradients(config)
     mlp = {"swiglu": "gated_mlp", "gelu": "dense_mlp"}[config.mlp]
-    name = {"norm": "gated_residual_norm", "attention": "flash_attention", "mlp": mlp}.get(part, part)
-    assert f"{name}_forward" in lowered and f"{name}_backward" in lowered
+    kernels = {"norm": {"modulated_norm", "gated_residual_norm"}, "qk_norm_rope": {"qk_norm_rope"},
+               "attention": {"flash_attention"}, "mlp": {mlp}}  # fmt: skip
+    for pass_ in ("forward", "backward"):
+        assert {name for name in set().union(*kernels.values()) if f"{name}_{pass_}" in lowered} == kernels[part]
     for mine, theirs in zip(got, want, strict=True):
         # Roundings of float32, which attention without QK-norm amplifies: 1.5e-5 at most.
         assert np.linalg.norm(mine - theirs) <= 1e-4 * np.linalg.norm(theirs)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dito_jax.models.dit import DiTConfig
-from dito_jax.planning.block import measure, table, traffic
+from dito_jax.planning.block import FUSED, PLAIN, BlockRow, _passes, choices, measure, table, traffic
 from dito_jax.planning.hlo import contents
 from dito_jax.planning.lowering import without_payloads
 from kernels_pallas import backend
@@ -132,6 +132,8 @@ ENTRY %main (p0: bf16[4,8], p1: f32[8]) -> (bf16[4,8], f32[4]) {
   %call = (bf16[4,8]{1,0}, f32[4]{0}) custom-call(%fusion.1), custom_call_target="__gpu$xla.gpu.triton"
   %get.0 = bf16[4,8]{1,0} get-tuple-element(%call), index=0
   %get.1 = f32[4]{0} get-tuple-element(%call), index=1
+  %flat = bf16[32]{0} bitcast(%fusion.1)
+  %zeros = f32[8]{0} constant({...})
   ROOT %tuple = (bf16[4,8]{1,0}, f32[4]{0}) tuple(%get.0, %get.1)
 }
 """
@@ -140,6 +142,24 @@ ENTRY %main (p0: bf16[4,8], p1: f32[8]) -> (bf16[4,8], f32[4]) {
 def test_traffic_is_what_instructions_read_and_write():
     fusion, call = (64 + 32) + 64, 64 + (64 + 16)
     assert traffic(BLOCK) == (fusion + call, 2)
+
+
+def test_each_fusion_is_compared_alone_and_all_together():
+    differs = lambda kernels: {field for field in FUSED if getattr(kernels, field) != getattr(PLAIN, field)}
+    alone = {field: {field} for field in FUSED}
+    assert {name: differs(kernels) for name, kernels in choices().items()} == {"xla": set(), **alone, "all": {*FUSED}}
+
+
+def test_a_block_computes_its_output_and_every_gradient():
+    function, shapes = _passes(DiTConfig((4, 4, 1), 3, patch=2, depth=1, width=32, num_heads=2), 2)
+    y, gradients = jax.eval_shape(function, *shapes)
+    assert [leaf.shape for leaf in jax.tree.leaves((gradients, y))] == [leaf.shape for leaf in jax.tree.leaves(shapes)]
+
+
+def test_the_page_of_a_block_compares_with_its_first_row():
+    rows = [BlockRow("xla", 200_000_000, 9, 300.0), BlockRow("all", 50_000_000, 4, 100.0)]
+    first, second = table(rows, "title").splitlines()[4:]
+    assert (first, second) == ("| xla | 200 | 1.00 | 9 | 300 | 1.00 |", "| all | 50 | 0.25 | 4 | 100 | 3.00 |")
 
 
 def test_a_block_is_timed_under_each_choice_of_kernels():

@@ -1,0 +1,72 @@
+"""What an op says its work is, against the arrays that go in and out of its kernel, and XLA's count of its products."""
+
+import functools
+
+import jax
+import pytest
+
+from kernels_pallas import (
+    DENSE_MLP,
+    GATED_MLP,
+    GATED_RESIDUAL_NORM,
+    LINEAR_CROSS_ENTROPY,
+    MODULATED_NORM,
+    QK_NORM_ROPE,
+    backend,
+)
+
+
+OPS = {
+    op.name: op
+    for op in (MODULATED_NORM, GATED_RESIDUAL_NORM, QK_NORM_ROPE, GATED_MLP, DENSE_MLP, LINEAR_CROSS_ENTROPY)
+}
+TINY = [(name, case) for name, op in OPS.items() for case in op.cases if op.cases[case].tiny]
+
+
+def traced(name, case, pass_):
+    """The jaxpr of a pass of the Triton road."""
+    case_, kernel = OPS[name].cases[case], OPS[name].kernels["triton"]
+    forward = functools.partial(kernel.forward, **case_.static)
+    with backend.interpret_mode():
+        if pass_ == "forward":
+            return jax.make_jaxpr(forward)(*case_.arrays).jaxpr
+        out, residuals = jax.eval_shape(forward, *case_.arrays)
+        return jax.make_jaxpr(functools.partial(kernel.backward, **case_.static))(residuals, out).jaxpr
+
+
+def size(arrays) -> int:
+    return sum(array.size * array.dtype.itemsize for array in arrays)
+
+
+@pytest.mark.parametrize("name, case", TINY)
+def test_every_array_counts_once_forward(name, case):
+    """Inputs, outputs, and what is kept for the backward."""
+    jaxpr, case_ = traced(name, case, "forward"), OPS[name].cases[case]
+    moved = {*jaxpr.invars, *jaxpr.outvars}
+    assert OPS[name].cost["forward"](*case_.arrays, **case_.static).bytes == size(v.aval for v in moved)
+
+
+@pytest.mark.parametrize("name, case", TINY)
+def test_every_array_counts_once_backward(name, case):
+    """What was kept and is read, the cotangents, the gradients."""
+    jaxpr, case_ = traced(name, case, "backward"), OPS[name].cases[case]
+    read = {v for equation in jaxpr.eqns for v in equation.invars if isinstance(v, jax.extend.core.Var)}
+    written = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)}
+    moved = size(v.aval for v in (read & set(jaxpr.invars)) | written)
+    if name == "qk_norm_rope" and case_.arrays[1] is not None:  # of qkv, the values are not read
+        moved -= size(case_.arrays[:1]) // case_.arrays[0].shape[3]
+    said = OPS[name].cost["backward"](*case_.arrays, **case_.static).bytes
+    slack = 0.01 if name == "dense_mlp" else 0  # its count has the biases read, which nobody does
+    assert said == pytest.approx(moved, rel=slack)
+
+
+@pytest.mark.parametrize(
+    "name, case, times", [("gated_mlp", "dit_xl_256", 2), ("dense_mlp", "dit_xl_256", 2),
+                          ("linear_cross_entropy", "janus_pro_1b", 3)])  # fmt: skip
+def test_flops_are_those_of_the_definitions_products(name, case, times):
+    """The backward's are twice the forward's, and once more where it computes the logits again."""
+    op, case_ = OPS[name], OPS[name].cases[case]
+    counted = jax.jit(functools.partial(op.reference, **case_.static)).lower(*case_.arrays).cost_analysis()["flops"]
+    forward, backward = (op.cost[p](*case_.arrays, **case_.static).flops for p in ("forward", "backward"))
+    assert forward == pytest.approx(counted, rel=0.01)
+    assert backward == times * forward
