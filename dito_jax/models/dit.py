@@ -117,7 +117,7 @@ class DiTConfig:
                 and not {self.kernels.norm, self.kernels.qk_norm_rope, self.kernels.mlp} <= {None, "xla"}
             ),
         }
-        return [problem for problem, broken in rules.items() if broken] + self.kernels.problems()
+        return [problem for problem, broken in rules.items() if broken] + self.kernels.problems(self.mlp)
 
     def run_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
         """What makes a run impossible, by its mesh and the images of a device at a time, and whether it does."""

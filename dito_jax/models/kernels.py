@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kernels_pallas import FLASH_ATTENTION, GATED_MLP, GATED_RESIDUAL_NORM, QK_NORM_ROPE
+from kernels_pallas import DENSE_MLP, FLASH_ATTENTION, GATED_MLP, GATED_RESIDUAL_NORM, QK_NORM_ROPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,13 +16,13 @@ class KernelsConfig:
         None  # gated_mlp and dense_mlp; None is another thing here: products of XLA's in the model's dtype
     )
 
-    def problems(self) -> list[str]:
-        """The names that no implementation has, a line each."""
+    def problems(self, mlp: str) -> list[str]:
+        """The names that no implementation has, for a model with MLPs of this make, a line each."""
         tables = {
             "attention": FLASH_ATTENTION,
             "norm": GATED_RESIDUAL_NORM,
             "qk_norm_rope": QK_NORM_ROPE,
-            "mlp": GATED_MLP,
+            "mlp": DENSE_MLP if mlp == "gelu" else GATED_MLP,
         }
         found = []
         for field, op in tables.items():
