@@ -48,7 +48,11 @@ from dito_jax.training.supervisor import Supervisor, places
 
 def main() -> None:
     """The entry point."""
-    command_line.run(lambda: _parsed(sys.argv[1:]), lambda options: VERBS[options.verb](options))
+    command_line.run(
+        lambda: _parsed(sys.argv[1:]),
+        lambda options: VERBS[options.verb](options),
+        computes=lambda options: options.verb != "supervise",  # its processes do, perhaps on other machines
+    )
 
 
 def sample(options: argparse.Namespace) -> None:

@@ -24,14 +24,20 @@ from dito_jax.training.state import TrainState, upcycled_state
 from kernels_pallas import backend
 
 
-def run[Arguments](parse: Callable[[], Arguments], execute: Callable[[Arguments], None]) -> None:
+def run[Arguments](
+    parse: Callable[[], Arguments],
+    execute: Callable[[Arguments], None],
+    *,
+    computes: Callable[[Arguments], bool] = lambda _: True,
+) -> None:
     """Runs a command; a UserError, or a full disk, ends it with one line and exit code 2.
 
-    A mistake in the arguments is told before anything is said of devices.
+    A mistake in the arguments is told before anything is said of devices; nothing is, where it does not compute.
     """
     try:
         arguments = parse()
-        backend.settle_platform()
+        if computes(arguments):
+            backend.settle_platform()
         execute(arguments)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from dito_jax.errors import UserError
+
 
 PASSED_ON = ("DITO_", "JAX_", "XLA_", "NCCL_", "CUDA_", "TF_")  # variables that a process on another machine gets
 
@@ -108,10 +110,13 @@ def _start(command: Sequence[str], place: Place, added: dict[str, str], remote_s
         there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *assignments, *command])}"
         command = [*shlex.split(remote_shell), place.host, there]
     # A session of its own: the terminal's Ctrl-C reaches the supervisor alone, which passes it on once.
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
-    )  # fmt: skip
+    try:
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{command[0]}: {error.strerror}; wanted a program: look at --remote-shell.") from error
 
 
 def _environment(place: Place, index: int, count: int, address: str, number: int) -> dict[str, str]:

@@ -72,27 +72,26 @@ class Supervisor:
         self._events = Events(run)
         self._failures: list[Failure] = []
         self._attempt: Attempt | None = None
-        self._asked, self._writing = threading.Event(), threading.Lock()
+        self._asked = False
+        self._held: list[int] = []  # signals that came while no process could be told
+        self._writing = threading.Lock()
 
     def supervise(self) -> int:
         """Runs the run to its end; returns the exit code."""
         used, added, pause, number = len(self._places), [], self._patience.pause, 0
         with self._forwarding():
-            while True:
+            while not self._asked:
                 number += 1
                 began = time.time()
-                self._attempt = Attempt(
-                    [*self._command, *added], self._places[:used], number,
-                    remote_shell=self._remote_shell, tell=self._tell, grace=self._patience.grace,
-                )  # fmt: skip
-                ends = self._attempt.wait()
+                ends = self._start([*self._command, *added], used, number).wait()
+                self._attempt = None
                 failed = [end for end in ends if end.code]
                 if not failed:
                     return DONE
-                if self._asked.is_set():
-                    return max((_code(end) for end in failed if end.code != PREEMPTED), default=PREEMPTED)
-                if failed[0].code == USER_MISTAKE:
+                if any(end.code == USER_MISTAKE for end in failed):
                     return USER_MISTAKE
+                if self._asked:
+                    return max((_code(end) for end in failed if end.code != PREEMPTED), default=PREEMPTED)
                 if failed[0].code == PREEMPTED:
                     self._say(
                         "restart", f"process {failed[0].process} was asked to stop, the supervisor not: on it goes."
@@ -105,10 +104,27 @@ class Supervisor:
                 if self._loops():
                     return self._give_up(failure)
                 if self._spoils():
-                    used, added = self._without(failure.place)
+                    used, added = self._without(failure)
                 self._say("restart", f"{failure.words()}; it starts again in {pause:g} s.", code=failure.end.code)
-                if self._asked.wait(pause):
-                    return PREEMPTED
+                self._rest(pause)
+        return PREEMPTED
+
+    def _start(self, command: list[str], used: int, number: int) -> Attempt:
+        attempt = Attempt(
+            command, self._places[:used], number,
+            remote_shell=self._remote_shell, tell=self._tell, grace=self._patience.grace,
+        )  # fmt: skip
+        self._attempt = attempt
+        while self._held:
+            attempt.signal(self._held.pop(0))
+        return attempt
+
+    def _rest(self, seconds: float) -> None:
+        """Sleeps, but not on after a signal."""
+        # An Event would be set by the handler while this thread may hold the Event's own lock.
+        until = time.monotonic() + seconds
+        while not self._asked and time.monotonic() < until:
+            time.sleep(0.02)
 
     def _failure(self, failed: list[End], began: float) -> Failure:
         """Whoever failed first is to blame; of processes that hung, the one that is behind."""
@@ -137,11 +153,15 @@ class Supervisor:
             and latest[-1].step <= latest[0].step
         )
 
-    def _without(self, lost: Place) -> tuple[int, list[str]]:
+    def _without(self, failure: Failure) -> tuple[int, list[str]]:
         """Goes on in the other places."""
-        before = len(self._places)
+        lost, before = failure.place, len(self._places)
         self._places.remove(lost)
-        used, added = self._shrink(len(self._places))
+        try:
+            used, added = self._shrink(len(self._places))
+        except UserError as error:  # the command prints it
+            self._log(f"supervisor: {failure.words()}; place {lost.slot} is lost. {error}")
+            raise
         idle = f", {len(self._places) - used} idle" if used < len(self._places) else ""
         said = f"place {lost.slot} is lost: the run goes on in {used} of {before} processes{idle} ({' '.join(added)})."
         self._say("place_lost", said, slot=lost.slot, processes=used)
@@ -176,8 +196,10 @@ class Supervisor:
         """Signals go to the processes; after the first nothing is started again."""
 
         def forward(number: int, _: Any) -> None:
-            self._asked.set()
-            if self._attempt is not None:
+            self._asked = True
+            if self._attempt is None:
+                self._held.append(number)
+            else:
                 self._attempt.signal(number)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}

@@ -39,3 +39,31 @@ def test_the_data_axis_shrinks_and_a_device_holds_no_more(config, devices_each, 
 def test_what_cannot_shrink_says_so():
     with pytest.raises(UserError, match="1 of 2 processes are left, and the data axis .1. cannot shrink"):
         shrunk(config(64, data=1, fsdp=16), devices_each=8, before=2, left=1)
+
+
+@pytest.mark.parametrize(
+    ("expert", "batch_size", "before", "left", "used", "data", "accumulation"),
+    [
+        (2, 96, 4, 3, 3, 3, 2),
+        (4, 96, 4, 3, 2, 1, 2),
+        (2, 48, 3, 2, 2, 2, 3),  # in two parts a device would hold 6, no multiple of the pool
+    ],
+)
+def test_experts_stay_where_they_are_and_the_data_axis_shrinks(
+    expert, batch_size, before, left, used, data, accumulation
+):
+    """The expert axis shards the batch too; a pool of four images is routed together."""
+    got = shrunk(with_experts(expert, batch_size=batch_size), devices_each=2, before=before, left=left)
+    assert got == (used, ["--mesh.data", str(data), "--train.accumulation", str(accumulation)])
+
+
+def test_experts_that_need_every_process_cannot_shrink():
+    with pytest.raises(UserError, match="the data axis .1. cannot shrink"):
+        shrunk(with_experts(8, batch_size=96), devices_each=2, before=4, left=1)
+
+
+def with_experts(expert: int, *, batch_size: int) -> TrainConfig:
+    moe = load("configs/moe_dit_digits.py")
+    train = dataclasses.replace(moe.train, batch_size=batch_size, accumulation=1)
+    model = dataclasses.replace(moe.model, pool=4)
+    return dataclasses.replace(moe, model=model, train=train, mesh=MeshConfig(expert=expert))
