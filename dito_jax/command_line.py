@@ -42,17 +42,15 @@ def run[Arguments](
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         _end(USER_MISTAKE)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}.", file=sys.stderr)
-        _end(USER_MISTAKE)
     except Preempted as stop:
         print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
         _end(PREEMPTED)
     except KeyboardInterrupt:
         _end(INTERRUPTED)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            print(f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}.", file=sys.stderr)
+            _end(USER_MISTAKE)
         if count() == 1:
             raise
         traceback.print_exc()
