@@ -127,12 +127,10 @@ class Checkpoints:
           CheckpointError: there is no such step, or it is of another model.
           DamagedCheckpoint: it is not what was saved.
         """
-        wanted, record = _by_path(like), self.record(step)
-        self._compare(step, record, wanted)
+        wanted = _by_path(like)
+        self._find(step)
         with self._damage_told(step):
-            if self._config.verify != "off":
-                check_sizes(self.path(step))
-            state = self._load(step, wanted)
+            record, state = self._load(step, wanted)
             if self._config.verify == "full":
                 check_values(state, record)
         return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in wanted])
@@ -163,6 +161,7 @@ class Checkpoints:
         self.wait()
         names = [f"{step}.{why}", *(f"{step}.{why}-{number}" for number in range(2, 1000))]
         aside = next(path for name in names if not (path := self.directory / name).exists())
+        agree(True)  # on the name, before it is taken
         if jax.process_index() == 0:
             self.path(step).rename(aside)
         agree(True)  # that it is done
@@ -170,9 +169,7 @@ class Checkpoints:
 
     def record(self, step: int) -> dict[str, Any]:
         """What `save` recorded: {"arrays": {path: [kind, fingerprint]}, "metadata": what it was given, ...}."""
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; choose from: {there}.")
+        self._find(step)
         with self._damage_told(step):
             return read_record(self.path(step))
 
@@ -180,20 +177,34 @@ class Checkpoints:
         """What `save` was given as `metadata`, and "time", seconds since 1970."""
         return self.record(step)["metadata"]
 
-    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        # Every process reads for itself, or one that cannot would leave the others waiting for it.
+    def _find(self, step: int) -> None:
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; choose from: {there}.")
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The record and the arrays. Every process reads for itself, and all agree whether all could."""
+        record, state, failed = {}, {}, None
+        # Within Orbax's own barriers a process that cannot read would leave the others waiting for it.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
-        state, failed = {}, None
         try:
+            record = read_record(self.path(step))
+            self._compare(step, record, wanted)
+            if self._config.verify != "off":
+                check_sizes(self.path(step))
             with ocp.Context(multiprocessing_options=alone):
                 state = ocp.load(str(self.path(step)), wanted, checkpointable_name="state")
+        except CheckpointError:
+            raise
+        except Damaged as damage:
+            failed = str(damage)
         except Exception as error:  # whatever Orbax makes of damaged files
-            failed = error
+            failed = f"it cannot be read: {first_line(error)}"
         if not agree(failed is None):
-            raise Damaged("it cannot be read" + (f": {first_line(failed)}" if failed else " by another process"))
-        return state
+            raise Damaged(failed or "it cannot be read by another process")
+        return record, state
 
     def _finish(self, step: int, response: Any) -> None:
         """In the background: what follows when a step is on the disk."""
