@@ -192,7 +192,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_step_stays(call, tmp_path):
     try:
         arguments = [*SMALL, "--train.steps", "40", "--checkpoint.every", "10", "--run-dir", disk / "run"]
         done = call("train", "configs/digits.py", *arguments, code=2)
-        assert "no room for the checkpoint" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        assert "cannot write the checkpoint" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
         saved = sorted(path.name for path in (disk / "run/checkpoints").iterdir())
         assert saved and all(name.isdecimal() for name in saved), "nothing half-written"
         assert len(call("digest", disk / "run").stdout.splitlines()[-1]) == 64

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dito_jax.training.events import Events, read_events
+from dito_jax.training.events import Events, read_events, write_incidents
 from dito_jax.training.heartbeat import Heartbeat, read_beat
 from dito_jax.training.run_directory import RunDirectory
 
@@ -29,6 +29,18 @@ def test_a_line_cut_short_spoils_no_other(tmp_path):
     assert [row["event"] for row in read_events(run)] == ["start"]
     events.record("start", step=7)
     assert [row["step"] for row in read_events(run)] == [0, 7]
+
+
+def test_what_was_said_is_there_to_read_and_nothing_where_nothing_was(tmp_path):
+    events = Events(run := RunDirectory(tmp_path), clock=lambda: 0.0)
+    events.record("start", step=0)
+    write_incidents(run)
+    assert not (tmp_path / "incidents.md").exists()
+    events.record("skip", "step 4: the loss is not finite.", step=4)
+    write_incidents(run)
+    assert (
+        (tmp_path / "incidents.md").read_text().endswith("\n\n- 1970-01-01 00:00:00 step 4: the loss is not finite.\n")
+    )
 
 
 DIES = """

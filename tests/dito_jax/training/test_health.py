@@ -106,6 +106,7 @@ def test_a_gradient_may_be_a_spike_alone():
     assert examine(health, jnp.float32(9.0), jnp.float32(9.0), 10.0)[0] == LOSS_SPIKE
     assert examine(health, jnp.float32(0.001), jnp.float32(0.001), 10.0)[0] == FINE, "less is no spike"
     assert examine(health, jnp.float32(jnp.nan), jnp.float32(9.0), 10.0)[0] == NOT_FINITE
+    assert examine(health, jnp.float32(1.0), jnp.float32(jnp.inf), 10.0)[0] == NOT_FINITE
 
 
 def test_before_half_a_window_nothing_is_a_spike():
@@ -125,6 +126,8 @@ def test_the_window_forgets_and_bad_steps_do_not_enter_it():
     assert sorted(map(float, health.loss)) == [3, 4, 5, 6]
     assert sorted(map(float, health.gradient_norm)) == [6, 8, 10, 12]
     assert (int(health.good), int(health.bad)) == (6, 1)
+    _, health = examine(health, jnp.float32(7.0), jnp.float32(14.0), None)
+    assert sorted(map(float, health.loss)) == [4, 5, 6, 7], "the oldest goes"
 
 
 def test_deviations_are_those_of_the_median():
