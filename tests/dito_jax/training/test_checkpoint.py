@@ -432,6 +432,24 @@ def test_full_disk_is_one_line_and_the_last_step_stays(small_disk, caplog, capfd
     assert checkpoints.steps() == [1, 2]
 
 
+def test_directory_that_became_read_only_is_one_line_and_the_last_step_stays(small_disk, caplog, capfd):
+    checkpoints = Checkpoints(small_disk)
+    checkpoints.save(1, make_state(1), metadata={})
+    checkpoints.wait()
+    remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
+    remount("ro")
+    with pytest.raises(CheckpointError, match="cannot write .* step 2 .Read-only file system") as error:
+        checkpoints.save(2, make_state(2), metadata={})
+        checkpoints.wait()
+    assert "step 1 is intact" in one_line(error)
+    assert (caplog.text, *capfd.readouterr()) == ("", "", ""), "nothing is said but that line"
+    assert digest(checkpoints.restore(1, like(make_state(1)))) == digest(make_state(1))
+    remount("rw")
+    checkpoints.save(2, make_state(2), metadata={})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+
+
 def test_write_refused_in_the_background_surfaces_at_the_next_save(tmp_path, files_at_most):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_big(), metadata={})
