@@ -127,12 +127,18 @@ def check(config: TrainConfig, num_devices: int) -> None:
             config.sample.ema_decay not in (None, *train.ema_decays)
         ),
         "train.ema_decays is empty; samples are drawn from an average, so name one, e.g. 0.999": not train.ema_decays,
+        f"guard.burst {config.guard.burst} cannot come among guard.burst_window {config.guard.burst_window} steps": (
+            config.guard.burst > config.guard.burst_window
+        ),
+        f"checkpoint.keep_every is {config.checkpoint.keep_every}; wanted a number of steps, or None": (
+            config.checkpoint.keep_every is not None and config.checkpoint.keep_every < 1
+        ),
         f"sample.guidance_scale {config.sample.guidance_scale} needs loss.label_dropout > 0": (
             config.sample.guidance_scale != 1 and config.loss.label_dropout == 0
         ),
     }
     for name in ("train.steps", "train.batch_size", "train.accumulation", "train.log_every", "checkpoint.every",
-                 "checkpoint.keep", "sample.steps", "sample.batch_size"):  # fmt: skip
+                 "checkpoint.keep", "guard.window", "guard.burst", "sample.steps", "sample.batch_size"):  # fmt: skip
         rules[f"{name} is {values(config)[name]}; it must be at least 1"] = values(config)[name] < 1
     problems = [f"model: {p}" for p in model.problems()] + [p for p, broken in rules.items() if broken]
     if problems:

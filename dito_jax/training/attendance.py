@@ -22,7 +22,6 @@ class Attendance:
     ledger: Phases
     events: Events
     preemption: Preemption
-    watchdog: Watchdog
     faults: Faults
 
 
@@ -43,4 +42,4 @@ def attended(run: RunDirectory, watchdog: WatchdogConfig, faults: FaultsConfig) 
         dog = stack.enter_context(Watchdog(heartbeat, own, Events(own, process=process), watchdog, process=process))
         preemption = stack.enter_context(Preemption(watchdog.grace_seconds, on_request=dog.expect_within))
         drills.begin()
-        yield Attendance(ledger, Events(run, process=process), preemption, dog, drills)
+        yield Attendance(ledger, Events(run, process=process), preemption, drills)

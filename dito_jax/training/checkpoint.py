@@ -27,7 +27,7 @@ from dito_jax.errors import UserError
 from dito_jax.processes import agree
 from dito_jax.training.integrity import Damaged, Record, check_sizes, check_values, kind, read_record, write_sizes
 from dito_jax.training.orbax_errors import first_line, hush_orbax, refusal
-from dito_jax.training.retention import CheckpointConfig, superfluous
+from dito_jax.training.retention import CheckpointConfig, check_best_metric, superfluous
 
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a directory that it is still writing
@@ -88,6 +88,7 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
+        check_best_metric(self._config, metadata.get("metrics"))
         leaves = _by_path(state)
         self._saving = step, sum(leaf.nbytes for leaf in leaves.values())
         record = Record(leaves, metadata | {"time": time.time()})

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from dito_jax.errors import UserError
+from dito_jax.processes import agree
 from dito_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dito_jax.training.events import Events
 from dito_jax.training.health import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, GuardConfig
@@ -82,7 +83,9 @@ class Guard:
         if restored is None:
             raise UserError(f"{trouble}, before the first checkpoint: lower optimizer.learning_rate, look at the data.")
         target, state = restored
-        before = sum(skip["after"] == target for skip in skips(self._run))
+        past = skips(self._run)
+        before = sum(skip["after"] == target for skip in past)
+        agree(True)  # all have read it before one writes
         if before >= self.config.rollbacks:
             raise UserError(
                 f"{trouble}, after {before} rollbacks to step {target}: lower optimizer.learning_rate, look at the "
@@ -93,8 +96,9 @@ class Guard:
             f"{trouble}: back to step {target}, past the {batches} batches since "
             f"(rollback {before + 1} of {self.config.rollbacks} to it)."
         )
-        rows = [*skips(self._run), {"after": target, "batches": batches, "because": said}]
-        self._run.write_json(self._run.skips.name, rows)  # first: a kill from here on goes the same way
+        # First of all, so that a run that is killed from here on goes the same way.
+        self._run.write_json(self._run.skips.name, [*past, {"after": target, "batches": batches, "because": said}])
+        agree(True)  # all will read it
         for step in [step for step in checkpoints.steps() if step > target]:
             checkpoints.set_aside(step, "abandoned")
         self._events.record("rollback", said, step=number, to=target, batches=batches)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from dito_jax.errors import UserError
 from dito_jax.processes import agree
 
 
@@ -33,6 +34,13 @@ def superfluous(saved: Mapping[int, float | None], config: CheckpointConfig) -> 
     periodic = [step for step in steps if config.keep_every and step % config.keep_every == 0]
     stay = {*steps[-config.keep :], *best, *periodic}
     return [step for step in steps if step not in stay]
+
+
+def check_best_metric(config: CheckpointConfig, measured: Mapping[str, float] | None) -> None:
+    """Raises UserError if the best saves are to stay by a metric that is not among those measured."""
+    if config.keep_best and measured and config.best_metric not in measured:
+        known = ", ".join(measured)
+        raise UserError(f"checkpoint.best_metric {config.best_metric!r} is not measured; choose from {known}.")
 
 
 class SaveClock:

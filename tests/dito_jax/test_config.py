@@ -91,6 +91,8 @@ def test_a_wrong_option_is_one_line_that_names_the_right_one(digits, arguments, 
         (["--sample.ema_decay", "0.5"], 1, r"sample.ema_decay 0.5 is not in train.ema_decays"),
         (["--loss.label_dropout", "0"], 1, r"guidance_scale 1.5 needs loss.label_dropout > 0"),
         (["--train.steps", "0"], 1, r"train.steps is 0; it must be at least 1"),
+        (["--guard.burst", "9", "--guard.burst_window", "8"], 1, r"guard.burst 9 cannot come among .* 8 steps"),
+        (["--checkpoint.keep_every", "0"], 1, r"checkpoint.keep_every is 0; wanted a number of steps, or None"),
     ],
 )
 def test_an_impossible_combination_is_one_line_before_any_compile(digits, arguments, devices, words):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dito_jax.training.retention import CheckpointConfig, SaveClock, superfluous
+from dito_jax.errors import UserError
+from dito_jax.training.retention import CheckpointConfig, SaveClock, check_best_metric, superfluous
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,14 @@ from dito_jax.training.retention import CheckpointConfig, SaveClock, superfluous
 def test_the_last_the_best_and_the_periodic_stay(config, gone):
     saved = {10: None, 20: 0.2, 30: float("nan"), 40: 0.1, 50: 0.3, 60: 0.4}
     assert superfluous(saved, config) == gone
+
+
+def test_a_metric_that_nobody_measures_is_one_line():
+    config = CheckpointConfig(keep_best=1, best_metric="lss")
+    with pytest.raises(UserError, match="best_metric 'lss' is not measured; choose from loss, bad_steps"):
+        check_best_metric(config, {"loss": 1.0, "bad_steps": 0})
+    check_best_metric(config, {})
+    check_best_metric(CheckpointConfig(best_metric="lss"), {"loss": 1.0})
 
 
 def test_of_equals_the_later_is_the_better():
