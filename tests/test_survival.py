@@ -266,3 +266,12 @@ def test_one_of_four_dies_for_good_and_the_run_goes_on_with_three(dito, tmp_path
     config = json.loads((run / "config.json").read_text())
     assert (config["mesh"]["data"], config["train"]["accumulation"]) == (3, 2)
     assert saved(run)[-1] == 30
+
+
+def test_two_processes_go_back_together(dito, tmp_path):
+    """The rows of one are poisoned, both leave the steps out, and both pass over the same data."""
+    run = tmp_path / "run"
+    drills = ("--faults.inject", "nan-grad@22#1", "nan-grad@23#1", "nan-grad@24#1")
+    dito("supervise", *SMALL, *SHORT, *SPIKES, *drills, "--processes", "2", "--run-dir", run).ends(0, seconds=600)
+    assert [row["to"] for row in events(run, "rollback")] == [21] and len(events(run, "start")) == 1
+    assert json.loads((run / "skips.json").read_text())[0]["batches"] >= 3 and saved(run)[-1] == 40
