@@ -53,6 +53,12 @@ from .norms import (
     gated_residual_norm as gated_residual_norm,
     modulated_norm as modulated_norm,
 )
+from .privacy import (
+    CLIP_REDUCE as CLIP_REDUCE,
+    GHOST_NORM_SQ as GHOST_NORM_SQ,
+    clip_reduce as clip_reduce,
+    ghost_norm_sq as ghost_norm_sq,
+)
 from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_rope as qk_norm_rope
 
 
@@ -60,5 +66,5 @@ from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_
 OPS = (
     FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM,
     GATED_RESIDUAL_NORM, QK_NORM_ROPE, GATED_MLP, DENSE_MLP, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
-    LINEAR_CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY, GHOST_NORM_SQ, CLIP_REDUCE,
 )  # fmt: skip

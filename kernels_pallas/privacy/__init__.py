@@ -1,0 +1,8 @@
+"""What private training asks of a linear layer: each example's gradient norm, and the sum of clipped gradients."""
+
+from .api import (
+    CLIP_REDUCE as CLIP_REDUCE,
+    GHOST_NORM_SQ as GHOST_NORM_SQ,
+    clip_reduce as clip_reduce,
+    ghost_norm_sq as ghost_norm_sq,
+)

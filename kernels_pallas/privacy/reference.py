@@ -1,0 +1,67 @@
+"""The definitions, in float32, and their gradients; what every kernel is held to."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def ghost_norm_sq(
+    a: Float[Array, "B T D"],
+    g: Float[Array, "B T F"],
+    groups: Int[Array, "B T"] | None,
+    *,
+    bias: bool,
+) -> Float[Array, " B"]:
+    """sum_e ||sum_{t of e} a_t g_t^T||_F^2 of each example, with the squares of sum_{t of e} g_t where there is a bias.
+
+    The matrices themselves where they take no more memory than a and g, which is D F <= T (D + F); else the products
+    of all pairs of rows, sum_{t,s} <a_t, a_s> <g_t, g_s>, and then T^2 is less than T (D + F) / 2. Groups are a mask
+    of pairs. Rounding may leave a sum of pairs below zero, which no square is.
+    """
+    T, D, F = *a.shape[1:], g.shape[2]
+    a32, g32 = a.astype(jnp.float32), g.astype(jnp.float32)
+    if groups is not None:  # a row that does not count is no number: nor would it be times zero
+        a32, g32 = (jnp.where(groups[:, :, None] >= 0, x, 0) for x in (a32, g32))
+    if T == 1:
+        squares = jnp.sum(jnp.square(a32), axis=(1, 2)) + (1 if bias else 0)
+        return squares * jnp.sum(jnp.square(g32), axis=(1, 2))
+    if groups is None and D * F <= T * (D + F):
+        d_w = jnp.einsum("btd,btf->bdf", a32, g32, precision=HIGHEST)
+        squares = jnp.sum(jnp.square(d_w), axis=(1, 2))
+        return squares + jnp.sum(jnp.square(jnp.sum(g32, axis=1)), axis=1) if bias else squares
+    of_a = jnp.einsum("btd,bsd->bts", a32, a32, precision=HIGHEST) + (1 if bias else 0)
+    pairs = of_a * jnp.einsum("btf,bsf->bts", g32, g32, precision=HIGHEST)
+    if groups is not None:
+        pairs = jnp.where(groups[:, :, None] == groups[:, None, :], pairs, 0)
+    return jnp.maximum(jnp.sum(pairs, axis=(1, 2)), 0)
+
+
+def clip_reduce(
+    a: Float[Array, "B T D"],
+    g: Float[Array, "B T F"],
+    c: Float[Array, " B"],
+) -> Float[Array, "D F"]:
+    """sum_b c_b sum_t a_bt g_bt^T; an example whose c is 0 adds nothing, whatever it holds."""
+    counts = (c != 0)[:, None, None]
+    a32, g32 = (jnp.where(counts, x.astype(jnp.float32), 0) for x in (a, g))
+    return jnp.einsum("btd,btf->df", a32, c.astype(jnp.float32)[:, None, None] * g32, precision=HIGHEST)
+
+
+def ghost_norm_sq_backward(residuals, d_out, **static):
+    """d_a and d_g, by differentiating the definition.
+
+    A norm decides how far an example is clipped, and nobody trains through that, so no kernel computes this: it is
+    here to be exact, where somebody asks.
+    """
+    a, g, groups = residuals
+    _, vjp = jax.vjp(lambda a, g: ghost_norm_sq(a, g, groups, **static), a, g)
+    return (*vjp(d_out), None)
+
+
+def clip_reduce_backward(residuals, d_out):
+    """d_a, d_g and d_c, likewise; d_c of a c that is 0 is 0."""
+    _, vjp = jax.vjp(clip_reduce, *residuals)
+    return vjp(d_out)

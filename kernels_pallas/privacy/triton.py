@@ -1,0 +1,201 @@
+"""ghost_norm_sq and clip_reduce with Pallas-Triton: no gradient of a single example is ever in memory.
+
+A squared norm has two ways, of which `cost.pairs_are_fewer` takes the shorter. By pairs of rows,
+
+    ||sum_t a_t g_t^T||^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>,
+
+a program has one tile of pairs: its two products, multiplied and added up. Tiles on one side of the diagonal count
+twice. Pairs of two groups are masked, and a tile that has none of one group costs nothing, so rows sorted by group
+cost what their own pairs do: all calls with groups go this way. (By matrix a program would have to seek the rows of
+each group.) By matrix, a program has one tile of A^T G: all rows of the example contracted, squared and added up.
+Either way it writes one number, and a second stage adds an example's in a fixed order: no atomics.
+
+clip_reduce has a tile of the sum, and walks example by example: the example's product in float32, times c, added to
+the sum. Scaling g before the product would round c g to its dtype, 2^-9 of it in bfloat16, and an example could pass
+its bound; the second tile of sums costs registers, and one multiply-add an element for each 2 T of the product.
+An example whose c is 0 is not read. Where tiles are few, several programs share the examples (see experts).
+
+Source: by pairs Goodfellow, arXiv 1510.01799, for one row, and Li et al., arXiv 2110.05679, section 4, for several;
+which of two ways, Bu et al., arXiv 2205.10683; sums clipped in a second product, Bu et al., arXiv 2210.00038.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from .. import backend
+from ..triton_road import dot, run
+from ..triton_tiles import Columns, load_matrix, store_matrix, tile_of_program, walk
+from . import cost
+from .blocks import NAMES, blocks_for, cores
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+ROWS_A_SPLIT = 512  # at least: less is not worth the parts that are written and added
+MOST_SPLITS = 8
+
+
+def norm_unsupported(a, g, groups, *, bias) -> str | None:
+    """None, or why these arguments cannot run here."""
+    del groups, bias
+    if a.shape[1] == 1:
+        return "needs two rows an example or more, got T = 1: of one row, XLA's sums of squares are enough"
+    return _wrong_dtype(a, g) or backend.why_not_triton()
+
+
+def clip_unsupported(a, g, c) -> str | None:
+    """None, or why these arguments cannot run here."""
+    del c
+    return _wrong_dtype(a, g) or backend.why_not_triton()
+
+
+def _wrong_dtype(a, g) -> str | None:
+    if a.dtype.name not in DTYPES or g.dtype != a.dtype:
+        return f"needs a and g in one dtype among {', '.join(DTYPES)}, got {a.dtype} and {g.dtype}"
+    return None
+
+
+def norm_forward(a, g, groups, *, bias):
+    """The squared norms, and the arguments for the backward."""
+    if groups is not None or cost.pairs_are_fewer(*a.shape[1:], g.shape[2]):
+        squares = _by_pairs(a, g, groups, bias)
+    else:
+        squares = _by_matrix(a, g)
+        if bias:
+            squares += jnp.sum(jnp.square(jnp.sum(g, axis=1, dtype=jnp.float32)), axis=1)
+    return squares, (a, g, groups)
+
+
+def _by_pairs(a, g, groups, bias: bool):
+    """(B,): sums of tiles of pairs; never below zero, where rounding may leave them."""
+    (B, T, D), F = a.shape, g.shape[2]
+    blocks = blocks_for("pairs", a, g, groups is not None)
+    tiles = pl.cdiv(T, blocks.rows)
+    out = jax.ShapeDtypeStruct((B, tiles * (tiles + 1) // 2), jnp.float32)
+    parts = run(
+        functools.partial(_pairs_kernel, bias=bias, blocks=blocks),
+        *(a, g, groups),
+        name=NAMES["pairs"],
+        programs=out.size,
+        blocks=blocks,
+        out_shape=out,
+        work=cost.part(B * T * (T + 1) * (D + F), a, g, out),
+    )
+    return jnp.maximum(jnp.sum(parts, axis=1), 0.0)
+
+
+def _by_matrix(a, g):
+    """(B,): sums of the squares of tiles of A^T G."""
+    (B, T, D), F = a.shape, g.shape[2]
+    blocks = blocks_for("matrix", a, g)
+    out = jax.ShapeDtypeStruct((B, pl.cdiv(D, blocks.rows) * pl.cdiv(F, blocks.columns)), jnp.float32)
+    parts = run(
+        functools.partial(_matrix_kernel, blocks=blocks),
+        *(a, g),
+        name=NAMES["matrix"],
+        programs=out.size,
+        blocks=blocks,
+        out_shape=out,
+        work=cost.part(2 * B * T * D * F, a, g, out),
+    )
+    return jnp.sum(parts, axis=1)
+
+
+def clip_forward(a, g, c):
+    """The sum of clipped gradients, and the arguments for the backward."""
+    (B, T, D), F = a.shape, g.shape[2]
+    blocks = blocks_for("clip", a, g)
+    tiles = pl.cdiv(D, blocks.rows) * pl.cdiv(F, blocks.columns)
+    out = jax.ShapeDtypeStruct((_splits(tiles, B, T), D, F), jnp.float32)
+    parts = run(
+        functools.partial(_clip_kernel, blocks=blocks),
+        *(a, g, c.astype(jnp.float32)),
+        name=NAMES["clip"],
+        programs=out.shape[0] * tiles,
+        blocks=blocks,
+        out_shape=out,
+        work=cost.part(2 * B * T * D * F, a, g, c, out),
+    )
+    return parts[0] if out.shape[0] == 1 else jnp.sum(parts, axis=0), (a, g, c)
+
+
+def _splits(programs: int, B: int, T: int) -> int:
+    """How many programs share the examples: enough to fill the device, where there are rows enough."""
+    wanted = pl.cdiv(cores(), programs)
+    return max(min(wanted, B * T // ROWS_A_SPLIT, B, MOST_SPLITS), 1)
+
+
+def _pairs_kernel(a_ref, g_ref, groups_ref, out_ref, *, bias, blocks):
+    """A tile of pairs (t, s) of one example: those k tiles apart, cyclically, for k up to half of the tiles."""
+    T, tiles = a_ref.shape[1], pl.cdiv(a_ref.shape[1], blocks.rows)
+    example, pair = (f(pl.program_id(0), out_ref.shape[1]) for f in (lax.div, lax.rem))
+    apart, first = (f(pair, tiles) for f in (lax.div, lax.rem))
+    t, s = (Columns(lax.rem(tile, tiles) * blocks.rows, blocks.rows, T) for tile in (first, first + apart))
+
+    same, enabled = True, True
+    if groups_ref is not None:
+        of_t, of_s = (_groups(groups_ref, example, rows) for rows in (t, s))
+        same = (of_t[:, None] == of_s[None, :]) & (of_t >= 0)[:, None]
+        enabled = jnp.max(same.astype(jnp.int32)) > 0
+
+    def products(ref, start: float):
+        def step(depth, acc):
+            return acc + dot(load_matrix(ref, t, depth, example), load_matrix(ref, s, depth, example), trans_b=True)
+
+        return walk(ref.shape[2], blocks.depth, enabled, step, jnp.full((blocks.rows, blocks.rows), start, jnp.float32))
+
+    both = products(a_ref, 1.0 if bias else 0.0) * products(g_ref, 0.0)  # a bias is a column of ones beside a
+    if groups_ref is not None:
+        both = jnp.where(same, both, 0.0)  # a row that does not count may be NaN, in its own pairs alone
+    total = jnp.sum(both)
+    out_ref[example, pair] = jnp.where(apart == 0, total, total + total)
+
+
+def _groups(ref, example, rows):
+    """The groups of rows; -1 past the last."""
+    exist = rows.exist
+    return pltriton.load(ref.at[example, rows.at], mask=exist, other=None if exist is None else jnp.int32(-1))
+
+
+def _tile(program, D: int, F: int, blocks):
+    """(rows, columns) of the matrix that a program has."""
+    row, column = tile_of_program(program, pl.cdiv(D, blocks.rows), pl.cdiv(F, blocks.columns))
+    return Columns(row * blocks.rows, blocks.rows, D), Columns(column * blocks.columns, blocks.columns, F)
+
+
+def _product(a_ref, g_ref, example, inputs, outputs, enabled, blocks):
+    """A tile of one example's A^T G; zeros where not `enabled`, and nothing is read."""
+
+    def step(rows, acc):
+        a, g = load_matrix(a_ref, rows, inputs, example), load_matrix(g_ref, rows, outputs, example)
+        return acc + dot(a, g, trans_a=True)
+
+    acc = jnp.zeros((blocks.rows, blocks.columns), jnp.float32)
+    return walk(a_ref.shape[1], blocks.depth, enabled, step, acc)
+
+
+def _matrix_kernel(a_ref, g_ref, out_ref, *, blocks):
+    example, tile = (f(pl.program_id(0), out_ref.shape[1]) for f in (lax.div, lax.rem))
+    inputs, outputs = _tile(tile, a_ref.shape[2], g_ref.shape[2], blocks)
+    out_ref[example, tile] = jnp.sum(jnp.square(_product(a_ref, g_ref, example, inputs, outputs, True, blocks)))
+
+
+def _clip_kernel(a_ref, g_ref, c_ref, out_ref, *, blocks):
+    """A tile of the sum over one split of the examples."""
+    splits, D, F = out_ref.shape
+    split, tile = (
+        f(pl.program_id(0), pl.cdiv(D, blocks.rows) * pl.cdiv(F, blocks.columns)) for f in (lax.div, lax.rem)
+    )
+    inputs, outputs = _tile(tile, D, F, blocks)
+    first, last = (lax.div((split + i) * a_ref.shape[0], splits) for i in (0, 1))
+
+    def step(example, acc):
+        c = c_ref[example]
+        return acc + c * _product(a_ref, g_ref, example, inputs, outputs, c != 0, blocks)
+
+    acc = lax.fori_loop(first, last, step, jnp.zeros((blocks.rows, blocks.columns), jnp.float32))
+    store_matrix(out_ref, inputs, outputs, acc, split)
