@@ -61,7 +61,8 @@ def _wrong_dtype(a, g) -> str | None:
 
 def norm_forward(a, g, groups, *, bias):
     """The squared norms, and the arguments for the backward."""
-    if groups is not None or cost.pairs_are_fewer(*a.shape[1:], g.shape[2]):
+    _, T, D = a.shape
+    if groups is not None or cost.pairs_are_fewer(T, D, g.shape[2]):
         squares = _by_pairs(a, g, groups, bias)
     else:
         squares = _by_matrix(a, g)
