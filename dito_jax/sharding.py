@@ -6,9 +6,11 @@ would gather the whole array first. So kernels meet a mesh through `on_mesh` alo
 piece.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -26,6 +28,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "K": ("tensor",),
     "F": ("tensor",),
 }
+
+Dims = str | tuple[str, ...]  # of an array, or of each of several
+
+_one_example = contextvars.ContextVar("one_example", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +74,19 @@ def spec(dims: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> jax.
     for dim in dims.split():
         axes = tuple(axis for axis in RULES.get(dim, ()) if axis in free)
         free = [axis for axis in free if axis not in axes]
+        axes = () if dim == "B" and _one_example.get() else axes
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return jax.P(*entries)
+
+
+@contextlib.contextmanager
+def one_example() -> Iterator[None]:
+    """For what is traced inside, under a vmap over examples: the batch is one example's, and no axis shards it."""
+    token = _one_example.set(True)
+    try:
+        yield
+    finally:
+        _one_example.reset(token)
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
@@ -80,7 +97,7 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(dims, mesh))
 
 
-def on_mesh(function: Callable, in_dims: tuple[str, ...], out_dims: str | tuple[str, ...]) -> Callable:
+def on_mesh(function: Callable, in_dims: tuple[Dims, ...], out_dims: Dims) -> Callable:
     """`function` run on each device's own piece: `on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)`.
 
     An argument or a result may be a tree of arrays that begin with the same dims.
@@ -90,10 +107,32 @@ def on_mesh(function: Callable, in_dims: tuple[str, ...], out_dims: str | tuple[
         return function
     return jax.shard_map(
         function,
-        in_specs=tuple(spec(dims, mesh) for dims in in_dims),
+        in_specs=jax.tree.map(lambda dims: spec(dims, mesh), in_dims),
         out_specs=jax.tree.map(lambda dims: spec(dims, mesh), out_dims),
         check_vma=False,  # a kernel's outputs carry no record of the axes they vary over
     )
+
+
+def sharded_by(dim: str, axis: str) -> bool:
+    """Whether that axis of the mesh in force shards such a dim."""
+    return axis in RULES.get(dim, ()) and axis_size(axis) > 1
+
+
+def summed(part: jax.Array, dims: str | tuple[str, ...]) -> jax.Array:
+    """Inside `on_mesh`: the sum of the parts that devices with different examples hold, of an array of these dims.
+
+    Each device is left with its own piece of the sum. The dims that "tensor" shards are pieces before it already.
+    """
+    dims = tuple(dims.split()) if isinstance(dims, str) else dims
+    for axis in RULES["B"]:
+        if axis_size(axis) == 1:
+            continue
+        over = next((i for i, dim in enumerate(dims) if axis in RULES.get(dim, ())), None)
+        if over is None:
+            part = jax.lax.psum(part, axis)
+        else:
+            part = jax.lax.psum_scatter(part, axis, scatter_dimension=over, tiled=True)
+    return part
 
 
 def shardings[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
@@ -116,7 +155,7 @@ def shardings[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
 
 def batch_pieces(sizes: Mapping[str, int]) -> int:
     """Into how many pieces a mesh of these axis sizes cuts a batch; B must be a multiple of it."""
-    return math.prod(sizes.get(axis, 1) for axis in RULES["B"])
+    return 1 if _one_example.get() else math.prod(sizes.get(axis, 1) for axis in RULES["B"])
 
 
 def whole_batch(num: int, multiple: int) -> int:

@@ -4,12 +4,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dito_jax.layers.linear import linear
-from dito_jax.sharding import on_mesh
+from dito_jax.layers.taps import observed_weights
+from dito_jax.sharding import axis_size, on_mesh
 from kernels_pallas import Rotation, flash_attention, qk_norm_rope
 
 
@@ -46,6 +48,25 @@ class Attention(nnx.Module):
         weights = [None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm)]
         each = "B" if rotation is not None and rotation.cos.shape[0] > 1 else "."
         prepare = on_mesh(self.prepare, ("B T K . .", ".", ".", f"{each} T ."), ("B T N .", "B T K .", "B T K ."))
-        q, k, v = prepare(self.qkv(x), *weights, rotation)
+        packed = self.qkv(x)
+        out = prepare(packed, *weights, rotation)
+        q, k, v = observed_weights(self, ("q_norm", "k_norm"), self.weight_gradients, (packed, weights, rotation), out)
         attend = on_mesh(self.attend, ("B T N H", "B S K H", "B S K H"), "B T N H")
         return self.out(attend(q, k, v))
+
+    def weight_gradients(self, arrays: Any, d_out: Any) -> tuple[Float[Array, "B H"], ...]:
+        """Of QK-norm's two weights, for each row of the batch."""
+        packed, weights, rotation = arrays
+
+        def on_device(packed, d_out, weights, rotation):
+            def of_row(packed, d_out):
+                _, pull = jax.vjp(lambda q, k: self.prepare(packed[None], q, k, rotation), *weights)
+                return pull(jax.tree.map(lambda d: d[None], d_out))
+
+            gradients = jax.vmap(of_row)(packed, d_out)
+            return (
+                jax.tree.map(lambda g: jax.lax.psum(g, "tensor"), gradients) if axis_size("tensor") > 1 else gradients
+            )
+
+        dims = ("B T K . .", ("B T N .", "B T K .", "B T K ."), ".", ". T .")
+        return on_mesh(on_device, dims, ("B .", "B ."))(packed, d_out, weights, rotation)

@@ -7,6 +7,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
 from dito_jax.layers.linear import linear
+from dito_jax.layers.taps import observed
 
 
 NUM_FREQUENCIES = 256
@@ -41,4 +42,5 @@ class ClassEmbedding(nnx.Module):
         self.table = nnx.Param(table, dims="V D")
 
     def __call__(self, label: Int[Array, " B"]) -> Float[Array, "B D"]:
-        return self.table[...][label]
+        row = self.table[...][label]
+        return observed(self, "table", jax.nn.one_hot(label, self.table.shape[0], dtype=row.dtype), row)

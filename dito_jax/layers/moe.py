@@ -1,6 +1,7 @@
 """A mixture of experts in place of an MLP: a router, many gated MLPs, and one that all tokens share."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from dito_jax.layers.expert_parallel import AXIS, EXCHANGES, ExchangeName, default_exchange, local
 from dito_jax.layers.mlp import SwiGLU
+from dito_jax.layers.taps import observed
 from dito_jax.sharding import axis_size, batch_pieces, on_mesh
-from kernels_pallas import Assignments, Load, backend, expert_load
+from kernels_pallas import Assignments, Load, backend, combine, dispatch, expert_load, grouped_matmul
 
 
 # (logits (T, E), bias (E,) or None, index (T,) or None) of one pool -> its choices
@@ -90,7 +92,8 @@ class MoE(nnx.Module):
           ValueError: the batch is no multiple of the pool on each device.
         """
         assignments, report = self._route(x, index)
-        y = self._compute(x, assignments)
+        seen = getattr(self, "gate_up_kernel_tap", None) is not None
+        y = self._compute_seen(x, assignments) if seen else self._compute(x, assignments)
         return (y if self.shared is None else y + self.shared(x)), report
 
     def _route(self, x, index) -> tuple[Assignments, RouterReport]:
@@ -104,7 +107,9 @@ class MoE(nnx.Module):
             )
         logits = jnp.zeros((B, T, E))
         if self.router_kernel is not None:
-            logits = jnp.dot(x.astype(jnp.float32), self.router_kernel[...], precision=lax.Precision.HIGHEST)
+            x32 = x.astype(jnp.float32)
+            logits = jnp.dot(x32, self.router_kernel[...], precision=lax.Precision.HIGHEST)
+            logits = observed(self, "router_kernel", x32, logits)
         logits = logits.reshape(B // self.pool, self.pool * T, E)
         index = None if index is None else jnp.repeat(index, T).reshape(logits.shape[:2])
         bias = None if self.bias is None else self.bias[...]
@@ -145,3 +150,57 @@ class MoE(nnx.Module):
 
         run = on_mesh(on_one_device, ("B T .", "B .", "E . . F", "E F ."), "B T .")
         return run(x, assignments, self.gate_up_kernel[...], self.down_kernel[...])
+
+    def _compute_seen(self, x, assignments: Assignments):
+        """The same, product by product, for private training to see each row of each example.
+
+        Each device computes the rows of its images, with all experts: they are gathered, as fsdp gathers matrices.
+        """
+        hidden, expert = self.down_kernel.shape[1], assignments.expert
+        groups = jnp.where(expert < assignments.num_experts, expert, -1)
+        rows = on_mesh(_rows, ("B T .", "B ."), "B . .")(x, assignments)
+        both = on_mesh(_of_experts, ("B . .", "B .", ". . F"), "B . F")  # both halves: F is between them
+        up = [both(rows, assignments, self.gate_up_kernel[...][:, :, i]) for i in range(2)]
+        up = observed(self, "gate_up_kernel", rows, jnp.stack(up, axis=2), groups=groups)
+        h = jax.nn.silu(up[:, :, 0]) * up[:, :, 1]
+        assert h.shape[-1] == hidden
+
+        def down(h, assignments, kernel):
+            y = _of_experts(h, assignments, kernel)
+            return lax.psum(y, "tensor") if axis_size("tensor") > 1 else y
+
+        y = on_mesh(down, ("B . F", "B .", ". F ."), "B . .")(h, assignments, self.down_kernel[...])
+        y = observed(self, "down_kernel", h, y, groups=groups)
+        return on_mesh(functools.partial(_combined, num_tokens=x.shape[1]), ("B . .", "B ."), "B T .")(y, assignments)
+
+
+def _rows(x: Float[Array, "B T D"], assignments: Assignments) -> Float[Array, "B n D"]:
+    """The token of each choice, in the order of choices."""
+    order = jnp.argsort(assignments.joined().expert, stable=True)
+    rows = dispatch(x.reshape(-1, x.shape[-1]), assignments.joined().route())
+    return _back(rows, order).reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _of_experts(rows: Float[Array, "B n D"], assignments: Assignments, kernel: Float[Array, "E D F"]):
+    """rows[b, i] times the matrix of its expert."""
+    flat = assignments.joined()
+    order = jnp.argsort(flat.expert, stable=True)
+    out = grouped_matmul(_taken(rows.reshape(-1, rows.shape[-1]), order), kernel, flat.rows_of_experts())
+    return _back(out, order).reshape(*rows.shape[:2], -1)
+
+
+def _combined(rows: Float[Array, "B n D"], assignments: Assignments, *, num_tokens: int) -> Float[Array, "B T D"]:
+    """The weighted sum of each token's rows."""
+    flat = assignments.joined()
+    order = jnp.argsort(flat.expert, stable=True)
+    y = combine(_taken(rows.reshape(-1, rows.shape[-1]), order), flat.route())
+    return y.reshape(rows.shape[0], num_tokens, -1)
+
+
+def _taken(rows, order):
+    return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def _back(rows, order):
+    """The inverse of `_taken`."""
+    return _taken(rows, jnp.argsort(order))

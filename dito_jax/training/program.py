@@ -19,7 +19,7 @@ from dito_jax.sharding import shardings, spec
 from dito_jax.training.health import GuardConfig
 from dito_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dito_jax.training.state import TrainState, init_state, split_model
-from dito_jax.training.step import ComputeDtype, make_step
+from dito_jax.training.step import ComputeDtype, Step, make_step
 
 
 DEFAULT_GUARD = GuardConfig()
@@ -75,15 +75,6 @@ def make_program(
 ) -> Program:
     """The program of this recipe on this mesh; call it under `jax.set_mesh(mesh)`."""
     update: optax.GradientTransformation = make_optimizer(optimizer, loop.steps)
-
-    def init() -> TrainState:
-        return init_state(model, update, loop.ema_decays, loop.seed, guard.window)
-
-    shapes = jax.eval_shape(init)
-    places = shardings(shapes, mesh)
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, places
-    )
     graph, _ = split_model(model)
     step = make_step(
         graph,
@@ -101,6 +92,29 @@ def make_program(
         "image": jax.ShapeDtypeStruct((loop.batch_size, *model.image_shape), jnp.float32, sharding=by_example),
         "label": jax.ShapeDtypeStruct((loop.batch_size,), jnp.int32, sharding=by_example),
     }
+    return assemble(model, update, loop, mesh, guard, step, batch)
+
+
+def assemble(
+    model: DiTConfig,
+    update: optax.GradientTransformation,
+    loop: LoopConfig,
+    mesh: jax.sharding.Mesh,
+    guard: GuardConfig,
+    step: Step,
+    batch: dict[str, jax.ShapeDtypeStruct],
+) -> Program:
+    """The program of any step of this model and update rule, with the batch that it takes."""
+
+    def init() -> TrainState:
+        return init_state(model, update, loop.ema_decays, loop.seed, guard.window)
+
+    shapes = jax.eval_shape(init)
+    places = shardings(shapes, mesh)
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, places
+    )
+    graph, _ = split_model(model)
     metrics = jax.NamedSharding(mesh, jax.P())
     return Program(
         graph=graph,

@@ -54,7 +54,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        drawn = _draw(key, batch, loss, null_label)
+        drawn = draw(key, batch, loss, null_label)
         value_and_grad = jax.value_and_grad(loss_of_part, has_aux=True)
         (value, report), gradient = _accumulate(value_and_grad, state.params, drawn, accumulation)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
@@ -79,7 +79,7 @@ def cast(params: nnx.State, dtype: ComputeDtype) -> nnx.State:
     return jax.tree.map(narrowed, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def _draw(key, batch: Batch, loss: LossConfig, null_label: int) -> Batch:
+def draw(key, batch: Batch, loss: LossConfig, null_label: int) -> Batch:
     """The batch with its noise, times and dropped labels: one draw for the whole batch, however it is cut up later."""
     key_time, key_noise, key_drop = jax.random.split(key, 3)
     image, label = batch["image"].astype(jnp.float32), batch["label"]
@@ -95,13 +95,17 @@ def _accumulate(value_and_grad: Callable, params: Any, batch: Batch, parts: int)
     """Mean loss, report and gradient over `parts` equal parts of the batch, one after the other."""
     if parts == 1:
         return value_and_grad(params, batch)
-    # Part i takes every parts-th example, so that a batch sharded over devices stays where it is.
-    cut = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+    pieces = cut(batch, parts)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
-    one = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda a: a[0], cut))
+    one = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda a: a[0], pieces))
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
-    total, _ = jax.lax.scan(add, zero, cut)
+    total, _ = jax.lax.scan(add, zero, pieces)
     return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def cut(batch: Any, parts: int) -> Any:
+    """`parts` equal parts of a batch. Part i has every parts-th example: one sharded over devices stays where it is."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)

@@ -1,0 +1,1 @@
+"""Differentially private training: its gradient, its noise, its budget, its proof."""

@@ -1,0 +1,125 @@
+"""One private step: a pure function from (state, batch) to (state, metrics), as training's own.
+
+    gradient = (clipped sum over the batch's examples + N(0, (sigma C)^2)) / expected batch size
+
+and what follows - the update, its averages - is post-processing and costs nothing.
+
+Guarantees
+  - The only thing that a step learns of its examples is the noised sum. Nothing else of the state or of the metrics
+    depends on them, unless `internal` asks for figures that are then not to be released.
+  - Every step changes the parameters, an empty batch too: leaving one out for what its loss was would tell of it.
+    Training's guard against spikes is therefore not here; an example that is not finite counts as zero instead.
+  - The divisor is the expected number of examples, a public figure, and not how many there were.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from dito_jax.diffusion import path
+from dito_jax.diffusion.loss import LossConfig, flow_matching_error
+from dito_jax.privacy.clipping import BFLOAT16_MARGIN, Backend, ClippedSum, Examples, Told
+from dito_jax.privacy.noise import add_noise
+from dito_jax.training.ema import update_ema
+from dito_jax.training.health import FINE
+from dito_jax.training.state import TrainState
+from dito_jax.training.step import Batch, ComputeDtype, Step, cast, cut, draw
+
+
+def make_private_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    *,
+    null_label: int,
+    decays: tuple[float, ...],
+    compute_dtype: ComputeDtype,
+    accumulation: int,
+    clip_norm: float,
+    noise_multiplier: float,
+    expected_batch: float,
+    draws: int,
+    backend: Backend,
+    microbatch: int,
+    internal: bool,
+) -> Step:
+    """The step for this model and recipe.
+
+    Its batch has units, each with `m` images: "image" (B, m, h, w, c), "label" (B, m), "padding" bool (B, m), and the
+    raw data of two keys, "draw_key" and "noise_key". A unit's loss is the mean over its images, and over `draws` of
+    time and noise for each (noise multiplicity, https://arxiv.org/abs/2210.09929); one without images is padding.
+    With `accumulation` > 1 the units go through in that many parts; noise is added once, to the sum.
+    """
+
+    def losses(network: nnx.Module, rows: Examples) -> Array:
+        z = path.interpolate(rows["image"], rows["noise"], rows["t"])
+        said, report = network.with_report(z, rows["t"], rows["label"])  # pyright: ignore[reportAttributeAccessIssue]
+        error = flow_matching_error(
+            said, z, rows["image"], rows["t"], rows["noise"], prediction=loss.prediction, space=loss.space
+        )
+        return error + report.losses
+
+    clipped_sum = ClippedSum(
+        graph, losses, clip_norm, backend, microbatch, functools.partial(cast, dtype=compute_dtype),
+        margin=BFLOAT16_MARGIN if compute_dtype == "bfloat16" else 0.0,
+    )  # fmt: skip
+
+    def step(state: TrainState, batch: Batch):
+        examples, padding = _drawn(batch, loss, null_label, draws)
+        total, told = _accumulated(clipped_sum, state.params, examples, padding, accumulation)
+        noise_key = jax.random.wrap_key_data(batch["noise_key"])
+        noised = add_noise(total, noise_key, noise_multiplier * clipped_sum.sensitivity())
+        gradient = jax.tree.map(lambda leaf: leaf / expected_batch, noised)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        ema = update_ema(state.ema, params, decays, state.step)
+        metrics = {"gradient_norm": optax.tree.norm(gradient), "bad": jnp.full((), FINE)}
+        metrics |= _internal(told, padding, clip_norm) if internal else {}
+        return TrainState(state.step + 1, params, moments, ema, state.key, state.health), metrics
+
+    return step
+
+
+def _drawn(batch: Batch, loss: LossConfig, null_label: int, draws: int) -> tuple[Examples, Array]:
+    """Each unit's rows, (B, m draws, ...), and which units are padding."""
+    absent = batch["padding"]  # (B, m)
+    units, images = absent.shape
+    rows = {
+        name: jnp.repeat(batch[name].reshape(-1, *batch[name].shape[2:]), draws, axis=0) for name in ("image", "label")
+    }
+    rows = draw(jax.random.wrap_key_data(batch["draw_key"]), rows, loss, null_label)
+    examples = jax.tree.map(lambda a: a.reshape(units, images * draws, *a.shape[1:]), rows)
+    present = jnp.where(absent, 0.0, 1.0)
+    weight = present / jnp.maximum(jnp.sum(present, axis=1, keepdims=True), 1)
+    return examples | {"weight": jnp.repeat(weight / draws, draws, axis=1)}, jnp.all(absent, axis=1)
+
+
+def _accumulated(clipped_sum: ClippedSum, params, examples: Examples, padding, parts: int) -> tuple[Any, Told]:
+    """The clipped sum over `parts` parts of the batch, one after the other; what was told has them side by side."""
+    if parts == 1:
+        return clipped_sum(params, examples, padding)
+
+    def add(total, part):
+        one, told = clipped_sum(params, *part)
+        return jax.tree.map(jnp.add, total, one), told
+
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params)
+    total, told = jax.lax.scan(add, zero, cut((examples, padding), parts))
+    return total, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1), told)
+
+
+def _internal(told: Told, padding: Array, clip_norm: float) -> dict[str, Array]:
+    """Figures of the examples themselves: for whoever may see the data."""
+    count = jnp.maximum(jnp.sum(~padding), 1)
+    mean = lambda values: jnp.sum(jnp.where(padding, 0, values)) / count
+    return {
+        "internal_loss": mean(told.loss),
+        "internal_norm": mean(told.norm),
+        "internal_clipped": mean((told.norm > clip_norm).astype(jnp.float32)),
+        "internal_examples": jnp.sum(~padding),
+    }
