@@ -156,14 +156,15 @@ class MoE(nnx.Module):
 
         Each device computes the rows of its images, with all experts: they are gathered, as fsdp gathers matrices.
         """
-        hidden, expert = self.down_kernel.shape[1], assignments.expert
+        if self.pool > 1:
+            raise ValueError(f"MoE: private training keeps images apart, so it wants a pool of 1, got {self.pool}.")
+        expert = assignments.expert
         groups = jnp.where(expert < assignments.num_experts, expert, -1)
         rows = on_mesh(_rows, ("B T .", "B ."), "B . .")(x, assignments)
         both = on_mesh(_of_experts, ("B . .", "B .", ". . F"), "B . F")  # both halves: F is between them
         up = [both(rows, assignments, self.gate_up_kernel[...][:, :, i]) for i in range(2)]
         up = observed(self, "gate_up_kernel", rows, jnp.stack(up, axis=2), groups=groups)
         h = jax.nn.silu(up[:, :, 0]) * up[:, :, 1]
-        assert h.shape[-1] == hidden
 
         def down(h, assignments, kernel):
             y = _of_experts(h, assignments, kernel)

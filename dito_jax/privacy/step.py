@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 from dito_jax.diffusion import path
 from dito_jax.diffusion.loss import LossConfig, flow_matching_error
-from dito_jax.privacy.clipping import BFLOAT16_MARGIN, Backend, ClippedSum, Examples, Told
+from dito_jax.privacy.clipping import Backend, ClippedSum, Examples, Told
 from dito_jax.privacy.noise import add_noise
 from dito_jax.training.ema import update_ema
 from dito_jax.training.health import FINE
@@ -66,7 +66,7 @@ def make_private_step(
 
     clipped_sum = ClippedSum(
         graph, losses, clip_norm, backend, microbatch, functools.partial(cast, dtype=compute_dtype),
-        margin=BFLOAT16_MARGIN if compute_dtype == "bfloat16" else 0.0,
+        narrow=compute_dtype != "float32",
     )  # fmt: skip
 
     def step(state: TrainState, batch: Batch):

@@ -1,0 +1,213 @@
+"""The clipped sum: by every backend, on every mesh, for every model, the one that its definition says."""
+
+import dataclasses
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dito_jax.layers.linear import linear
+from dito_jax.models.kernels import KernelsConfig
+from dito_jax.privacy.clipping import ClippedSum
+from dito_jax.sharding import MeshConfig, make_mesh, shardings, spec
+from dito_jax.training.state import split_model
+from dito_jax.training.step import cast
+
+from .conftest import EXAMPLES, MODELS, losses
+
+
+FAST = ("ghost", "bookkeeping")
+MESHES = {
+    "data": dict(data=8),
+    "fsdp": dict(data=1, fsdp=8),
+    "tensor": dict(data=2, fsdp=2, tensor=2),
+    "expert": dict(data=2, expert=2, tensor=2),
+}
+
+
+def by_definition(problem, clip_norm=20.0):
+    """Each example's gradient by jax.grad of its own loss, clipped and summed in float64."""
+
+    def loss(params, example):
+        rows = {name: value[None] for name, value in example.items()}
+        made = ClippedSum(problem.graph, losses, clip_norm)
+        return made.example_losses(nnx.merge(problem.graph, params), rows)[0]
+
+    gradients = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(problem.params, problem.examples)
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)]
+    norm = np.sqrt(sum(np.sum(leaf.reshape(EXAMPLES, -1) ** 2, axis=1) for leaf in leaves))
+    factor = np.where(np.asarray(problem.padding), 0, np.minimum(1, clip_norm / norm))
+    return [np.tensordot(factor, leaf, axes=1) for leaf in leaves], norm
+
+
+def assert_same(total, wanted, tolerance=1e-6):
+    for got, want in zip(jax.tree.leaves(total), wanted, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1, np.max(np.abs(want))))
+
+
+@pytest.fixture(scope="module")
+def definition(problem):
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = by_definition(problem(name))
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("backend", ["vmap", "microbatch", *FAST])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_backend_gives_the_sum_of_the_definition(problem, definition, model, backend):
+    if backend == "microbatch" and model != "modern":
+        pytest.skip("vmap over fewer: once is enough")
+    of, (wanted, norm) = problem(model), definition(model)
+    kept = norm[~np.asarray(of.padding)]
+    assert np.min(kept) < 20 < np.max(kept)  # some are clipped and some are not
+    total, told = jax.jit(of.clipped_sum(backend, microbatch=2))(of.params, of.examples, of.padding)
+    assert_same(total, wanted)
+    np.testing.assert_allclose(told.norm[~of.padding], kept, rtol=2e-6)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    [("modern", "bookkeeping"), ("modern", "ghost"), ("experts", "bookkeeping"), ("experts", "microbatch")],
+)
+def test_eight_devices_give_the_sum_and_the_norms_of_one(problem, definition, model, backend, shape):
+    """Norms are added up over what divides a matrix, and never over what divides the batch."""
+    of, (wanted, norm) = problem(model), definition(model)
+    mesh = make_mesh(MeshConfig(**MESHES[shape]))
+    with jax.set_mesh(mesh):
+        places, by_example = shardings(of.params, mesh), jax.NamedSharding(mesh, spec("B", mesh))
+        arguments = jax.device_put((of.params, of.examples, of.padding), (places, by_example, by_example))
+        run = jax.jit(of.clipped_sum(backend), out_shardings=(places, jax.NamedSharding(mesh, jax.P())))
+        total, told = run(*arguments)
+    assert_same(jax.device_get(total), wanted)
+    np.testing.assert_allclose(np.asarray(told.norm)[~of.padding], norm[~of.padding], rtol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["vmap", *FAST])
+@pytest.mark.parametrize("model", ["modern", "experts"])
+def test_an_example_moves_the_sum_by_its_bound_and_nothing_else(problem, model, backend):
+    """With and without example j, and with another in its place: the others' losses and norms stay to the bit."""
+    of, clip_norm = problem(model), 5.0
+    run = jax.jit(of.clipped_sum(backend, clip_norm))
+    total, told = run(of.params, of.examples, of.padding)
+    others = np.arange(EXAMPLES) != 5
+    without, told_without = run(of.params, of.examples, of.padding | ~others)
+    another = jax.tree.map(lambda a: a.at[5].set(a[0] if a.dtype == jnp.int32 else 9 * a[0]), of.examples)
+    replaced, told_replaced = run(of.params, another, of.padding)
+    for changed in (told_without, told_replaced):
+        keep = others & ~np.asarray(of.padding)
+        np.testing.assert_array_equal(np.asarray(changed.norm)[keep], np.asarray(told.norm)[keep])
+        np.testing.assert_array_equal(np.asarray(changed.loss)[keep], np.asarray(told.loss)[keep])
+    distance = lambda other: np.sqrt(
+        sum(np.sum(np.square(np.float64(a) - b)) for a, b in zip(*map(jax.tree.leaves, (total, other)), strict=True))
+    )
+    bound = of.clipped_sum(backend, clip_norm).sensitivity
+    relation = dp_accounting.NeighboringRelation
+    assert told.norm[5] > clip_norm
+    assert clip_norm * (1 - 1e-4) < distance(without) <= bound(relation.ADD_OR_REMOVE_ONE) * (1 + 1e-5)
+    assert bound(relation.ADD_OR_REMOVE_ONE) == bound(relation.REPLACE_SPECIAL) == clip_norm
+    assert bound(relation.ADD_OR_REMOVE_ONE) < distance(replaced) <= bound(relation.REPLACE_ONE) * (1 + 1e-5)
+    assert bound(relation.REPLACE_ONE) == 2 * clip_norm
+
+
+def test_a_balance_loss_of_the_batch_is_seen_to_couple_its_examples(problem):
+    """The control: what the test above would see of a network that does not keep examples apart."""
+    graph, _ = split_model(dataclasses.replace(MODELS["experts"], balance="batch"))
+    of = dataclasses.replace(problem("experts"), graph=graph)
+    run = jax.jit(of.clipped_sum("ghost", 5.0))
+    _, told = run(of.params, of.examples, of.padding)
+    another = jax.tree.map(lambda a: a.at[5].set(a[0]), of.examples)
+    _, changed = run(of.params, another, of.padding)
+    assert np.any(np.asarray(told.norm)[6:] != np.asarray(changed.norm)[6:])
+
+
+def test_experts_that_choose_among_several_images_are_refused(problem):
+    graph, _ = split_model(dataclasses.replace(MODELS["experts"], pool=2, balance="batch"))
+    of = dataclasses.replace(problem("experts"), graph=graph)
+    with pytest.raises(ValueError, match="wants a pool of 1, got 2"):
+        of.clipped_sum("bookkeeping")(of.params, of.examples, of.padding)
+
+
+@pytest.mark.parametrize("backend", ["vmap", *FAST])
+def test_what_is_not_finite_counts_as_zero_and_poisons_nothing(problem, backend):
+    of = problem("modern")
+    run = jax.jit(of.clipped_sum(backend))
+    bad = dict(of.examples, image=of.examples["image"].at[1].set(jnp.nan).at[3].set(jnp.inf))  # 3 is padding
+    total, _ = run(of.params, bad, of.padding)
+    without, _ = run(of.params, of.examples, of.padding.at[1].set(True))
+    for got, want in zip(jax.tree.leaves(total), jax.tree.leaves(without), strict=True):
+        assert np.all(np.isfinite(got))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def test_a_batch_of_padding_is_exactly_zero(problem):
+    of = problem("modern")
+    for backend in FAST:
+        total, _ = jax.jit(of.clipped_sum(backend))(of.params, of.examples, jnp.ones(EXAMPLES, bool))
+        assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(total))
+
+
+@pytest.mark.parametrize("backend", ["vmap", *FAST])
+def test_bfloat16_keeps_to_the_bound(problem, backend):
+    """Measured on what leaves the clipping, one example alone: its rounding comes after its norm."""
+    of = problem("modern")
+    run = jax.jit(of.clipped_sum(backend, 5.0, cast=lambda params: cast(params, "bfloat16"), narrow=True))
+    for example in (0, 1, 5):
+        total, _ = run(of.params, of.examples, jnp.arange(EXAMPLES) != example)
+        length = np.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in jax.tree.leaves(total)))
+        assert 4.8 < length <= 5.0 * (1 + 1e-6)
+
+
+def test_frozen_parameters_have_no_part_in_norms_or_sum(problem):
+    of = problem("modern")
+    attention = lambda path, _: "attention" in path
+    trained, frozen = nnx.split_state(of.params, attention, ...)
+    wanted = None
+    for backend in ("vmap", *FAST):
+        total, told = jax.jit(of.clipped_sum(backend))(trained, of.examples, of.padding, frozen)
+        assert jax.tree.structure(total) == jax.tree.structure(trained)
+        if wanted is None:
+            wanted = total, told.norm
+            _, whole = jax.jit(of.clipped_sum(backend))(of.params, of.examples, of.padding)
+            assert np.all(np.asarray(told.norm < whole.norm)[~of.padding])
+        assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(wanted[0])])
+        np.testing.assert_allclose(told.norm[~of.padding], wanted[1][~of.padding], rtol=2e-6)
+
+
+class Twice(nnx.Module):
+    """Uses one matrix two times over, or one that nothing sees."""
+
+    def __init__(self, *, hidden: bool, rngs: nnx.Rngs):
+        self.first, self.second = (linear(4, 4, ". .", rngs=rngs) for _ in range(2))
+        self.hidden = hidden
+
+    def __call__(self, x):
+        return self.first(self.first(x)) @ self.second.kernel[...] if self.hidden else self.second(self.first(x))
+
+
+def test_a_parameter_that_is_shared_or_not_seen_is_an_error_and_right_by_microbatch():
+    examples = {"x": jax.random.normal(jax.random.key(0), (4, 1, 4)), "weight": jnp.ones((4, 1))}
+    padding = jnp.zeros(4, bool)
+    graph, params = nnx.split(Twice(hidden=True, rngs=nnx.Rngs(0)), nnx.Param)
+    row_losses = lambda network, rows: jnp.sum(jnp.square(network(rows["x"])), axis=1)
+    with pytest.raises(ValueError, match=r"sees first.kernel 2 times.*wanted once.*'microbatch'"):
+        ClippedSum(graph, row_losses, 1.0, "bookkeeping")(params, examples, padding)
+    total, told = ClippedSum(graph, row_losses, 1.0, "microbatch")(params, examples, padding)
+    assert np.all(np.asarray(told.norm) > 0) and np.any(np.asarray(total["first"]["kernel"][...]))
+
+
+def test_a_fused_mlp_is_an_error_that_names_the_cure(problem):
+    config = dataclasses.replace(MODELS["modern"], kernels=KernelsConfig(mlp="xla"))
+    graph, _ = split_model(config)
+    of = dataclasses.replace(problem("modern"), graph=graph)
+    with pytest.raises(ValueError, match=r"mlp.*kernel 0 times.*model.kernels.mlp None"):
+        of.clipped_sum("ghost")(of.params, of.examples, of.padding)
