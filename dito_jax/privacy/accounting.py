@@ -1,0 +1,295 @@
+"""What training steps reveal, added up by privacy loss distributions (dp-accounting's PLD accountant).
+
+Guarantees. If each step publishes a sum of gradients, one for each unit (an example, or a user), of norm at most C
+each, plus Gaussian noise of standard deviation sigma C, and its units were drawn as its `Release` says, then all the
+steps together are (epsilon, delta)-private for the epsilon that `epsilon` returns. The figure is rounded upwards
+(pessimistic PLDs), up to the rounding of float64; it is meant for a delta of 1e-12 or more.
+
+Adjacency. Without truncation: one unit is added or removed. With truncation the number of units is an argument of the
+analysis, so the neighbours are of one size: one unit becomes empty ("zero-out", dp-accounting's REPLACE_SPECIAL,
+https://arxiv.org/abs/2103.00039, definition 1.1). Untruncated releases have the same epsilon under both, so a mixture
+is accounted as zero-out. Neither is "one unit becomes another", which costs about twice the epsilon.
+
+It does not promise anything of a sampler that shuffles epochs, of a batch size or number of steps chosen by looking at
+the data, of runs that were not charged (a search over settings is a sum of runs), or of anything published beside the
+noised sums. Under add-or-remove the number of examples is itself private: sampling_prob is taken to be public.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import dp_accounting
+from dp_accounting.pld import privacy_loss_distribution as pld
+from scipy import stats
+
+from dito_jax.errors import UserError
+from dito_jax.privacy.central_limit import mean_loss, noise_guess, steps_guess
+
+
+Adjacency = Literal["add-or-remove", "zero-out"]
+RELATIONS: dict[Adjacency, dp_accounting.NeighboringRelation] = {
+    "add-or-remove": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    "zero-out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+}
+HIGHEST_EPSILON = 100.0  # no calibration above: it would protect nobody, and the distributions grow with it
+BEYOND_COUNTING = 3000.0  # a privacy loss that is called inf rather than tabulated: at 10,000 points each
+MOST_STEPS = 10**6  # that are looked for
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Release:
+    """What one step reveals: a noised sum over units that were drawn independently, each with one probability.
+
+    Raises:
+      UserError: a value that no step can have.
+    """
+
+    sampling_prob: float
+    noise_multiplier: float  # of the clipping norm
+    num_examples: int | None = None  # units in all; with max_batch only
+    max_batch: int | None = None  # where more are drawn, so many of them stay, a random subset
+
+    def __post_init__(self):
+        _within("sampling_prob", self.sampling_prob, 0 < self.sampling_prob <= 1, "above 0 and at most 1")
+        noise = self.noise_multiplier
+        _within("noise_multiplier", noise, 0 < noise < math.inf, "above 0: without noise nothing is private")
+        if (self.max_batch is None) != (self.num_examples is None):
+            raise UserError(
+                f"max_batch is {self.max_batch}, num_examples {self.num_examples}: a truncated batch needs both, "
+                "one that is not truncated neither."
+            )
+        _at_least_one("max_batch", self.max_batch)
+        _at_least_one("num_examples", self.num_examples)
+
+    @property
+    def adjacency(self) -> Adjacency:
+        """Which neighbours the analysis of one such step is of."""
+        return "add-or-remove" if self.max_batch is None else "zero-out"
+
+    @property
+    def event(self) -> dp_accounting.DpEvent:
+        """The same for any accountant of dp-accounting."""
+        if self.max_batch is None:
+            return dp_accounting.PoissonSampledDpEvent(
+                sampling_probability=self.sampling_prob,
+                event=dp_accounting.GaussianDpEvent(noise_multiplier=self.noise_multiplier),
+            )
+        assert self.num_examples is not None
+        return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+            dataset_size=self.num_examples,
+            sampling_probability=self.sampling_prob,
+            truncated_batch_size=self.max_batch,
+            noise_multiplier=self.noise_multiplier,
+        )
+
+
+Spent = Mapping[Release, int] | Iterable[tuple[Release, int]]
+
+
+def merged(*spent: Spent) -> dict[Release, int]:
+    """Steps by release, summed over all that is given; what has no steps is left out.
+
+    Raises:
+      UserError: a number of steps below 0.
+    """
+    total: dict[Release, int] = {}
+    for part in spent:
+        for release, steps in part.items() if isinstance(part, Mapping) else part:
+            _within("steps", steps, steps >= 0 and steps == int(steps), "a whole number, 0 or more")
+            if steps:
+                total[release] = total.get(release, 0) + int(steps)
+    return total
+
+
+def adjacency(spent: Spent) -> Adjacency:
+    """The neighbours for which the epsilon of all these releases together holds."""
+    return "zero-out" if any(release.max_batch is not None for release in merged(spent)) else "add-or-remove"
+
+
+def epsilon(spent: Spent, delta: float) -> float:
+    """The epsilon at this delta of everything released; 0.0 of nothing, inf of what is beyond counting.
+
+    Raises:
+      UserError: delta is not between 0 and 1, or a number of steps below 0.
+    """
+    _check_delta(delta)
+    total = merged(spent)
+    if not total:
+        return 0.0
+    if (
+        sum(mean_loss(release.sampling_prob, release.noise_multiplier) * steps for release, steps in total.items())
+        > BEYOND_COUNTING
+    ):
+        return math.inf
+    # Sorted, so that equal sums are added in one order and get one epsilon, to the last bit.
+    losses = [_loss_of(release, total[release]) for release in sorted(total, key=repr)]
+    return float(functools.reduce(lambda one, other: one.compose(other), losses).get_epsilon_for_delta(delta))
+
+
+def noise_multiplier(
+    num_examples: int, batch_size: int, steps: int, epsilon: float, delta: float, *, max_batch: int | None = None
+) -> float:
+    """The least noise, in units of the clipping norm, with which `steps` steps stay within (epsilon, delta).
+
+    Each unit is drawn with probability q = batch_size / num_examples, so batch_size is the expected batch; at most
+    `max_batch` of those drawn are kept. Rounded up to six digits: accounted again, it never exceeds epsilon.
+
+    Raises:
+      UserError: values that cannot be, or an epsilon above 100.
+    """
+    for name, value in {"num_examples": num_examples, "batch_size": batch_size, "steps": steps}.items():
+        _at_least_one(name, value)
+    _within("batch_size", batch_size, batch_size <= num_examples, f"at most num_examples = {num_examples}")
+    _check_budget(epsilon, delta)
+    q, units = batch_size / num_examples, None if max_batch is None else num_examples
+
+    def spent(sigma: float) -> dict[Release, int]:
+        return {Release(q, sigma, units, max_batch): steps}
+
+    def fits(sigma: float) -> bool:
+        return _epsilon(spent(sigma), delta) <= epsilon
+
+    if units is None:
+        sigma = _calibrated(spent, noise_guess(q, steps, epsilon, delta), epsilon, delta)
+    else:  # truncation that hardly ever happens costs nothing in six digits, and much time to account for
+        sigma = noise_multiplier(num_examples, batch_size, steps, epsilon, delta)
+        if fits(sigma * (1 - 1e-5)) or not fits(sigma * (1 + 1e-5)):
+            sigma = _calibrated(spent, sigma, epsilon, delta)
+    exponent = math.floor(math.log10(sigma)) - 5
+    digits = math.ceil(sigma / 10.0**exponent)
+    while not fits(rounded := float(f"{digits}e{exponent}")):
+        digits += 1
+    return rounded
+
+
+def _calibrated(spent: Callable[[float], dict[Release, int]], guess: float, epsilon: float, delta: float) -> float:
+    """The sigma at which all of `spent(sigma)` costs epsilon, or a little less."""
+    low = high = guess
+    while _epsilon(spent(low), delta) <= epsilon:
+        low /= 1.2
+    while _epsilon(spent(high), delta) > epsilon:
+        high *= 1.2
+    return dp_accounting.calibrate_dp_mechanism(
+        make_fresh_accountant=functools.partial(
+            dp_accounting.pld.PLDAccountant, neighboring_relation=RELATIONS[adjacency(spent(high))]
+        ),
+        make_event_from_param=lambda sigma: dp_accounting.ComposedDpEvent(
+            events=[
+                dp_accounting.SelfComposedDpEvent(event=release.event, count=steps)
+                for release, steps in spent(sigma).items()
+            ]
+        ),
+        target_epsilon=epsilon,
+        target_delta=delta,
+        bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
+        tol=3e-6 * high,
+    )
+
+
+def remaining_steps(spent: Spent, release: Release, epsilon: float, delta: float) -> int:
+    """How many more such steps the budget (epsilon, delta) allows after what was spent: n fits, n + 1 does not.
+
+    At most a million are looked for.
+
+    Raises:
+      UserError: a budget that cannot be, or a number of steps below 0.
+    """
+    _check_budget(epsilon, delta, highest=math.inf)
+    before = merged(spent)
+    known: dict[int, float] = {}
+
+    def excess(steps: int) -> float:
+        if steps not in known:
+            known[steps] = _epsilon(merged(before, {release: steps}), delta) - epsilon
+        return known[steps]
+
+    if excess(1) > 0:
+        return 0
+    guess = steps_guess(release.sampling_prob, release.noise_multiplier, min(epsilon, HIGHEST_EPSILON), delta)
+    low, high = 1, int(min(MOST_STEPS, max(2, guess)))
+    while excess(high) <= 0:
+        if high == MOST_STEPS:
+            return MOST_STEPS
+        low, high = high, min(MOST_STEPS, 2 * high)
+    turn = 0
+    while high - low > 1:
+        turn += 1
+        middle = (low + high) // 2
+        if turn % 3 and math.isfinite(excess(high)):  # epsilon grows about as the root of steps: a line in its square
+            below, above = ((known[at] + epsilon) ** 2 - epsilon**2 for at in (low, high))
+            middle = min(max(low + int((high - low) * -below / (above - below)), low + 1), high - 1)
+        low, high = (middle, high) if excess(middle) <= 0 else (low, middle)
+    return low
+
+
+def truncation(num_examples: int, sampling_prob: float, *, steps: int, delta: float, multiple: int = 1) -> int:
+    """The smallest batch to pad to, a multiple of `multiple`, that truncates in no step with probability 1 - delta/100.
+
+    The probability is of what the analysis of truncation charges for: that, beside a unit, so many others are drawn as
+    to fill the batch, P(Binomial(n - 1, q) >= size), times the number of steps.
+
+    Raises:
+      UserError: values that cannot be.
+    """
+    for name, value in {"num_examples": num_examples, "steps": steps, "multiple": multiple}.items():
+        _at_least_one(name, value)
+    _within("sampling_prob", sampling_prob, 0 < sampling_prob <= 1, "above 0 and at most 1")
+    _check_delta(delta)
+
+    def risk(pieces: int) -> float:
+        return steps * float(stats.binom.sf(pieces * multiple - 1, num_examples - 1, sampling_prob))
+
+    low, high = 0, -(-num_examples // multiple)  # of all units nobody is cut off
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if risk(middle) < delta / 100 else (middle, high)
+    return high * multiple
+
+
+@functools.lru_cache(maxsize=16)
+def _loss(release: Release) -> pld.PrivacyLossDistribution:
+    """Of one step."""
+    if release.max_batch is None:
+        return pld.from_gaussian_mechanism(
+            standard_deviation=release.noise_multiplier,
+            sampling_prob=release.sampling_prob,
+            neighboring_relation=RELATIONS["add-or-remove"],
+        )
+    assert release.num_examples is not None
+    return pld.from_truncated_subsampled_gaussian_mechanism(
+        dataset_size=release.num_examples,
+        sampling_probability=release.sampling_prob,
+        truncated_batch_size=release.max_batch,
+        noise_multiplier=release.noise_multiplier,
+        neighboring_relation=RELATIONS["zero-out"],
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _loss_of(release: Release, steps: int) -> pld.PrivacyLossDistribution:
+    return _loss(release).self_compose(num_times=steps)
+
+
+def _check_budget(epsilon: float, delta: float, highest: float = HIGHEST_EPSILON) -> None:
+    _within("epsilon", epsilon, 0 < epsilon <= highest, f"above 0 and at most {highest:g}")
+    _check_delta(delta)
+
+
+def _check_delta(delta: float) -> None:
+    _within("delta", delta, 0 < delta < 1, "above 0 and below 1, far below 1/number of examples")
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    whole = value is None or (value >= 1 and value == int(value))
+    _within(name, value, whole, "a whole number, 1 or more")
+
+
+def _within(name: str, value: object, good: bool, wanted: str) -> None:
+    if not good:
+        raise UserError(f"{name} is {value}; wanted {wanted}.")
+
+
+_epsilon = epsilon  # where a parameter has that name
