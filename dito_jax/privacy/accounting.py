@@ -97,10 +97,10 @@ def merged(*spent: Spent) -> dict[Release, int]:
     """
     total: dict[Release, int] = {}
     for part in spent:
-        for release, steps in part.items() if isinstance(part, Mapping) else part:
+        for release, steps in part.items() if isinstance(part, Mapping) else part:  # pyright: ignore
             _within("steps", steps, steps >= 0 and steps == int(steps), "a whole number, 0 or more")
             if steps:
-                total[release] = total.get(release, 0) + int(steps)
+                total[release] = total.get(release, 0) + int(steps)  # pyright: ignore
     return total
 
 

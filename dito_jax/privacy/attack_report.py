@@ -1,4 +1,4 @@
-"""What an attack's scores are worth: ROC figures with their uncertainty, and whether the split itself gives members away.
+"""What an attack's scores are worth: ROC figures with their uncertainty, and whether the split betrays its members.
 
     AUC           P(a member's score > a hold-out's), ties counting half
     accuracy      (TPR + TNR) / 2 of one threshold, chosen on other images than it is counted on
@@ -158,9 +158,10 @@ def split_check(
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     scores = cross_val_predict(classifier, pixels, is_member, cv=folds, method="decision_function")
+    scores = np.asarray(scores)
     split_auc = auc(scores[is_member], scores[~is_member], confidence=confidence, seed=seed)
     brightness = images.mean(axis=(1, 2, 3), dtype=np.float64)
-    p_value = float(scipy.stats.ks_2samp(brightness[is_member], brightness[~is_member]).pvalue)
+    _, p_value = map(float, scipy.stats.ks_2samp(brightness[is_member], brightness[~is_member]))
     assert split_auc.low is not None
     return SplitCheck(split_auc, p_value, biased=split_auc.low > 0.5 or p_value < 1 - confidence)
 
@@ -199,9 +200,8 @@ def _accuracy(members, heldout, *, confidence: float, seed: int) -> Estimate:
         share(members[half:] >= threshold, confidence=each),
         share(heldout[others:] < threshold, confidence=each),
     )
-    return Estimate(
-        *(sum(pair) / 2 for pair in ((found.value, spared.value), (found.low, spared.low), (found.high, spared.high)))
-    )
+    middle = lambda name: (getattr(found, name) + getattr(spared, name)) / 2
+    return Estimate(middle("value"), middle("low"), middle("high"))
 
 
 def _tpr(true_rates, false_rates, rate: float, members: int, heldout: int, confidence: float) -> Estimate:

@@ -110,7 +110,7 @@ class CanarySource:
         self.image_shape = source.image_shape
         self.num_classes = source.num_classes
         self.augment = source.augment
-        self.canaries = make_canaries(num, tuple(source.image_shape), source.num_classes, secret=secret)
+        self.canaries = make_canaries(num, source.image_shape, source.num_classes, secret=secret)
         self._appended = np.flatnonzero(self.canaries.included)
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class CanarySource:
         if index < len(self.source):
             return self.source[index]
         chosen = self._appended[index - len(self.source)]
-        return Example(image=self.canaries.image[chosen], label=self.canaries.label[chosen])
+        return Example(image=self.canaries.image[chosen], label=np.int32(self.canaries.label[chosen]))
 
 
 def write_secret(path: Path, num: int) -> bytes:

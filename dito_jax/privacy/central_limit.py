@@ -36,4 +36,4 @@ def _drift(epsilon: float, delta: float) -> float:
         miss, hit = (float(special.log_ndtr(-epsilon / mu + sign * mu / 2)) for sign in (-1, 1))
         return math.exp(hit) - math.exp(min(epsilon + miss, 700)) - delta
 
-    return optimize.brentq(excess, 1e-12, 1e3)
+    return float(optimize.brentq(excess, 1e-12, 1e3))  # pyright: ignore[reportArgumentType]

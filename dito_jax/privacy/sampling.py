@@ -1,0 +1,108 @@
+"""The batches of private training: every unit is drawn by a coin of its own, and shapes are always the same.
+
+Guarantees
+  - In each step each unit is in the batch with probability q, independently of the others and of other steps: the
+    sampling that the accountant counts with. Not shuffled epochs, whose guarantee is several times weaker
+    (https://arxiv.org/abs/2411.10614). Where more are drawn than there is room for, a random subset stays, which the
+    accountant is told of.
+  - The draw is jax-privacy's, from the step's own generator: any process of the run makes the same, and none needs the
+    steps before. An empty batch is a batch.
+  - What is in a batch is secret, and so is how many: shapes, and so the time a step takes, do not depend on it.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+from jax_privacy.batch_selection import CyclicPoissonSampling
+from jaxtyping import Int
+
+from dito_jax.data import Source
+from dito_jax.privacy.keys import StepKeys
+from dito_jax.privacy.settings import StepPlan
+
+
+THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Whose examples they are: unit i has those numbered in of_unit[i]."""
+
+    of_unit: tuple[Int[np.ndarray, "..."], ...] | range
+
+    @classmethod
+    def examples(cls, source: Source) -> "Units":
+        """Each example is a unit."""
+        return cls(range(len(source)))
+
+    @classmethod
+    def users(cls, owners: Int[np.ndarray, " n"]) -> "Units":
+        """A unit is a user, with all examples whose owner it is."""
+        order = np.argsort(owners, kind="stable")
+        _, first = np.unique(owners[order], return_index=True)
+        return cls(tuple(np.split(order, first[1:])))
+
+    def __len__(self) -> int:
+        return len(self.of_unit)
+
+
+class PoissonBatches:
+    """`batch(step)` for one of `shares` processes: its rows of the batch of that step."""
+
+    def __init__(
+        self,
+        source: Source,
+        units: Units,
+        plan: StepPlan,
+        keys: StepKeys,
+        *,
+        images_per_unit: int = 1,
+        share: int = 0,
+        shares: int = 1,
+    ):
+        self._source, self._units, self._plan, self._keys = source, units, plan, keys
+        self._images = images_per_unit
+        size = plan.max_batch // shares
+        self._rows = range(share * size, (share + 1) * size)
+        self._readers = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="private-batches")
+
+    def chosen(self, step: int) -> Int[np.ndarray, "B m"]:
+        """The numbers of the examples of a step; -1 is padding. Secret."""
+        rng = self._keys.generator(step, "batch")
+        plan = self._plan
+        sampling = CyclicPoissonSampling(plan.sampling_prob, 1, truncated_batch_size=plan.max_batch)
+        (drawn,) = sampling.batch_iterator(len(self._units), rng=rng)
+        chosen = np.full((plan.max_batch, self._images), -1, np.int64)
+        for row, unit in enumerate(drawn):
+            examples = np.atleast_1d(self._units.of_unit[int(unit)])
+            some = rng.permutation(examples)[: self._images] if examples.size > 1 else examples
+            chosen[row, : some.size] = some
+        return chosen
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """{"image" (B, m, h, w, c), "label" (B, m), "padding" (B, m), "draw_key" (2,), "noise_key" (2,)}."""
+        numbers = self.chosen(step)[self._rows.start : self._rows.stop]
+        images = np.zeros((*numbers.shape, *self._source.image_shape), np.float32)
+        labels = np.zeros(numbers.shape, np.int32)
+        places = list(zip(*np.nonzero(numbers >= 0), strict=True))
+        read = functools.partial(self._read, step, numbers)
+        for place, example in zip(places, self._readers.map(read, places), strict=True):
+            images[place], labels[place] = example["image"], example["label"]
+        return {
+            "image": images,
+            "label": labels,
+            "padding": numbers < 0,
+            "draw_key": self._keys.key(step, "draw"),
+            "noise_key": self._keys.key(step, "noise"),
+        }
+
+    def _read(self, step: int, numbers, place) -> Any:
+        example = self._source[int(numbers[place])]
+        if self._source.augment is None:
+            return example
+        row = self._rows.start + int(place[0])
+        seed = [*self._keys.key(step, "draw").tolist(), row, int(place[1])]
+        return self._source.augment(example, np.random.default_rng(seed))
