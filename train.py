@@ -19,20 +19,20 @@ import jax
 
 from dito_jax import command_line
 from dito_jax.config import TrainConfig, check, to_json
-from dito_jax.data import batches
 from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.judge import judge
 from dito_jax.evaluation.sample import make_sampler
 from dito_jax.processes import agree, index, join
+from dito_jax.recipe import Recipe, make_recipe
 from dito_jax.sharding import make_mesh
 from dito_jax.training.attendance import Attendance, attended
 from dito_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dito_jax.training.compiling import compile_step, enable_compilation_cache
-from dito_jax.training.guard import Guard, position, step_back
+from dito_jax.training.guard import Guard, step_back
 from dito_jax.training.journal import Journal
 from dito_jax.training.optimizer import learning_rate
-from dito_jax.training.program import Program, make_program
+from dito_jax.training.program import Program
 from dito_jax.training.retention import SaveClock
 from dito_jax.training.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.training.state import TrainState
@@ -47,25 +47,15 @@ def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
     mesh = make_mesh(config.mesh)
     run = run if index() == 0 else FollowedDirectory(run.path)
     with run.hold(), jax.set_mesh(mesh), attended(run, config.watchdog, config.faults) as attendance:
-        program = make_program(config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
-        state = train(config, run, program, attendance)
+        recipe = make_recipe(config, run, mesh)
+        state = train(config, run, recipe, attendance)
         with attendance.ledger.phase("eval"):
-            finish(config, run, program, state)
+            finish(config, run, recipe.program, state)
 
 
-def train(config: TrainConfig, run: RunDirectory, program: Program, attendance: Attendance) -> TrainState:
+def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: Attendance) -> TrainState:
+    program, source, batches_after = recipe.program, recipe.source, recipe.batches_after
     ledger, events, faults = attendance.ledger, attendance.events, attendance.faults
-
-    # ------------------------------------------------------------------------------------------------------------ data
-    source = config.data.open("train")
-    command_line.check_data(config, source)
-    share, shares = program.share()
-
-    def batches_after(step: int):
-        return batches(
-            source, batch_size=config.train.batch_size, seed=config.train.seed, start=position(run, step),
-            process_index=share, process_count=shares,
-        )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------- state, or restore
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, on_disk=faults.after_save)

@@ -7,6 +7,7 @@ dito checkpoint ls|show|verify|bench RUN           what its checkpoints hold, wh
 dito goodput RUN                                   where its time went: a table, and RUN/goodput.png
 dito digest RUN --step 500                         the last line is a hash of its parameters and averages
 dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
+dito privacy plan CONFIG | ledger DATASET          what noise a budget takes, and what was spent of one
 dito block CONFIG --images 32 --gpus 1xh200        what each fusion is worth in one block of the model
 dito doctor                                        versions, devices, what runs here and why not
 """
@@ -22,7 +23,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from dito_jax import command_line, config as configs
+from dito_jax import cli_privacy, command_line, config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.elastic import shrunk
 from dito_jax.errors import UserError
@@ -35,12 +36,13 @@ from dito_jax.planning.block import measure, table
 from dito_jax.planning.doctor import diagnosis
 from dito_jax.planning.hlo import page
 from dito_jax.planning.lowering import lower_step, planned_devices, planned_mesh
+from dito_jax.recipe import planned_program
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.checkpoint import Checkpoints, digest
 from dito_jax.training.checkpoint_report import contents, listing, save_cost, verified
 from dito_jax.training.events import read_events
 from dito_jax.training.goodput_report import read_accounts, table as goodput_table, timeline
-from dito_jax.training.program import Program, make_program
+from dito_jax.training.program import Program
 from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState
 from dito_jax.training.supervisor import Supervisor, places
@@ -155,7 +157,7 @@ def hlo(options: argparse.Namespace) -> None:
     where = options.gpus or f"{mesh.size}x{mesh.devices.flat[0].device_kind}"
     out = Path(options.out or f"runs/hlo/{Path(options.config).stem}_{where}")
     with jax.set_mesh(mesh):
-        program = make_program(config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+        program = planned_program(config, mesh)
         lowered = lower_step(program, options.stage)
     text = out / f"train_step.{options.stage}.txt"
     out.mkdir(parents=True, exist_ok=True)
@@ -212,7 +214,7 @@ class _Parser(argparse.ArgumentParser):
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "supervise": supervise, "sample": sample, "eval": evaluate, "checkpoint": checkpoint, "goodput": goodput,
-    "digest": print_digest, "hlo": hlo, "block": block, "doctor": doctor,
+    "digest": print_digest, "hlo": hlo, "block": block, "privacy": cli_privacy.privacy, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -225,6 +227,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         for name, function in VERBS.items()
     }
     parsers["checkpoint"].add_argument("what", choices=("ls", "show", "verify", "bench"))
+    cli_privacy.add_arguments(parsers["privacy"])
     for name in ("sample", "eval", "checkpoint", "goodput", "digest"):
         parsers[name].add_argument("run", help="a run directory, e.g. runs/digits")
     parsers["sample"].add_argument("--num", type=int, default=64)
@@ -248,7 +251,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}."
         raise UserError(f"no verb {arguments[0]!r}; {hint}")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.verb not in ("supervise", "hlo", "block"):
+    if rest and options.verb not in ("supervise", "hlo", "block", "privacy"):
         raise UserError(f"{options.verb}: no option {rest[0]}. `dito {options.verb} --help` lists what there is.")
     options.overrides = rest
     return options

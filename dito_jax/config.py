@@ -26,6 +26,8 @@ from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
+from dito_jax.privacy.coupling import private_rules
+from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.sharding import MeshConfig, batch_pieces
 from dito_jax.training.faults import FaultsConfig
 from dito_jax.training.health import GuardConfig
@@ -52,6 +54,7 @@ class TrainConfig:
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     faults: FaultsConfig = FaultsConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     sample: SampleConfig = SampleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     upcycle: str | None = None  # the run directory of a dense model, whose MLPs a new run's experts begin as
@@ -116,13 +119,16 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def check(config: TrainConfig, num_devices: int) -> None:
     """Raises UserError, in one line, if the parts of the config cannot go together on this many devices."""
-    model, train = config.model, config.train
+    model, train, private = config.model, config.train, config.privacy.epsilon is not None
     axes = config.mesh.resolve(num_devices)
     part = batch_pieces(axes) * train.accumulation
     pieces = "mesh.data x mesh.fsdp x mesh.expert x train.accumulation"
     rules = {
-        f"train.batch_size {train.batch_size} is not a multiple of {pieces} = {part}": train.batch_size % part,
+        f"train.batch_size {train.batch_size} is not a multiple of {pieces} = {part}": (
+            train.batch_size % part > 0 and not private  # which pads
+        ),
         **model.run_rules(axes, images=train.batch_size // part),
+        **(private_rules(model, config.privacy, config.checkpoint) if private else {}),
         f"sample.ema_decay {config.sample.ema_decay} is not in train.ema_decays {train.ema_decays}": (
             config.sample.ema_decay not in (None, *train.ema_decays)
         ),
@@ -178,7 +184,7 @@ _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         TrainConfig, DiTConfig, MoEDiTConfig, KernelsConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig,
-        CheckpointConfig, GuardConfig, WatchdogConfig, FaultsConfig, SampleConfig, EvaluationConfig,
+        CheckpointConfig, GuardConfig, WatchdogConfig, FaultsConfig, PrivacyConfig, SampleConfig, EvaluationConfig,
         DigitsData, ImageFolderData, LatentsData,
     )
 }  # fmt: skip

@@ -47,7 +47,7 @@ class Journal:
         self._pending = []
         rate = {"learning_rate": np.asarray(self._rate(number - 1)).item()}
         self._metrics.write(number, self.means | speed | rate)
-        shown = {"loss": self.means["loss"]} | speed
+        shown = {name: self.means[name] for name in ("loss",) if name in self.means} | speed  # a private run tells none
         if self._writes:
             self._progress.show(number, {name: value for name, value in shown.items() if value is not None})
 

@@ -1,0 +1,186 @@
+"""A private run as train.py has it: what its steps do, and its batches, each paid for before it is used.
+
+Guarantees
+  - No batch leaves `batches_after` before the ledger of its data set has its cost on disk; where that would exceed the
+    budget, none leaves it again, and the run ends in one line.
+  - The plan is made once, and kept with the run: a run that goes on does what it was started to do, or says what of
+    its settings has changed.
+  - Of several processes, the first keeps the ledger and the secret, and tells the others; the secret passes through
+    the store of the run's processes, on its network.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import uuid
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from dito_jax.data import Source
+from dito_jax.errors import UserError
+from dito_jax.privacy.accounting import Release, noise_multiplier, truncation
+from dito_jax.privacy.keys import StepKeys, run_secret
+from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.privacy.sampling import PoissonBatches, Units
+from dito_jax.privacy.settings import PrivacyConfig, StepPlan
+from dito_jax.processes import agree, index, publish, published
+from dito_jax.training.program import LoopConfig
+from dito_jax.training.run_directory import RunDirectory
+
+
+PLAN = "privacy.json"
+
+
+class PrivateRun:
+    """One run on the units of one source."""
+
+    def __init__(self, privacy: PrivacyConfig, loop: LoopConfig, source: Source, run: RunDirectory, *, multiple: int):
+        """`multiple`: what the rows of a batch divide into.
+
+        Raises:
+          UserError: the settings cannot go together, or are not those that the run was started with.
+        """
+        self._privacy, self._loop, self._source, self._run = privacy, loop, source, run
+        self.units = units_of(source, privacy)
+        wanted = _settings(privacy, loop, len(self.units))
+        kept = json.loads((run.path / PLAN).read_text()) if (run.path / PLAN).exists() else None
+        if kept is None:
+            kept = {"run": uuid.uuid4().hex, "settings": wanted, "plan": None}
+        if changed := [name for name in wanted if kept["settings"].get(name) != wanted[name]]:
+            raise UserError(
+                f"{run.path}: {', '.join(changed)} changed since this private run was started; its noise was chosen "
+                "for the old values: restore them, or start another run (--run-dir)."
+            )
+        self.plan = StepPlan(**kept["plan"]) if kept["plan"] else make_plan(privacy, loop, len(self.units), multiple)
+        self.name: str = kept["run"]
+        run.write_json(PLAN, kept | {"plan": dataclasses.asdict(self.plan)})
+        self._start: dict[str, Any] | None = None
+        self._ledger: Ledger | None = None
+
+    @property
+    def release(self) -> Release:
+        """What a step of this run reveals."""
+        return release_of(self.plan)
+
+    def batches_after(self, step: int, share: int, shares: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's share of the batches of step + 1, step + 2, ...; each is charged before it is given.
+
+        Raises:
+          UserError: the budget does not have room for what is planned, or, from the iterator, for the next step.
+        """
+        start = self._begin(step)
+        keys = StepKeys(bytes.fromhex(start["secret"]), self.name, start["restart"])
+        images = self._privacy.images_per_user or 1
+        batches = PoissonBatches(
+            self._source, self.units, self.plan, keys, images_per_unit=images, share=share, shares=shares
+        )
+        return self._charged(batches, step, start["restart"])
+
+    def _charged(self, batches: PoissonBatches, step: int, restart: int) -> Iterator[dict[str, np.ndarray]]:
+        with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="next-private-batch") as ahead:
+            batch = ahead.submit(batches.batch, step + 1)
+            while True:
+                step += 1
+                self._charge(restart, step)
+                ready, batch = batch.result(), ahead.submit(batches.batch, step + 1)
+                yield ready
+
+    def _begin(self, step: int) -> dict[str, Any]:
+        """Enters the start into the ledger, and tells all processes which it is."""
+        if self._start is None:
+            refused: UserError | None = None
+            if index() == 0:
+                try:
+                    self._publish_start(step)
+                except UserError as error:
+                    refused = error
+            if not agree(refused is None):
+                raise refused or UserError("the privacy ledger refused this run; process 0 says why.")
+            self._start = json.loads(published("private")["start"])
+        assert self._start is not None
+        return self._start
+
+    def _publish_start(self, step: int) -> None:
+        privacy = self._privacy
+        assert privacy.epsilon is not None and privacy.dataset is not None
+        self._ledger = ledger = Ledger(ledger_path(privacy.dataset))
+        unit = "example" if privacy.images_per_user is None else "user"
+        if ledger.budget is None:
+            ledger.set_budget(Budget(privacy.epsilon, privacy.delta, unit))
+        budget = ledger.budget
+        assert budget is not None
+        if (budget.delta, budget.unit) != (privacy.delta, unit):
+            raise UserError(
+                f"{ledger.path}: its budget is for a delta of {budget.delta:g} and the unit {budget.unit!r}, the run "
+                f"has {privacy.delta:g} and {unit!r}: set privacy.delta and privacy.images_per_user accordingly."
+            )
+        libraries = {name: version(name) for name in ("dp-accounting", "jax-privacy")}
+        restart = ledger.start(self.name, self.release, self._loop.steps - step, versions=libraries, after=step)
+        publish("private/start", json.dumps({"restart": restart, "secret": run_secret(self.name).hex()}))
+
+    def _charge(self, restart: int, step: int) -> None:
+        refused: UserError | None = None
+        if self._ledger is not None:
+            try:
+                self._ledger.charge(self.name, restart, step, self.release)
+            except UserError as error:
+                refused = error
+        if not agree(refused is None):
+            raise refused or UserError(f"the privacy ledger refused step {step}; process 0 says why.")
+
+
+def units_of(source: Source, privacy: PrivacyConfig) -> Units:
+    """Examples, or the users that own them.
+
+    Raises:
+      UserError: users are asked for, and the source does not say whose its examples are.
+    """
+    if privacy.images_per_user is None:
+        return Units.examples(source)
+    owners = getattr(source, "owners", None)
+    if owners is None:
+        raise UserError(
+            f"privacy.images_per_user is {privacy.images_per_user}, but these data do not say whose their images are: "
+            "leave it None, or give a source with `owners`."
+        )
+    return Units.users(np.asarray(owners))
+
+
+def make_plan(privacy: PrivacyConfig, loop: LoopConfig, num_units: int, multiple: int) -> StepPlan:
+    """The noise for the run's steps and its spare ones, and a batch with room for those that are drawn.
+
+    Raises:
+      UserError: values that cannot be.
+    """
+    assert privacy.epsilon is not None
+    if privacy.delta * num_units >= 1:
+        raise UserError(
+            f"privacy.delta {privacy.delta:g} is not below 1/{num_units} units: that would allow to publish one of "
+            f"them; wanted {0.1 / num_units:.0e} or less."
+        )
+    steps = loop.steps + privacy.spare_steps
+    if loop.batch_size > num_units:
+        raise UserError(f"train.batch_size {loop.batch_size} is more than the {num_units} units there are; lower it.")
+    q = loop.batch_size / num_units
+    room = privacy.max_batch or truncation(num_units, q, steps=steps, delta=privacy.delta, multiple=multiple)
+    room = -(-room // multiple) * multiple
+    truncated = room if room < num_units else None
+    sigma = noise_multiplier(num_units, loop.batch_size, steps, privacy.epsilon, privacy.delta, max_batch=truncated)
+    return StepPlan(sigma, q, num_units, room)
+
+
+def release_of(plan: StepPlan) -> Release:
+    """What a step of this plan reveals."""
+    if plan.max_batch >= plan.num_units:
+        return Release(plan.sampling_prob, plan.noise_multiplier)
+    return Release(plan.sampling_prob, plan.noise_multiplier, plan.num_units, plan.max_batch)
+
+
+def _settings(privacy: PrivacyConfig, loop: LoopConfig, num_units: int) -> dict[str, Any]:
+    """All that the noise was chosen for."""
+    chosen = ("epsilon", "delta", "dataset", "clip_norm", "max_batch", "images_per_user", "spare_steps")
+    named = {f"privacy.{name}": getattr(privacy, name) for name in chosen}
+    return named | {"train.batch_size": loop.batch_size, "train.steps": loop.steps, "number of units": num_units}

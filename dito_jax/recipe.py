@@ -1,0 +1,64 @@
+"""How a run trains, ordinary or private: its program, and the stream of its batches."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from dito_jax.command_line import check_data
+from dito_jax.config import TrainConfig
+from dito_jax.data import Source, batches
+from dito_jax.privacy.program import make_private_program
+from dito_jax.privacy.run import PrivateRun
+from dito_jax.privacy.settings import StepPlan
+from dito_jax.sharding import batch_pieces
+from dito_jax.training.guard import position
+from dito_jax.training.program import Program, make_program
+from dito_jax.training.run_directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """`batches_after(step)` are this process's rows of the batches of the steps after it."""
+
+    source: Source
+    program: Program
+    batches_after: Callable[[int], Iterator[Any]]
+
+
+def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh) -> Recipe:
+    """The recipe of a config; call it under `jax.set_mesh(mesh)`.
+
+    Raises:
+      UserError: the data are not what the model takes, or privacy is asked for that they cannot have.
+    """
+    source = config.data.open("train")
+    check_data(config, source)
+    common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+    if config.privacy.epsilon is not None:
+        multiple = batch_pieces(mesh.shape) * config.train.accumulation
+        private = PrivateRun(config.privacy, config.train, source, run, multiple=multiple)
+        program = make_private_program(*common, config.privacy, private.plan)
+        return Recipe(source, program, lambda step: private.batches_after(step, *program.share()))
+    program = make_program(*common)
+    share, shares = program.share()
+
+    def batches_after(step: int) -> Iterator[Any]:
+        return batches(
+            source, batch_size=config.train.batch_size, seed=config.train.seed, start=position(run, step),
+            process_index=share, process_count=shares,
+        )  # fmt: skip
+
+    return Recipe(source, program, batches_after)
+
+
+def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a config without its data: a private one computes as many rows as are expected, rounded up."""
+    common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+    if config.privacy.epsilon is None:
+        return make_program(*common)
+    multiple = batch_pieces(mesh.shape) * config.train.accumulation
+    expected = config.train.batch_size
+    plan = StepPlan(1.0, 1e-3, 1000 * expected, -(-expected // multiple) * multiple)
+    return make_private_program(*common, config.privacy, plan)
