@@ -27,6 +27,7 @@ from dito_jax.privacy.accounting import Release, merged, remaining_steps
 
 
 FIRST = "0" * 64
+AHEAD = 64  # steps of other runs that are reckoned with at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,14 @@ def ledger_path(dataset: str) -> Path:
     )
 
 
+@dataclasses.dataclass
+class Room:
+    """`left` more steps of one kind fit, also after as many of the other kinds as `others` says."""
+
+    left: int
+    others: dict[Release, int]
+
+
 class Ledger:
     """The ledger of one data set."""
 
@@ -59,7 +68,7 @@ class Ledger:
         self._offset = 0
         self._spent: dict[Release, int] = {}
         self._by_run: dict[str, dict[Release, int]] = {}
-        self._left: dict[Release, tuple[int, int]] = {}  # steps left, as of so many entries
+        self._room: dict[Release, Room] = {}
         if path.exists():
             with self._locked():
                 pass
@@ -120,8 +129,6 @@ class Ledger:
                     "so far is saved and private; privacy.spare_steps pays for steps that are done again."
                 )
             append("step", run, {"restart": restart, "step": step, "release": dataclasses.asdict(release)})
-            left, _ = self._left[release]
-            self._left[release] = left - 1, self.number
 
     def remembers(self, number: int, head: str) -> bool:
         """Whether entry `number` has that hash still: what a run noted of the ledger when it began."""
@@ -133,12 +140,19 @@ class Ledger:
         return self.budget
 
     def _steps_left(self, release: Release) -> int:
-        """How many more such steps fit; counted down until somebody else writes."""
-        left, as_of = self._left.get(release, (0, -1))
-        if as_of != self.number:
-            left = remaining_steps(self._spent, release, self._budget.epsilon, self._budget.delta)
-            self._left[release] = left, self.number
-        return left
+        """How many more such steps fit; seldom computed, for it takes long."""
+        room = self._room.get(release)
+        if room is None or min(room.left, *room.others.values(), 0) < 0:
+            room = self._computed_room(release, AHEAD)
+        if room.left < 1:
+            room = self._computed_room(release, 0)
+        self._room[release] = room
+        return room.left
+
+    def _computed_room(self, release: Release, ahead: int) -> Room:
+        others = {other: ahead for other in self._spent if other != release}
+        budget = self._budget
+        return Room(remaining_steps(merged(self._spent, others), release, budget.epsilon, budget.delta), others)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Any]:
@@ -193,9 +207,15 @@ class Ledger:
         self.number, self.head = entry["number"], entry["hash"]
         if entry["kind"] != "step":
             self.entries.append(entry)
-            self._left.clear()  # a budget, perhaps
+            if entry["kind"] == "budget":
+                self._room.clear()
             return
         release = Release(**entry["payload"]["release"])
+        for of_release, room in self._room.items():
+            if of_release == release:
+                room.left -= 1
+            else:
+                room.others[release] = room.others.get(release, 0) - 1
         self._spent = merged(self._spent, {release: 1})
         self._by_run[entry["run"]] = merged(self._by_run.get(entry["run"], {}), {release: 1})
 

@@ -56,17 +56,9 @@ def make_private_step(
     With `accumulation` > 1 the units go through in that many parts; noise is added once, to the sum.
     """
 
-    def losses(network: nnx.Module, rows: Examples) -> Array:
-        z = path.interpolate(rows["image"], rows["noise"], rows["t"])
-        said, report = network.with_report(z, rows["t"], rows["label"])  # pyright: ignore[reportAttributeAccessIssue]
-        error = flow_matching_error(
-            said, z, rows["image"], rows["t"], rows["noise"], prediction=loss.prediction, space=loss.space
-        )
-        return error + report.losses
-
     clipped_sum = ClippedSum(
-        graph, losses, clip_norm, backend, microbatch, functools.partial(cast, dtype=compute_dtype),
-        narrow=compute_dtype != "float32",
+        graph, functools.partial(_losses, config=loss), clip_norm, backend, microbatch,
+        functools.partial(cast, dtype=compute_dtype), narrow=compute_dtype != "float32",
     )  # fmt: skip
 
     def step(state: TrainState, batch: Batch):
@@ -83,6 +75,16 @@ def make_private_step(
         return TrainState(state.step + 1, params, moments, ema, state.key, state.health), metrics
 
     return step
+
+
+def _losses(network, rows: Examples, *, config: LossConfig) -> Array:
+    """Of each row, with what its routers add."""
+    z = path.interpolate(rows["image"], rows["noise"], rows["t"])
+    said, report = network.with_report(z, rows["t"], rows["label"])
+    error = flow_matching_error(
+        said, z, rows["image"], rows["t"], rows["noise"], prediction=config.prediction, space=config.space
+    )
+    return error + report.losses
 
 
 def _drawn(batch: Batch, loss: LossConfig, null_label: int, draws: int) -> tuple[Examples, Array]:

@@ -1,0 +1,60 @@
+"""The secret and what is derived from it."""
+
+import itertools
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from dito_jax.errors import UserError
+from dito_jax.privacy.keys import StepKeys, run_secret, secret_path
+
+
+SECRET = bytes(range(32))
+
+
+def test_every_part_of_what_a_key_is_for_changes_it():
+    made = [
+        StepKeys(secret, run, restart).key(step, purpose).tobytes()
+        for secret, run, restart, step, purpose in itertools.product(
+            (SECRET, SECRET[:-1] + b"x"), ("a", "a1"), (0, 1, 11), (1, 11, 111), ("noise", "batch", "draw")
+        )
+    ]
+    assert len(set(made)) == len(made)
+
+
+def test_keys_have_all_their_bits():
+    """jax.random.key(int) keeps 32 bits of it; these two differ in the other half alone."""
+    assert np.all(jax.random.key_data(jax.random.key(2**40 + 5)) == jax.random.key_data(jax.random.key(5)))
+    data = np.stack([StepKeys(SECRET, "run", 0).key(step, "noise") for step in range(200)])
+    assert data.dtype == np.uint32 and data.shape == (200, 2)
+    for half in data.T:
+        ones = [(half >> bit) & 1 for bit in range(32)]
+        assert all(60 < bits.sum() < 140 for bits in ones)
+    draw = lambda words: jax.random.normal(jax.random.wrap_key_data(np.array(words, np.uint32)))
+    assert draw([0, 5]) != draw([256, 5])
+
+
+def test_generators_are_the_same_for_the_same_step_alone():
+    keys = StepKeys(SECRET, "run", 0)
+    one, same, other = (keys.generator(step, "batch").random(3) for step in (4, 4, 5))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+def test_a_secret_is_made_once_apart_from_the_run_and_is_its_owners(tmp_path, monkeypatch):
+    monkeypatch.setenv("DITO_SECRETS", str(tmp_path / "secrets"))
+    secret = run_secret("a")
+    assert len(secret) == 32 and run_secret("a") == secret != run_secret("b")
+    assert os.stat(secret_path("a")).st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in (tmp_path / "secrets").iterdir()) == ["a", "b"]
+    os.chmod(secret_path("a"), 0o640)
+    with pytest.raises(UserError, match="others may read"):
+        run_secret("a")
+    secret_path("b").write_bytes(b"short")
+    with pytest.raises(UserError, match="5 bytes, wanted 32"):
+        run_secret("b")
+
+
+def test_no_text_has_the_secret():
+    assert SECRET.hex() not in repr(StepKeys(SECRET, "run", 0)) and "\\x01" not in repr(StepKeys(SECRET, "run", 0))
