@@ -143,6 +143,7 @@ def finish(config: TrainConfig, run: RunDirectory, program: Program, state: Trai
         run, draw, state.ema[str(decay)], config.data.open("train"), config.data.open("heldout"),
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
         load=make_load_meter(program.graph, config.model, seed=config.train.seed),
+        private=config.privacy.epsilon is not None,
     )  # fmt: skip
     if figures is not None:
         agreement, of_heldout = figures["class_agreement"], figures["class_agreement_of_heldout"]

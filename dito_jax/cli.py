@@ -83,6 +83,7 @@ def evaluate(options: argparse.Namespace) -> None:
         run, _sampler(program, config), _average(state, config), config.data.open("train"), config.data.open("heldout"),
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
         load=make_load_meter(program.graph, config.model, seed=config.train.seed),
+        private=config.privacy.epsilon is not None,
     )  # fmt: skip
     for name, value in (figures or {}).items():
         print(f"{name}: {value}")

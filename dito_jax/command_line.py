@@ -130,6 +130,11 @@ def first_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) 
     if not isinstance(config.model, MoEDiTConfig):
         raise UserError(f"upcycle {config.upcycle}: this model has no experts; leave upcycle out.")
     check_upcycling(of_dense.model, config.model)
+    if config.privacy.epsilon is not None and of_dense.privacy.epsilon is None and of_dense.data == config.data:
+        raise UserError(
+            f"upcycle {config.upcycle}: that run saw the same data without privacy, and this one would publish what it "
+            "learned. Begin with a run on public data, or a private one."
+        )
     _, dense, _ = restored(run, of_dense, mesh)
     return upcycled_state(dense.params, state, config.model, program.state)
 

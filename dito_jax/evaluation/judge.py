@@ -15,6 +15,9 @@ from dito_jax.training.metrics import read_metrics
 from dito_jax.training.run_directory import RunDirectory
 
 
+NOT_RELEASED = "Computed on private data without noise: for those who may see the data, not to be released."
+
+
 def judge(
     run: RunDirectory,
     draw: Callable[[nnx.State, Sequence[int], int], np.ndarray],
@@ -26,8 +29,11 @@ def judge(
     evaluation: EvaluationConfig,
     seed: int,
     load: Callable[[nnx.State, Source], np.ndarray] | None = None,
+    private: bool = False,
 ) -> dict[str, Any] | None:
     """Writes samples/final.png and loss.png, and, where the config asks for an evaluation, eval.json and report.md.
+
+    `private`: training was; these figures look at the data themselves, so they are marked as not to be released.
 
     `load` measures how a network with experts uses them (expert_load.py); expert_load.png shows it.
 
@@ -48,8 +54,11 @@ def judge(
     figures = evaluate(images, np.array(labels), train, heldout, max_reference=evaluation.max_reference)
     if shares is not None:
         figures["expert_load"] = {"smallest": float(shares.min()), "largest": float(shares.max())}
+    said = report(run.path.name, figures, dataclasses.asdict(sample))
+    if private:
+        figures, said = figures | {"internal": NOT_RELEASED}, f"{said.rstrip()}\n\n{NOT_RELEASED}\n"
     run.write_json(run.evaluation.name, figures)
-    run.write_text(run.report.name, report(run.path.name, figures, dataclasses.asdict(sample)))
+    run.write_text(run.report.name, said)
     return figures
 
 

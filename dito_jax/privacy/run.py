@@ -5,6 +5,7 @@ Guarantees
     budget, none leaves it again, and the run ends in one line.
   - The plan is made once, and kept with the run: a run that goes on does what it was started to do, or says what of
     its settings has changed.
+  - A ledger that lacks what this run saw in it, or a step that it took, is refused.
   - Of several processes, the first keeps the ledger and the secret, and tells the others; the secret passes through
     the store of the run's processes, on its network.
 """
@@ -56,7 +57,8 @@ class PrivateRun:
             )
         self.plan = StepPlan(**kept["plan"]) if kept["plan"] else make_plan(privacy, loop, len(self.units), multiple)
         self.name: str = kept["run"]
-        run.write_json(PLAN, kept | {"plan": dataclasses.asdict(self.plan)})
+        self._kept: dict[str, Any] = kept
+        self._keep(plan=dataclasses.asdict(self.plan))
         self._start: dict[str, Any] | None = None
         self._ledger: Ledger | None = None
 
@@ -117,9 +119,28 @@ class PrivateRun:
                 f"{ledger.path}: its budget is for a delta of {budget.delta:g} and the unit {budget.unit!r}, the run "
                 f"has {privacy.delta:g} and {unit!r}: set privacy.delta and privacy.images_per_user accordingly."
             )
+        self._check_ledger(ledger, step)
         libraries = {name: version(name) for name in ("dp-accounting", "jax-privacy")}
         restart = ledger.start(self.name, self.release, self._loop.steps - step, versions=libraries, after=step)
+        self._keep(ledger={"number": ledger.number, "head": ledger.head})
         publish("private/start", json.dumps({"restart": restart, "secret": run_secret(self.name).hex()}))
+
+    def _check_ledger(self, ledger: Ledger, step: int) -> None:
+        noted, charged = self._kept.get("ledger"), sum(ledger.spent(self.name).values())
+        if noted is not None and not ledger.remembers(noted["number"], noted["head"]):
+            raise UserError(
+                f"{ledger.path}: entry {noted['number']} is not the one that this run saw: another file, or one cut "
+                "short. Nothing can be said of what was spent: restore the ledger from a copy."
+            )
+        if charged < step:
+            raise UserError(
+                f"{ledger.path}: {charged} steps of this run are entered, and it has taken {step}: entries are "
+                "missing at the end. Restore the ledger from a copy."
+            )
+
+    def _keep(self, **facts: Any) -> None:
+        self._kept |= facts
+        self._run.write_json(PLAN, self._kept)
 
     def _charge(self, restart: int, step: int) -> None:
         refused: UserError | None = None
