@@ -3,13 +3,15 @@
 dito privacy plan CONFIG --epsilon 8      the noise that this budget takes, and what other budgets and batches would
 dito privacy ledger DATASET               what was spent of a data set's budget, by run, and what is left
 dito privacy ledger DATASET --budget 12   raises or lowers it; the old figure stays on record
+dito privacy card RUN                     privacy_card.md and .json: what was promised of a run, and on what grounds
 """
 
 import argparse
 
-from dito_jax import config as configs
+from dito_jax import command_line, config as configs
 from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import epsilon, noise_multiplier, remaining_steps
+from dito_jax.privacy.card import card, markdown
 from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
 
 
@@ -18,16 +20,16 @@ EPSILONS = (1.0, 3.0, 10.0)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    parser.add_argument("what", choices=("plan", "ledger"))
-    parser.add_argument("subject", metavar="CONFIG|DATASET")
+    parser.add_argument("what", choices=tuple(VERBS))
+    parser.add_argument("subject", metavar="CONFIG|DATASET|RUN")
     parser.add_argument("--epsilon", type=float, help="plan: default the config's")
     parser.add_argument("--delta", type=float, help="plan: default the config's")
     parser.add_argument("--budget", type=float, help="ledger: a new epsilon")
 
 
 def privacy(options: argparse.Namespace) -> None:
-    """Plans the noise of a private run, or shows what was spent of a data set."""
-    print(_plan(options) if options.what == "plan" else _ledger(options))
+    """Plans the noise of a private run, shows what was spent of a data set, or what was promised of a run."""
+    print(VERBS[options.what](options))
 
 
 def _plan(options: argparse.Namespace) -> str:
@@ -80,3 +82,14 @@ def _ledger(options: argparse.Namespace) -> str:
         left = remaining_steps(spent, last, budget.epsilon, budget.delta)
         lines.append(f"Left: {left} steps at sigma {last.noise_multiplier:g}.")
     return "\n".join(lines)
+
+
+def _card(options: argparse.Namespace) -> str:
+    run, config = command_line.opened(options.subject)
+    facts = card(run, config.privacy)
+    run.write_json("privacy_card.json", facts)
+    run.write_text("privacy_card.md", markdown(facts))
+    return markdown(facts).rstrip()
+
+
+VERBS = {"plan": _plan, "ledger": _ledger, "card": _card}

@@ -1,0 +1,105 @@
+"""A private run's card: what was promised of it, by which arithmetic, and what the promise does not cover.
+
+Guarantees
+  - Every figure is read from the ledger, from the run's own files, or computed of them; none is typed.
+  - epsilon is that of the steps that were charged: those that a crash made the run take again count, and those that
+    it paid for and did not take.
+  - A card says "not audited" until RUN/audit.json is there.
+"""
+
+import json
+from importlib.metadata import version
+from typing import Any
+
+from dito_jax.errors import UserError
+from dito_jax.privacy.accounting import adjacency, epsilon
+from dito_jax.privacy.ledger import Ledger, ledger_path
+from dito_jax.privacy.run import PLAN
+from dito_jax.privacy.settings import PrivacyConfig
+from dito_jax.training.run_directory import RunDirectory
+
+
+RELEASED = (
+    "the parameters of all checkpoints and their averages",
+    "the learning rate, gradient norm and speed of each step, in metrics.jsonl and tensorboard/",
+)
+NOT_RELEASED = (
+    "eval.json, report.md, samples/ beside real images: computed on the data without noise",
+    "metrics named internal_*, if privacy.internal was set",
+    "the secret that keys are made of, the ledger's times, and the lengths of batches",
+)
+LIMITS = (
+    "Other runs of a search over settings are not in this run's epsilon; they are in the data set's.",
+    "The number of units is in the sampling probability: it is taken to be public.",
+    "Noise is float32 of threefry, which is no cryptographic generator; attacks on the last bits of a float32 sum "
+    "(arXiv 2112.05307) are not covered.",
+    "Statistics of the data that were made before (normalisation, latents' encoder, removal of duplicates) are not "
+    "covered.",
+    "Duplicates of an example, and all examples of a person unless the unit is a user, are protected by less.",
+)
+
+
+def card(run: RunDirectory, privacy: PrivacyConfig) -> dict[str, Any]:
+    """What there is to say of a private run, ready for JSON.
+
+    Raises:
+      UserError: the run is not private, or its data set has no ledger here.
+    """
+    if privacy.epsilon is None or privacy.dataset is None or not (run.path / PLAN).exists():
+        raise UserError(f"{run.path}: not a private run (no {PLAN}): there is nothing to promise.")
+    path = ledger_path(privacy.dataset)
+    if not path.exists():
+        raise UserError(f"{path}: the ledger that this run was charged to is not here; copy it, or set DITO_LEDGERS.")
+    kept, ledger = json.loads((run.path / PLAN).read_text()), Ledger(path)
+    own, plan, audit = ledger.spent(kept["run"]), kept["plan"], run.path / "audit.json"
+    assert ledger.budget is not None
+    return {
+        "run": kept["run"],
+        "dataset": privacy.dataset,
+        "unit": ledger.budget.unit,
+        "images_per_user": privacy.images_per_user,
+        "adjacency": adjacency(own),
+        "epsilon": epsilon(own, privacy.delta),
+        "delta": privacy.delta,
+        "epsilon_asked": privacy.epsilon,
+        "epsilon_of_dataset": epsilon(ledger.spent(), privacy.delta),
+        "budget_of_dataset": ledger.budget.epsilon,
+        "runs_on_dataset": len(ledger.runs()),
+        "accountant": f"privacy loss distributions, dp-accounting {version('dp-accounting')}",
+        "sampler": f"Poisson, a coin for every unit and step, jax-privacy {version('jax-privacy')}",
+        "sampling_prob": plan["sampling_prob"],
+        "max_batch": plan["max_batch"],
+        "noise_multiplier": plan["noise_multiplier"],
+        "clip_norm": privacy.clip_norm,
+        "steps_charged": sum(own.values()),
+        "starts": ledger.restarts(kept["run"]),
+        "draws": privacy.draws,
+        "backend": privacy.backend,
+        "ledger": {"entries": ledger.number, "head": ledger.head},
+        "released": RELEASED,
+        "not_released": NOT_RELEASED,
+        "limits": LIMITS,
+        "audit": json.loads(audit.read_text()) if audit.exists() else None,
+    }
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    lists = ("released", "not_released", "limits", "audit", "ledger")
+    row = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
+    lines = [
+        f"# Privacy card of run {facts['run'][:8]}",
+        "",
+        f"({facts['epsilon']:.4g}, {facts['delta']:g})-differentially private for one {facts['unit']} "
+        f"({facts['adjacency']} neighbours).",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name.replace('_', ' ')} | {row(value)} |" for name, value in facts.items() if name not in lists),
+        f"| ledger | {facts['ledger']['entries']} entries, head {facts['ledger']['head'][:16]} |",
+    ]
+    for name in ("released", "not_released", "limits"):
+        lines += ["", f"## {name.replace('_', ' ').capitalize()}", "", *(f"- {entry}" for entry in facts[name])]
+    lines += ["", "## Audit", ""]
+    lines += ["Not audited."] if facts["audit"] is None else ["```", json.dumps(facts["audit"], indent=2), "```"]
+    return "\n".join(lines) + "\n"

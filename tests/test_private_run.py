@@ -1,0 +1,144 @@
+"""A private run as a user has it: train.py, killed, going on, refused; and what `dito privacy` says of it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dito_jax.privacy.accounting import epsilon
+from dito_jax.privacy.ledger import Ledger
+from dito_jax.training.heartbeat import read_beat
+
+
+ROOT = Path(__file__).parent.parent
+STEPS, SPARE = 24, 20
+PRIVATE = [
+    "configs/digits.py", "--model.depth", "1", "--model.width", "32", "--train.batch_size", "64",
+    "--train.steps", str(STEPS), "--train.log_every", "4", "--checkpoint.every", "5",
+    "--evaluation.num_samples", "20", "--evaluation.grid", "10", "--sample.steps", "2",
+    "--privacy.epsilon", "8", "--privacy.delta", "1e-4", "--privacy.dataset", "digits",
+    "--privacy.spare_steps", str(SPARE), "--privacy.max_batch", "1448",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One device, and ledgers, secrets and compiled programs of these tests alone."""
+    home = tmp_path_factory.mktemp("home")
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS", "NPROC")}
+    own = {f"DITO_{name}": str(home / name.lower()) for name in ("CACHE", "LEDGERS", "SECRETS")}
+    return kept | own
+
+
+@pytest.fixture(scope="module")
+def call(environment):
+    def run(*arguments, code=0):
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
+            timeout=400,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def entries(ledger: Path) -> list[dict]:
+    """Whole lines alone: a process may be writing."""
+    return [json.loads(line) for line in ledger.read_bytes().split(b"\n")[:-1]] if ledger.exists() else []
+
+
+def charged(ledger: Path) -> list[tuple[int, int]]:
+    """(start of the run, step) of every step that was paid for."""
+    return [
+        (entry["payload"]["restart"], entry["payload"]["step"]) for entry in entries(ledger) if entry["kind"] == "step"
+    ]
+
+
+def resumed_from(ledger: Path, start: int) -> int:
+    """The step after which the run's start of that number went on."""
+    return [entry["payload"]["after"] for entry in entries(ledger) if entry["kind"] == "start"][start]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, environment, call):
+    """(run, ledger): killed twice between two steps, and then let go on to its end."""
+    run = tmp_path_factory.mktemp("runs") / "private"
+    ledger = Path(environment["DITO_LEDGERS"]) / "digits.jsonl"
+    slow = ["--faults.inject", "slow-rank@1:0.1"]
+    for start, until in enumerate((8, 14)):
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *PRIVATE, *slow, "--run-dir", str(run)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 200
+        while not any(pair[0] == start and pair[1] >= until for pair in charged(ledger)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        beat = read_beat(run / "heartbeats" / "0")
+        assert beat is not None and beat.step > until - 1
+        # Every update before the step that it was in when it died is on the disk as paid for.
+        taken = range(resumed_from(ledger, start) + 1, beat.step)
+        assert {(start, step) for step in taken} <= set(charged(ledger)) and len(taken) > 0
+    call("train.py", *PRIVATE, "--run-dir", run)
+    return run, ledger
+
+
+def test_killed_and_resumed_the_ledger_has_every_step_of_every_start(killed):
+    _, path = killed
+    ledger = Ledger(path)
+    (run,) = ledger.runs()
+    assert ledger.restarts(run) == 3
+    last = {step for start, step in charged(path) if start == 2}
+    assert last == set(range(resumed_from(path, 2) + 1, STEPS + 1))
+    total = sum(ledger.spent().values())
+    assert STEPS < total == len(charged(path)) <= STEPS + SPARE  # what was done again was paid for again
+    assert epsilon(ledger.spent(), 1e-4) <= 8
+
+
+def test_metrics_tell_nothing_of_the_examples_and_figures_that_do_are_marked(killed):
+    run, _ = killed
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = set().union(*rows)
+    assert "gradient_norm" in names and not [name for name in names if "loss" in name or "internal" in name]
+    assert "not to be released" in json.loads((run / "eval.json").read_text())["internal"]
+    assert "not to be released" in (run / "report.md").read_text()
+
+
+def test_a_second_run_is_refused_by_the_first_ones_budget(killed, call, tmp_path):
+    before = killed[1].read_bytes()
+    done = call("train.py", *PRIVATE, "--run-dir", tmp_path / "second", code=2)
+    assert re.search(r"24 steps at noise .* would exceed epsilon 8 .* \d+ remain", done.stderr)
+    assert "Traceback" not in done.stderr and killed[1].read_bytes() == before
+
+
+def test_the_card_is_what_the_ledger_says(killed, call):
+    run, path = killed
+    said = call("-m", "dito_jax.cli", "privacy", "card", run).stdout
+    card = json.loads((run / "privacy_card.json").read_text())
+    ledger = Ledger(path)
+    assert card["epsilon"] == epsilon(ledger.spent(), 1e-4) and card["steps_charged"] == len(charged(path))
+    assert card["starts"] == 3 and card["unit"] == "example" and card["adjacency"] == "add-or-remove"
+    assert card["audit"] is None and "Not audited." in said
+    for words in ("number of units", "search over settings", "float32", "dp-accounting", "not released"):
+        assert words in said.lower()
+    assert (run / "privacy_card.md").read_text().strip() == said.strip()
+
+
+def test_the_ledger_and_the_plan_are_shown(killed, call):
+    said = call("-m", "dito_jax.cli", "privacy", "ledger", "digits").stdout
+    assert "| 3 |" in said and " of 8 at delta 0.0001" in said and "chain intact" in said
+    plan = call("-m", "dito_jax.cli", "privacy", "plan", *PRIVATE, "--epsilon", "3").stdout
+    sigmas = {row.split("|")[1].strip(): float(row.split("|")[4]) for row in plan.splitlines()[4:] if "| 64 |" in row}
+    assert sigmas["1"] > sigmas["3"] > sigmas["10"]
+    call("-m", "dito_jax.cli", "privacy", "ledger", "nobody", code=2)
+    refused = call("-m", "dito_jax.cli", "privacy", "card", killed[0].parent, code=2).stderr
+    assert "no run here" in refused
