@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -24,6 +25,19 @@ if importlib.util.find_spec("beartype"):  # a GPU host need not have it
     jaxtyping.install_import_hook(
         ["kernels_pallas", *(f"dito_jax.{package}" for package in CHECKED)], "beartype.beartype"
     )
+
+
+# Linux allows a process 65,530 memory mappings, and a program compiled for the CPU takes several: past them XLA dies.
+MAPPINGS = Path("/proc/self/maps")
+MANY_MAPPINGS = 30_000
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Compiled programs are dropped, and compiled again where needed, before a long-lived process runs out."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture
