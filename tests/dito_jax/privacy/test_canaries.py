@@ -1,0 +1,126 @@
+"""Canaries: how they come into the data, and that their bounds refute mechanisms with a bug and no sound one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dito_jax.data import DigitsData
+from dito_jax.errors import UserError
+from dito_jax.privacy.accounting import Release, epsilon
+from dito_jax.privacy.canaries import (
+    CanarySource,
+    audit_mechanism,
+    epsilon_bounds,
+    make_canaries,
+    read_secret,
+    verdict,
+    write_secret,
+)
+
+
+DELTA, MANY = 1e-5, 5000
+
+
+@pytest.mark.parametrize(
+    "sigma, auc, one_run, fdp, clopper_pearson",
+    [(0.5, 0.922, 2.42, 4.94, 3.63), (1.0, 0.769, 1.26, 2.11, 1.61), (2.0, 0.641, 0.57, 0.76, 0.53)],
+)
+def test_a_sound_mechanism_has_the_bounds_that_others_found(sigma, auc, one_run, fdp, clopper_pearson):
+    """Taken at a third of the significance, ours lie below those of one bound alone, by the luck of coins or less."""
+    rng = np.random.default_rng(int(10 * sigma))
+    included = rng.random(MANY) < 0.5
+    found = epsilon_bounds(included + sigma * rng.normal(size=MANY), included, delta=DELTA)
+    assert found.auc == pytest.approx(auc, abs=0.015)
+    for ours, theirs in ((found.one_run, one_run), (found.one_run_fdp, fdp), (found.clopper_pearson, clopper_pearson)):
+        assert 0.6 * theirs < ours < 1.1 * theirs
+    claimed = epsilon({Release(1.0, sigma): 1}, DELTA)
+    assert found.largest < claimed and verdict(found, claimed) == "not refuted"
+    assert verdict(found, 0.9 * found.largest) == "refuted"
+    assert found.num_in + found.num_out == MANY and found.num_in == included.sum()
+
+
+def summed(sigma, *, clip=1.0, noise=True, key_of=lambda key, step: key, divide=1):
+    """Clip, add, add noise: a mechanism, and the bugs that it may have."""
+    calls = []
+
+    def private_sum(vectors, present, key):
+        calls.append(0)
+        norms = jnp.linalg.norm(vectors, axis=1, keepdims=True)
+        total = jnp.sum(jnp.where(present[:, None], vectors * jnp.minimum(1, clip / norms), 0), axis=0)
+        drawn = jax.random.normal(key_of(key, len(calls)), total.shape)
+        return total + noise * sigma / divide * drawn
+
+    return private_sum
+
+
+def audited(private_sum, steps=2, **options):
+    return audit_mechanism(
+        private_sum, dimension=1500, num_canaries=1200, steps=steps, key=jax.random.key(0), delta=DELTA, **options
+    )
+
+
+CLAIMED = epsilon({Release(1.0, 1.0): 2}, DELTA)  # two steps at sigma 1
+
+
+def test_a_sound_mechanism_is_not_refuted():
+    found = audited(summed(1.0))
+    assert verdict(found, CLAIMED) == "not refuted" and found.largest > 0.8  # it does look
+    assert verdict(audited(summed(1.0), alternate=True), CLAIMED) == "not refuted"
+
+
+@pytest.mark.parametrize(
+    "bug, options",
+    {
+        "no noise": (dict(noise=False), {}),
+        "noise over the batch": (dict(divide=8), {}),
+        "no clipping": (dict(clip=1e9), {}),
+        "one key for all steps": (dict(key_of=lambda key, step: jax.random.key(9)), dict(alternate=True)),
+    }.values(),
+    ids=lambda value: str(sorted(value)),
+)
+def test_a_mechanism_with_a_bug_is_refuted(bug, options):
+    found = audited(summed(1.0, **bug), **options)
+    assert verdict(found, CLAIMED) == "refuted", found
+
+
+def test_what_cannot_be_audited_is_said():
+    with pytest.raises(UserError, match="9 canaries in 4 dimensions: wanted a direction each"):
+        audit_mechanism(summed(1.0), dimension=4, num_canaries=9, steps=1, key=jax.random.key(0), delta=DELTA)
+    with pytest.raises(UserError, match="1 steps: wanted at least 2"):
+        audited(summed(1.0), steps=1, alternate=True)
+    with pytest.raises(UserError, match="3 of 3 canaries are in: give more"):
+        epsilon_bounds(np.ones(3), np.ones(3, bool), delta=DELTA)
+    with pytest.raises(UserError, match="delta 0, confidence 0.95"):
+        epsilon_bounds(np.ones(3), np.arange(3) < 1, delta=0)
+    with pytest.raises(UserError, match="0 canaries, a secret of 1 bytes"):
+        make_canaries(0, (8, 8, 1), 10, secret=b"x")
+
+
+def test_canaries_follow_the_data_and_their_coins_are_fair():
+    source = DigitsData().open("train")
+    with_canaries = CanarySource(source, 400, secret=b"one")
+    canaries = with_canaries.canaries
+    assert len(with_canaries) == len(source) + canaries.included.sum() and 160 < canaries.included.sum() < 240
+    np.testing.assert_array_equal(with_canaries[3]["image"], source[3]["image"])
+    first = np.flatnonzero(canaries.included)[0]
+    appended = with_canaries[len(source)]
+    np.testing.assert_array_equal(appended["image"], canaries.image[first])
+    assert appended["label"] == canaries.label[first] and set(np.unique(canaries.image)) == {-1, 1}
+    with pytest.raises(IndexError):
+        with_canaries[len(with_canaries)]
+    again, other = (make_canaries(400, (8, 8, 1), 10, secret=secret) for secret in (b"one", b"two"))
+    np.testing.assert_array_equal(again.image, canaries.image)
+    assert 120 < (other.included != canaries.included).sum() < 280
+    assert 0.45 < (canaries.image[canaries.included] == 1).mean() < 0.55  # a coin is not in its picture
+
+
+def test_a_secret_is_written_once_for_its_owner(tmp_path):
+    path = tmp_path / "canaries.json"
+    secret = write_secret(path, 12)
+    assert read_secret(path) == (12, secret) and len(secret) == 32 and path.stat().st_mode & 0o077 == 0
+    with pytest.raises(FileExistsError):
+        write_secret(path, 12)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="no secret of canaries"):
+        read_secret(path)
