@@ -50,7 +50,9 @@ def test_intervals_of_the_auc_cover_the_truth_as_often_as_they_say():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_certainty_is_not_claimed_where_all_pairs_are_ordered_one_way(sign):
     found = auc(sign * (10 + normal(0, 0, 20)), sign * normal(1, 0, 50), confidence=0.95)
-    assert found.value == (sign + 1) / 2 and found.high - found.low == pytest.approx(0.168, abs=1e-3)  # 1 - 0.025^(1/20)
+    assert found.value == (sign + 1) / 2 and found.high - found.low == pytest.approx(
+        0.168, abs=1e-3
+    )  # 1 - 0.025^(1/20)
 
 
 def test_a_threshold_is_counted_where_it_was_not_chosen():
@@ -63,7 +65,11 @@ def test_a_threshold_is_counted_where_it_was_not_chosen():
 
 def test_a_share_has_the_exact_interval():
     found = share(np.arange(10) < 3)
-    assert (found.value, found.low, found.high) == (0.3, pytest.approx(0.0667, abs=1e-4), pytest.approx(0.6525, abs=1e-4))
+    assert (found.value, found.low, found.high) == (
+        0.3,
+        pytest.approx(0.0667, abs=1e-4),
+        pytest.approx(0.6525, abs=1e-4),
+    )
 
 
 def images(seed, num, shift=0.0, stripe=0.0):

@@ -27,14 +27,18 @@ DELTA, MANY = 1e-5, 5000
     [(0.5, 0.922, 2.42, 4.94, 3.63), (1.0, 0.769, 1.26, 2.11, 1.61), (2.0, 0.641, 0.57, 0.76, 0.53)],
 )
 def test_a_sound_mechanism_has_the_bounds_that_others_found(sigma, auc, one_run, fdp, clopper_pearson):
-    """Taken at a third of the significance, ours lie below those of one bound alone, by the luck of coins or less."""
-    rng = np.random.default_rng(int(10 * sigma))
-    included = rng.random(MANY) < 0.5
-    found = epsilon_bounds(included + sigma * rng.normal(size=MANY), included, delta=DELTA)
-    assert found.auc == pytest.approx(auc, abs=0.015)
-    for ours, theirs in ((found.one_run, one_run), (found.one_run_fdp, fdp), (found.clopper_pearson, clopper_pearson)):
-        assert 0.6 * theirs < ours < 1.1 * theirs
-    claimed = epsilon({Release(1.0, sigma): 1}, DELTA)
+    """One run's differ by a quarter either way, by the luck of coins and noise; theirs is one run, ours are ten."""
+    runs = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        included = rng.random(MANY) < 0.5
+        scores = included + sigma * rng.normal(size=MANY)
+        runs.append(epsilon_bounds(scores, included, delta=DELTA, confidence=1 - 3 * 0.05))  # each bound at 95 %
+    assert np.mean([found.auc for found in runs]) == pytest.approx(auc, abs=0.015)
+    assert np.mean([found.one_run for found in runs]) == pytest.approx(one_run, rel=0.25)
+    assert np.mean([found.one_run_fdp for found in runs]) == pytest.approx(fdp, rel=0.25)
+    assert np.mean([found.clopper_pearson for found in runs]) == pytest.approx(clopper_pearson, rel=0.25)
+    claimed, found = epsilon({Release(1.0, sigma): 1}, DELTA), runs[-1]
     assert found.largest < claimed and verdict(found, claimed) == "not refuted"
     assert verdict(found, 0.9 * found.largest) == "refuted"
     assert found.num_in + found.num_out == MANY and found.num_in == included.sum()
