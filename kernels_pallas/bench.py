@@ -1,10 +1,11 @@
 """Times every implementation of every op, and those of other people, against the device's best.
 
-    python -m kernels_pallas.bench [op ...] [--case NAME] [--tiny | --sweep | --all] [--out FILE]
+    python -m kernels_pallas.bench [op ...] [--case NAME] [--tiny | --sweep | --all] [--out FILE] [--jobs N]
     python -m kernels_pallas.bench [op ...] --stale
 
 On a GPU the cases of real models, into results/<device>.csv; elsewhere the tiny ones, and no file unless
---out names one. A case's rows replace its earlier ones once it is measured: a run cut short keeps the rest.
+--out names one. The rows of a pass of a case replace its earlier ones once it is measured: a run cut short keeps the
+rest. With --jobs, processes compile side by side and are timed one at a time (side_by_side.py).
 
 A row is the median, 20th and 80th percentile of ROUNDS runs on normally distributed inputs, with the
 implementations taking turns; timing.py says by which clock, and how the GPU's cache is kept out. The passes are
@@ -35,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import OPS, backend, command_line, hardware, measured, timing, tuning
+from . import OPS, backend, command_line, hardware, measured, side_by_side, timing, tuning
 from .op import Case, Cost, Op
 from .peers import PEERS
 
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
     which.add_argument("--sweep", action="store_true", help="the cases that are for this command alone")
     which.add_argument("--all", action="store_true", help="all of these, and the cases of real models")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the CSV file to write")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile side by side (1)")
     parser.add_argument("--stale", action="store_true", help="list what should be measured again; measure nothing")
     args = parser.parse_args(argv)
     chosen = command_line.choose_ops(parser, args, [with_sweep(op) for op in ops])
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
             print(line)
         return 0
 
+    if args.jobs > 1:
+        side_by_side.share_memory()
     backend.settle_platform()
     device = backend.target()
     out = args.out or (measured.csv_path(device.kind) if device.platform == "gpu" else None)
@@ -76,14 +80,21 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
     run = facts(device)
     print(f"{device.kind}, by {timing.clock()}; a copy: {run['copy_gbps'] or 'not measured'} GB/s", file=sys.stderr)
     print(_line({column: column for column in SHOWN}))
-    for op in chosen:
-        for name in _cases(op, args, device.platform):
-            rows = [row | run for pass_ in passes(op) for row in measure(op, name, pass_)]
-            for row in rows:
-                print(_line(row), flush=True)
-            if out is not None:
-                merge(out, rows)
+    tasks = [(op, name, pass_) for op in chosen for name in _cases(op, args, device.platform) for pass_ in passes(op)]
+    for rows in _measured(tasks, args.jobs):
+        rows = [row | run for row in rows]
+        for row in rows:
+            print(_line(row), flush=True)
+        if out is not None:
+            merge(out, rows)
     return 0
+
+
+def _measured(tasks: Sequence[tuple[Op, str, str]], jobs: int) -> Iterator[list[dict[str, str]]]:
+    if jobs > 1:
+        named = [(op.name, name, pass_) for op, name, pass_ in tasks]
+        return side_by_side.measure_all(_prepare_named, finish, named, jobs)
+    return (measure(*task) for task in tasks)
 
 
 def with_sweep(op: Op) -> Op:
@@ -106,31 +117,53 @@ def passes(op: Op) -> tuple[str, ...]:
 
 def measure(op: Op, name: str, pass_: str) -> list[dict[str, str]]:
     """One row an implementation, "xla" first, of one pass at the case called `name`."""
+    return finish(prepare(op, name, pass_))
+
+
+@dataclasses.dataclass
+class Ready:
+    """Every implementation of one pass of a case: what is known of it before it is timed, and those that can be."""
+
+    head: dict[str, str]
+    status: dict[str, str]
+    calls: dict[str, timing.Call]
+    work: Cost
+    dtype: str
+
+
+def prepare(op: Op, name: str, pass_: str) -> Ready:
+    """Compiles them, and holds their answers to each other's."""
     case = (op.cases | op.sweep)[name]
     arrays = case.random(jax.random.key(0))
     status, calls, want = {}, {}, None
-    for implementation, independent, prepare in _contestants(op, case, pass_, timing.copies(arrays)):
-        if isinstance(prepare, str):
-            status[implementation] = prepare
+    for implementation, independent, ready in _contestants(op, case, pass_, timing.copies(arrays)):
+        if isinstance(ready, str):
+            status[implementation] = ready
             continue
         try:
-            ready = prepare()
-            got = ready.answer()
-            timing.microseconds(ready)  # what cannot be timed shows here
+            call = ready()
+            got = call.answer()
+            timing.microseconds(call)  # what cannot be timed shows here
             want = got if want is None and independent else want
             status[implementation] = YARDSTICK if independent is None else judge(got, want, arrays)
         except Exception as error:  # whatever it is, the other implementations still have their rows
             status[implementation] = command_line.one_line(error)
             continue
         if not status[implementation].startswith("wrong"):
-            calls[implementation] = ready
-    samples = timing.in_turns(calls, ROUNDS)
+            calls[implementation] = call
     head = {"op": op.name, "case": name, "pass": pass_, "digest": measured.digest(op)}
-    work = cost(op, pass_, arrays, case.static)
-    return [
-        head | {"implementation": i, "status": status[i]} | (_figures(work, arrays, samples[i]) if i in samples else {})
-        for i in status
-    ]
+    return Ready(head, status, calls, cost(op, pass_, arrays, case.static), _floating(arrays)[0].dtype.name)
+
+
+def _prepare_named(op: str, name: str, pass_: str) -> Ready:
+    return prepare(next(o for o in OPS if o.name == op), name, pass_)
+
+
+def finish(ready: Ready) -> list[dict[str, str]]:
+    """Times them, in turns; a row each."""
+    samples = timing.in_turns(ready.calls, ROUNDS)
+    figures = lambda i: _figures(ready.work, ready.dtype, samples[i]) if i in samples else {}
+    return [ready.head | {"implementation": i, "status": ready.status[i]} | figures(i) for i in ready.status]
 
 
 type Contestant = tuple[str, bool | None, str | Callable[[], timing.Call]]
@@ -194,7 +227,7 @@ def _relative_error(got, want) -> jax.Array:
     return jnp.stack(errors).max()
 
 
-def _figures(work: Cost, arrays, samples: list[float]) -> dict[str, str]:
+def _figures(work: Cost, dtype: str, samples: list[float]) -> dict[str, str]:
     median, p20, p80 = np.percentile(samples, [50, 20, 80])
     seconds = median / 1e6
     figures = {
@@ -202,7 +235,7 @@ def _figures(work: Cost, arrays, samples: list[float]) -> dict[str, str]:
         "gbps": work.bytes / seconds / 1e9,
     }  # fmt: skip
     if gpu := hardware.by_device_kind(backend.target().kind):
-        figures["of_roofline"] = work.seconds(gpu.peak(_floating(arrays)[0].dtype.name), gpu.bandwidth) / seconds
+        figures["of_roofline"] = work.seconds(gpu.peak(dtype), gpu.bandwidth) / seconds
     return {column: f"{figure:.3f}" for column, figure in figures.items()}
 
 
@@ -237,9 +270,10 @@ def _line(row: dict[str, str]) -> str:
 
 
 def merge(path: Path, rows: list[dict[str, str]]) -> None:
-    """Puts `rows` in a CSV file, in place of what it held of their ops and cases, all at once."""
-    replaced = {(row["op"], row["case"]) for row in rows}
-    kept = [row for row in _read(path) if (row["op"], row["case"]) not in replaced]
+    """Puts `rows` in a CSV file, in place of what it held of their ops, cases and passes, all at once."""
+    what = lambda row: (row["op"], row["case"], row["pass"])
+    replaced = {what(row) for row in rows}
+    kept = [row for row in _read(path) if what(row) not in replaced]
     order = lambda row: [row[column] for column in ("op", "case", "pass", "implementation")]
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", newline="") as file:
