@@ -154,20 +154,32 @@ class Tile:
         """Where the rows and a block of the contraction are, in x."""
         return pl.ds(self.first, CONSUMERS * ROWS), pl.ds(i * DEPTH, DEPTH)
 
-    def store(self, out_ref, smem, me, *columns) -> None:
+    def store(self, out_ref, smem, me, *where) -> None:
         """Copies a consumer's rows of the tile from shared memory, in pieces of powers of two.
 
-        What of the columns lies past the edge of the array's last dimension is not written.
+        `where` is the rest of the index, the columns last. What of them lies past the edge of the array's last
+        dimension is not written. A piece of one row is cut at that edge here: it is contiguous, and then Mosaic makes
+        a plain copy of it, which knows the end of the array and not the end of its rows.
         """
         first = self.first + me * ROWS
         row, stop = jnp.maximum(self.start, first), jnp.minimum(self.stop, first + ROWS)
         size = jnp.maximum(stop - row, 0)
+        *between, columns = where
+        whole = out_ref.shape[-1] % columns.size == 0
+
+        def copy(row, length: int, start: int, width: int) -> None:
+            piece = smem.at[me, pl.ds(row - first, length), pl.ds(start, width)]
+            of_out = (pl.ds(row, length), *between, pl.ds(columns.start + start, width))
+            plgpu.copy_smem_to_gmem(piece, out_ref.at[of_out])
+
         for length in (64, 32, 16, 8, 4, 2, 1):
+            width = columns.size if length > 1 or whole else DEPTH
 
             @pl.when((size & length) != 0)
-            def _store(row=row, length=length):
-                piece = smem.at[me, pl.ds(row - first, length)]
-                plgpu.copy_smem_to_gmem(piece, out_ref.at[(pl.ds(row, length), *columns)])
+            def _store(row=row, length=length, width=width):
+                for start in range(0, columns.size, width):
+                    inside = columns.start + start < out_ref.shape[-1]
+                    pl.when(inside)(functools.partial(copy, row, length, start, width))
 
             row += size & length
 

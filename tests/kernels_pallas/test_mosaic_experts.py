@@ -123,6 +123,27 @@ def test_a_store_before_its_fence_is_a_race():
     assert raced
 
 
+@pytest.mark.parametrize(("op", "case"), [(GROUPED_MATMUL, MATMULS["zipf"]), (EXPERT_MLP, MLPS["zipf"])])
+def test_no_row_alone_is_copied_past_its_end(op, case):
+    """Mosaic makes a plain copy of what is contiguous, and cuts it at the end of the array alone: a row's next is hit.
+
+    The interpreter cuts it at the row's. Here copies are seen as they are asked for: those of one row either fill
+    whole rows, or are no wider than what all widths are multiples of.
+    """
+    copies = []
+
+    def copy_smem_to_gmem(source, target):
+        copies.append((target.shape, target.ref.shape[-1]))
+        real(source, target)
+
+    real = plgpu.copy_smem_to_gmem
+    with mock.patch.object(plgpu, "copy_smem_to_gmem", copy_smem_to_gmem), backend.interpret_mode():
+        jax.make_jaxpr(op.kernels["mosaic_gpu"].forward)(*case.arrays)
+    alone = [(shape[-1], width) for shape, width in copies if all(side == 1 for side in shape[:-1])]
+    assert alone and any(width % mosaic_gpu.UNTUNED["up"].columns for _, width in alone)
+    assert all(size == mosaic_gpu.DEPTH or width % size == 0 for size, width in alone), alone
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "device", "reason"),
     [
