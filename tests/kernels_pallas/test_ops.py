@@ -10,7 +10,9 @@ with `plain` the reference at the case's own dtype: FlashAttention's rule, which
 and leaves no tolerance to tune. The floor is two ulps of the result's dtype at the largest result: four
 roundings of half an ulp that plain jnp need not suffer, of the result to the other side, of an operand
 (probabilities, say) that the tensor cores want narrow, and of the two things (output, statistics) that a
-backward reads back.
+backward reads back. On the chip float32 results have more: tensor cores cut what they add to an accumulator (a unit in
+its last place for each step of 16 products, always toward zero), and plain cores add one product at a time, where XLA
+adds pairwise. No sum here is longer than the longest side of the op's arrays.
 """
 
 import functools
@@ -132,7 +134,9 @@ def interpreted(name, kernel, case):
 @functools.cache
 def plain_and_oracle(name, case, seed=0):
     """The reference at the case's dtype, and in float64 throughout."""
-    plain = jax.jit(passes(name, implementation(name, "xla", case)))(*inputs(name, case, seed))
+    run = jax.jit(passes(name, implementation(name, "xla", case))).lower(*inputs(name, case, seed))
+    # On a GPU XLA leaves out roundings between float32 operations that the definition has.
+    plain = run.compile(compiler_options={"xla_allow_excess_precision": False})(*inputs(name, case, seed))
     # A reference says float32 where it means "wide"; here that is float64.
     with jax.enable_x64(True), mock.patch.object(jnp, "float32", jnp.float64):
         run = passes(name, functools.partial(OPS[name].reference, **OPS[name].cases[case].static))
@@ -146,8 +150,8 @@ def _widened(x):
     return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def assert_as_good_as_plain(name, case, got, seed=0):
-    """The rule at the head of this file; NaN fails it."""
+def assert_as_good_as_plain(name, case, got, seed=0, longest_sum=0):
+    """The rule at the head of this file; NaN fails it. `longest_sum`: of products, where a chip adds them."""
     plain, oracle = plain_and_oracle(name, case, seed)
     assert len(got) == len(plain) == len(oracle)
     for i, (mine, theirs, truth) in enumerate(zip(got, plain, oracle, strict=True)):
@@ -155,7 +159,8 @@ def assert_as_good_as_plain(name, case, got, seed=0):
         # What is zero for all inputs has no size of its own: it is a difference of terms of the others' size.
         largest = _largest(truth) or max(_largest(other) for other in oracle)
         error, plain_error = (_error(x, truth) for x in (mine, theirs))
-        allowed = 2 * plain_error + 2 * float(jnp.finfo(mine.dtype).eps) * largest
+        ulps = 2 + (longest_sum / 16 if mine.dtype == np.float32 else 0)
+        allowed = 2 * plain_error + ulps * float(jnp.finfo(mine.dtype).eps) * largest
         assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -462,4 +467,5 @@ def test_agrees_on_the_gpu(name, kernel, case):
     got = run(*inputs(name, case))
     if not OPS[name].kernels[kernel].external:
         assert_same_bits(got, run(*inputs(name, case)))
-    assert_as_good_as_plain(name, case, got)
+    longest = max(side for array in jax.tree.leaves(inputs(name, case)[0]) for side in array.shape)
+    assert_as_good_as_plain(name, case, got, longest_sum=longest)
