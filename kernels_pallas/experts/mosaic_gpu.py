@@ -166,20 +166,21 @@ class Tile:
         size = jnp.maximum(stop - row, 0)
         *between, columns = where
         whole = out_ref.shape[-1] % columns.size == 0
+        inside = jnp.minimum(columns.size, out_ref.shape[-1] - columns.start)
 
-        def copy(row, length: int, start: int, width: int) -> None:
+        def copy(row, length: int, start, width: int) -> None:
             piece = smem.at[me, pl.ds(row - first, length), pl.ds(start, width)]
             of_out = (pl.ds(row, length), *between, pl.ds(columns.start + start, width))
             plgpu.copy_smem_to_gmem(piece, out_ref.at[of_out])
 
         for length in (64, 32, 16, 8, 4, 2, 1):
-            width = columns.size if length > 1 or whole else DEPTH
 
             @pl.when((size & length) != 0)
-            def _store(row=row, length=length, width=width):
-                for start in range(0, columns.size, width):
-                    inside = columns.start + start < out_ref.shape[-1]
-                    pl.when(inside)(functools.partial(copy, row, length, start, width))
+            def _store(row=row, length=length):
+                if length > 1 or whole:
+                    copy(row, length, 0, columns.size)
+                else:
+                    pl.loop(0, lax.div(inside, jnp.int32(DEPTH)))(lambda i: copy(row, 1, i * DEPTH, DEPTH))
 
             row += size & length
 

@@ -95,10 +95,15 @@ def _up_kernel(
 
         acc = plgpu.WGMMAAccumulatorRef((ROWS, blocks.columns), jnp.float32)
         gate, up = (x.astype(z_ref.dtype) for x in pl.run_scoped(products, acc, acc))  # as the backward will have them
-        gate32 = gate.astype(jnp.float32)
-        a = (gate32 / (1.0 + jnp.exp(-gate32)) * up.astype(jnp.float32)).astype(a_ref.dtype)
-        for out_ref, where, values in ((z_ref, (0, of_gate), gate), (z_ref, (1, of_gate), up), (a_ref, (of_gate,), a)):
+
+        def store(out_ref, values, *where):
             out_smem.at[me][...] = values
             plgpu.commit_smem()
             tile.store(out_ref, out_smem, me, *where)
             plgpu.wait_smem_to_gmem(0)
+
+        store(z_ref, gate, 0, of_gate)
+        store(z_ref, up, 1, of_gate)
+        gate32 = gate.astype(jnp.float32)
+        a = gate32 / (1.0 + jnp.exp(-gate32)) * up.astype(jnp.float32)
+        store(a_ref, a.astype(a_ref.dtype), of_gate)
