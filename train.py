@@ -23,6 +23,7 @@ from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.judge import judge
 from dito_jax.evaluation.sample import make_sampler
+from dito_jax.first_state import first_state
 from dito_jax.processes import agree, index, join
 from dito_jax.recipe import Recipe, make_recipe
 from dito_jax.sharding import make_mesh
@@ -67,7 +68,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
     with ledger.phase("restore"):
         restored = checkpoints.restore_newest(program.state, quarantine)
     mesh = jax.sharding.get_mesh()
-    first, state = restored or (0, command_line.first_state(config, program, mesh))
+    first, state = restored or (0, first_state(config, program, mesh))
     ledger.resumed(first)
     events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
     run.write_text("config.json", to_json(config))

@@ -14,13 +14,11 @@ from dito_jax import config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source
 from dito_jax.errors import CRASHED, INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
-from dito_jax.models.moe_dit import MoEDiTConfig
-from dito_jax.models.upcycling import check_upcycling
 from dito_jax.processes import count, index, leave
 from dito_jax.training.checkpoint import Checkpoints
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
-from dito_jax.training.state import TrainState, upcycled_state
+from dito_jax.training.state import TrainState
 from kernels_pallas import backend
 
 
@@ -119,24 +117,6 @@ def restored(
         raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
     step, state = found
     return program, state, step
-
-
-def first_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) -> TrainState:
-    """Step 0 of a new run: random, or with experts that begin as the MLPs of a dense run."""
-    state = program.init()
-    if config.upcycle is None:
-        return state
-    run, of_dense = opened(config.upcycle)
-    if not isinstance(config.model, MoEDiTConfig):
-        raise UserError(f"upcycle {config.upcycle}: this model has no experts; leave upcycle out.")
-    check_upcycling(of_dense.model, config.model)
-    if config.privacy.epsilon is not None and of_dense.privacy.epsilon is None and of_dense.data == config.data:
-        raise UserError(
-            f"upcycle {config.upcycle}: that run saw the same data without privacy, and this one would publish what it "
-            "learned. Begin with a run on public data, or a private one."
-        )
-    _, dense, _ = restored(run, of_dense, mesh)
-    return upcycled_state(dense.params, state, config.model, program.state)
 
 
 def cache_directory() -> str:

@@ -57,7 +57,7 @@ class TrainConfig:
     privacy: PrivacyConfig = PrivacyConfig()
     sample: SampleConfig = SampleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    upcycle: str | None = None  # the run directory of a dense model, whose MLPs a new run's experts begin as
+    start_from: str | None = None  # a run directory: a new run begins as that one; experts begin as a dense one's MLPs
 
 
 def load(path: str) -> TrainConfig:

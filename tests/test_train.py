@@ -104,7 +104,7 @@ def test_experts_begin_as_a_dense_runs_mlps_and_resume_with_the_very_same_bits(f
     for name, stops in (("whole", [6]), ("stopped", [3, 6])):
         run = tmp_path / name
         for steps in stops:
-            call("train", "configs/moe_dit_digits.py", *EXPERTS, "--upcycle", finished, "--run-dir", run,
+            call("train", "configs/moe_dit_digits.py", *EXPERTS, "--start-from", finished, "--run-dir", run,
                  "--train.steps", str(steps), "--checkpoint.every", "3", "--optimizer.final_fraction", "1.0",
                  "--optimizer.warmup_steps", "0")  # fmt: skip
         digests.append(call("digest", run).stdout.splitlines()[-1])
@@ -123,7 +123,7 @@ def test_experts_begin_as_a_dense_runs_mlps_and_resume_with_the_very_same_bits(f
 
 
 def test_a_run_that_cannot_be_upcycled_is_one_line(finished, call, tmp_path):
-    words = ("train", "configs/moe_dit_digits.py", "--model.depth", "2", "--run-dir", tmp_path / "run", "--upcycle")
+    words = ("train", "configs/moe_dit_digits.py", "--model.depth", "2", "--run-dir", tmp_path / "run", "--start-from")
     assert "model.expert_hidden is 64, its MLPs have 176" in call(*words, finished, code=2).stderr.splitlines()[-1]
     assert "no run here" in call(*words, tmp_path, code=2).stderr.splitlines()[-1]
 

@@ -21,7 +21,8 @@ class Attention(nnx.Module):
     One projection makes q, k and v. Its output is ordered by key/value head, each with its own group of query heads
     beside it, so that splitting key/value heads over devices (mesh axis "tensor") separates no group and moves no
     data. QK-norm (RMSNorm over each head, arXiv 2302.05442) keeps attention logits bounded. `attend` is what computes
-    attention, e.g. flash_attention_jvp where the model is differentiated forward.
+    attention, e.g. flash_attention_jvp where the model is differentiated forward. Projections have low-rank adapters
+    where `adapter_rank` is positive.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Attention(nnx.Module):
         num_kv_heads: int,
         *,
         qk_norm: bool,
+        adapter_rank: int = 0,
         attend: Callable[..., Any] = flash_attention,
         implementation: str | None = None,
         qk_implementation: str | None = None,
@@ -39,8 +41,9 @@ class Attention(nnx.Module):
         self.attend = functools.partial(attend, implementation=implementation)
         self.prepare = functools.partial(qk_norm_rope, implementation=qk_implementation)
         head_width, group = width // num_heads, num_heads // num_kv_heads
-        self.qkv = linear(width, (num_kv_heads, group + 2, head_width), "D K . H", rngs=rngs)
-        self.out = linear((num_heads, head_width), width, "N H D", rngs=rngs)
+        make = functools.partial(linear, adapter_rank=adapter_rank, rngs=rngs)
+        self.qkv = make(width, (num_kv_heads, group + 2, head_width), "D K . H")
+        self.out = make((num_heads, head_width), width, "N H D")
         ones = lambda: nnx.Param(jnp.ones(head_width, jnp.float32), dims="H") if qk_norm else None
         self.q_norm, self.k_norm = ones(), ones()
 

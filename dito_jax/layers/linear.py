@@ -1,19 +1,30 @@
-"""Dense projections whose parameters know their dims."""
+"""Dense projections whose parameters know their dims, and low-rank adapters beside them."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import Initializer, xavier_uniform, zeros
+from jax.nn.initializers import Initializer, variance_scaling, xavier_uniform, zeros
 from jaxtyping import Array, Float
 
 from dito_jax.layers.taps import observed
 
 
 class Linear(nnx.LinearGeneral):
-    """flax's, seen by private training."""
+    """flax's, seen by private training, with a low-rank adapter beside the kernel: x W + b, + (x A) B."""
+
+    lora_a: Any
+    lora_b: Any
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return observed(self, "kernel", x, super().__call__(x), bias=self.bias is not None)
+        y = observed(self, "kernel", x, super().__call__(x), bias=self.bias is not None)
+        if self.lora_a is None:
+            return y
+        a, b = self.lora_a[...], self.lora_b[...]
+        low = observed(self, "lora_a", x, jnp.tensordot(x, a, a.ndim - 1))
+        return y + observed(self, "lora_b", low, jnp.tensordot(low, b, 1))
 
 
 def linear(
@@ -23,15 +34,18 @@ def linear(
     *,
     init: Initializer = xavier_uniform(),  # noqa: B008 (a pure function)
     bias: bool = True,
+    adapter_rank: int = 0,
     rngs: nnx.Rngs,
 ) -> Linear:
     """y = x @ kernel + bias, or without one, over the last dims of x; `dims` names those of the kernel, inputs first.
 
-    The initialiser sees the kernel as one matrix (all inputs x all outputs), biases start at zero: DiT's rule.
+    The initialiser sees the kernel as one matrix (all inputs x all outputs), biases start at zero: DiT's rule. With an
+    `adapter_rank` there is an adapter (LoRA, arXiv 2106.09685), whose second matrix starts at zero.
     """
     shape_in = (shape_in,) if isinstance(shape_in, int) else tuple(shape_in)
     shape_out = (shape_out,) if isinstance(shape_out, int) else tuple(shape_out)
-    return Linear(
+    dims_in, dims_out = dims.split()[: len(shape_in)], dims.split()[len(shape_in) :]
+    made = Linear(
         shape_in,
         shape_out,
         axis=tuple(range(-len(shape_in), 0)),
@@ -40,5 +54,13 @@ def linear(
         bias_init=zeros,
         rngs=rngs,
         kernel_metadata={"dims": dims},
-        bias_metadata={"dims": " ".join(dims.split()[len(shape_in) :])},
+        bias_metadata={"dims": " ".join(dims_out)},
     )
+    a, b = None, None
+    if adapter_rank:
+        uniform = variance_scaling(1 / 3, "fan_in", "uniform")  # up to 1 / sqrt(inputs), as in the paper's code
+        matrix = uniform(rngs.params(), (math.prod(shape_in), adapter_rank))
+        a = nnx.Param(matrix.reshape(*shape_in, adapter_rank), dims=" ".join((*dims_in, ".")))
+        b = nnx.Param(jnp.zeros((adapter_rank, *shape_out)), dims=" ".join((".", *dims_out)))
+    made.lora_a, made.lora_b = a, b
+    return made

@@ -60,6 +60,7 @@ class DiTConfig:
     qk_norm: bool = True
     learn_sigma: bool = False  # twice the output channels; the second half parametrises DDPM's variance
     remat: bool = False  # compute each block again in the backward pass: memory for time
+    adapter_rank: int = 0  # of low-rank adapters (LoRA) beside attention's projections; 0: none
     forward_mode: bool = False  # jax.jvp of the network works on a GPU too, as MeanFlow needs
     kernels: KernelsConfig = KernelsConfig()
 
@@ -112,6 +113,7 @@ class DiTConfig:
             ),
             f"head width {head_width} (width / num_heads) is not a multiple of 8": head_width % 8,
             f"depth {self.depth} is not positive": self.depth < 1,
+            f"adapter_rank {self.adapter_rank} is negative": self.adapter_rank < 0,
             f"forward_mode has no other norms, rotations and MLPs than xla's, got {self.kernels}": (
                 self.forward_mode
                 and not {self.kernels.norm, self.kernels.qk_norm_rope, self.kernels.mlp} <= {None, "xla"}
@@ -139,8 +141,10 @@ class DiTConfig:
         tokens, d = self.grid[0] * self.grid[1], self.width
         head_width = d // self.num_heads
         projections = 2 * d * head_width * (2 * self.num_heads + 2 * self.kv_heads)  # q, out; k, v
+        packed = head_width * (self.num_heads + 2 * self.kv_heads)
+        adapters = 2 * self.adapter_rank * (d + packed + d + d)  # qkv, out
         attention = 4 * tokens * d  # q k^T and p v: 2 T D each
-        block = tokens * (projections + attention) + 2 * d * 6 * d
+        block = tokens * (projections + adapters + attention) + 2 * d * 6 * d
         patch = self.patch**2
         ends = 2 * tokens * d * patch * (self.image_shape[2] + self.out_channels) + 2 * d * 2 * d
         return self.depth * block + tokens * self.mlp_flops() + ends + 2 * (NUM_FREQUENCIES * d + d * d)
@@ -183,6 +187,7 @@ class DiTBlock(nnx.Module):
             config.num_heads,
             config.kv_heads,
             qk_norm=config.qk_norm,
+            adapter_rank=config.adapter_rank,
             attend=flash_attention_jvp if config.forward_mode else flash_attention,
             implementation=config.implementations.attention,
             qk_implementation=config.implementations.qk_norm_rope,

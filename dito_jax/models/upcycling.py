@@ -1,6 +1,7 @@
 """Experts out of a dense DiT: each begins as a copy of the MLP it replaces (sparse upcycling, arXiv 2212.05055)."""
 
 import dataclasses
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +12,27 @@ from dito_jax.models.dit import DiTConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 
 
-NOT_OF_THE_PARAMETERS = {"remat", "forward_mode"}
+# What changes nothing of what a network computes from its parameters.
+HOW = {"remat", "forward_mode", "kernels", "balance", "balance_weight", "z_weight", "bias_rate", "exchange"}
+
+
+def differences(old: DiTConfig, model: DiTConfig, *, but: Collection[str] = ()) -> str:
+    """What `old` has otherwise than `model`, among the fields of `old` that decide what is computed."""
+    names = [f.name for f in dataclasses.fields(old) if f.name not in HOW | set(but)]
+    values = {name: (getattr(old, name), getattr(model, name)) for name in names}
+    return ", ".join(f"{name} {was} != {now}" for name, (was, now) in values.items() if was != now)
 
 
 def check_upcycling(dense: DiTConfig, model: MoEDiTConfig) -> None:
     """Raises UserError, in one line, unless every expert of `model` can be a copy of an MLP of `dense`."""
-    shared = [f.name for f in dataclasses.fields(DiTConfig) if f.name not in NOT_OF_THE_PARAMETERS]
-    differ = [
-        f"{n} {getattr(dense, n)} != {getattr(model, n)}" for n in shared if getattr(dense, n) != getattr(model, n)
-    ]
+    differ = differences(dense, model)
     rules = {
-        "the run that is upcycled has experts already": isinstance(dense, MoEDiTConfig),
         "its MLPs are not swiglu": dense.mlp != "swiglu",
         f"model.expert_hidden is {model.hidden}, its MLPs have {dense.hidden}": model.hidden != dense.hidden,
         f"model.shared_hidden is {model.shared_hidden}, and there is nothing to copy there: make it 0": (
             model.shared_hidden > 0
         ),
-        f"its model differs from this one: {', '.join(differ)}": bool(differ),
+        f"its model differs from this one: {differ}": bool(differ),
     }
     problems = [problem for problem, broken in rules.items() if broken]
     if problems:

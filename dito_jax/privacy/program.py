@@ -42,6 +42,7 @@ def make_private_program(
         backend=privacy.backend,
         microbatch=privacy.microbatch,
         internal=privacy.internal,
+        trainable=loop.trainable,
     )
     by_unit = jax.NamedSharding(mesh, spec("B", mesh))
     everywhere = jax.NamedSharding(mesh, jax.P())

@@ -29,6 +29,7 @@ from dito_jax.training.ema import update_ema
 from dito_jax.training.health import FINE
 from dito_jax.training.state import TrainState
 from dito_jax.training.step import Batch, ComputeDtype, Step, cast, cut, draw
+from dito_jax.training.trainable import Names, divided, joined
 
 
 def make_private_step(
@@ -47,12 +48,14 @@ def make_private_step(
     backend: Backend,
     microbatch: int,
     internal: bool,
+    trainable: Names = (),
 ) -> Step:
     """The step for this model and recipe.
 
     Its batch has units, each with `m` images: "image" (B, m, h, w, c), "label" (B, m), "padding" bool (B, m), and the
     raw data of two keys, "draw_key" and "noise_key". A unit's loss is the mean over its images, and over `draws` of
     time and noise for each (noise multiplicity, https://arxiv.org/abs/2210.09929); one without images is padding.
+    Parameters that are not `trainable` stay: they count in no norm, and get no noise.
     With `accumulation` > 1 the units go through in that many parts; noise is added once, to the sum.
     """
 
@@ -63,12 +66,13 @@ def make_private_step(
 
     def step(state: TrainState, batch: Batch):
         examples, padding = _drawn(batch, loss, null_label, draws)
-        total, told = _accumulated(clipped_sum, state.params, examples, padding, accumulation)
+        trained, frozen = divided(state.params, trainable)
+        total, told = _accumulated(clipped_sum, trained, frozen, examples, padding, accumulation)
         noise_key = jax.random.wrap_key_data(batch["noise_key"])
         noised = add_noise(total, noise_key, noise_multiplier * clipped_sum.sensitivity())
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch, noised)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
+        updates, moments = optimizer.update(gradient, state.optimizer, trained)
+        params = joined(jax.tree.map(jnp.add, trained, updates), frozen)
         ema = update_ema(state.ema, params, decays, state.step)
         metrics = {"gradient_norm": optax.tree.norm(gradient), "bad": jnp.full((), FINE)}
         metrics |= _internal(told, padding, clip_norm) if internal else {}
@@ -101,13 +105,13 @@ def _drawn(batch: Batch, loss: LossConfig, null_label: int, draws: int) -> tuple
     return examples | {"weight": jnp.repeat(weight / draws, draws, axis=1)}, jnp.all(absent, axis=1)
 
 
-def _accumulated(clipped_sum: ClippedSum, params, examples: Examples, padding, parts: int) -> tuple[Any, Told]:
+def _accumulated(clipped_sum: ClippedSum, params, frozen, examples: Examples, padding, parts: int) -> tuple[Any, Told]:
     """The clipped sum over `parts` parts of the batch, one after the other; what was told has them side by side."""
     if parts == 1:
-        return clipped_sum(params, examples, padding)
+        return clipped_sum(params, examples, padding, frozen)
 
     def add(total, part):
-        one, told = clipped_sum(params, *part)
+        one, told = clipped_sum(params, *part, frozen=frozen)
         return jax.tree.map(jnp.add, total, one), told
 
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params)

@@ -10,10 +10,13 @@ from jaxtyping import Array, Int
 def update_ema(
     averages: dict[str, Any], params: Any, decays: tuple[float, ...], step: Int[Array, ""]
 ) -> dict[str, Any]:
-    """average = d average + (1 - d) params, d = min(decay, (1 + step) / (10 + step)): early on it forgets the start."""
+    """average += (1 - d) (params - average), d = min(decay, (1 + step) / (10 + step)): early on it forgets the start.
+
+    So written, a parameter that never changes is its own average, to the bit.
+    """
     seen = step.astype(jnp.float32)
     updated = {}
     for decay in decays:
         d = jnp.minimum(decay, (1 + seen) / (10 + seen))
-        updated[str(decay)] = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, averages[str(decay)], params)
+        updated[str(decay)] = jax.tree.map(lambda a, p, d=d: a + (1 - d) * (p - a), averages[str(decay)], params)
     return updated

@@ -20,6 +20,7 @@ from dito_jax.training.health import GuardConfig
 from dito_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dito_jax.training.state import TrainState, init_state, split_model
 from dito_jax.training.step import ComputeDtype, Step, make_step
+from dito_jax.training.trainable import Names, check_names
 
 
 DEFAULT_GUARD = GuardConfig()
@@ -32,6 +33,7 @@ class LoopConfig:
     steps: int
     batch_size: int  # images a step, over all devices
     accumulation: int = 1  # parts that a batch is cut into, to fit memory
+    trainable: Names = ()  # names on the way to the parameters that are trained (trainable.py); none: all
     compute_dtype: ComputeDtype = "bfloat16"
     ema_decays: tuple[float, ...] = (0.9999,)
     seed: int = 0
@@ -86,6 +88,7 @@ def make_program(
         accumulation=loop.accumulation,
         rebalance=model.rebalance,
         spike_deviations=guard.spike_deviations,
+        trainable=loop.trainable,
     )
     by_example = jax.NamedSharding(mesh, spec("B", mesh))
     batch = {
@@ -104,17 +107,22 @@ def assemble(
     step: Step,
     batch: dict[str, jax.ShapeDtypeStruct],
 ) -> Program:
-    """The program of any step of this model and update rule, with the batch that it takes."""
+    """The program of any step of this model and update rule, with the batch that it takes.
+
+    Raises:
+      UserError: what is to be trained, by its name, is not there.
+    """
+    graph, params = split_model(model)
+    check_names(params, loop.trainable)
 
     def init() -> TrainState:
-        return init_state(model, update, loop.ema_decays, loop.seed, guard.window)
+        return init_state(model, update, loop.ema_decays, loop.seed, guard.window, loop.trainable)
 
     shapes = jax.eval_shape(init)
     places = shardings(shapes, mesh)
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, places
     )
-    graph, _ = split_model(model)
     metrics = jax.NamedSharding(mesh, jax.P())
     return Program(
         graph=graph,

@@ -10,9 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Int, UInt32
 
 from dito_jax.models.dit import DiTConfig
-from dito_jax.models.moe_dit import MoEDiTConfig
-from dito_jax.models.upcycling import upcycled
 from dito_jax.training.health import Health
+from dito_jax.training.trainable import Names, divided
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +21,7 @@ class TrainState:
 
     step: Int[Array, ""]
     params: nnx.State
-    optimizer: Any  # optax's state
+    optimizer: Any  # optax's state, of the parameters that are trained
     ema: dict[str, nnx.State]  # by decay, "0.999"
     key: UInt32[Array, "..."]  # raw key data, which a checkpoint can hold
     health: Health
@@ -35,20 +34,27 @@ def split_model(config: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def init_state(
-    config: DiTConfig, optimizer: optax.GradientTransformation, decays: tuple[float, ...], seed: int, window: int
+    config: DiTConfig,
+    optimizer: optax.GradientTransformation,
+    decays: tuple[float, ...],
+    seed: int,
+    window: int,
+    trainable: Names,
 ) -> TrainState:
-    """Step 0; its health is of `window` steps. Pure: under jit with shardings it makes each shard where it lives."""
+    """Step 0; its health is of `window` steps, and its optimizer knows of what is trained alone.
+
+    Pure: under jit with shardings it makes each shard where it lives.
+    """
     key_params, key_train = jax.random.split(jax.random.key(seed))
     params = nnx.state(config.build(nnx.Rngs(key_params)), nnx.Param)
     ema = {str(decay): jax.tree.map(jnp.copy, params) for decay in decays}
     key = jax.random.key_data(key_train)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, key, Health.new(window))
+    moments = optimizer.init(divided(params, trainable)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, moments, ema, key, Health.new(window))
 
 
-def upcycled_state(dense: nnx.State, fresh: TrainState, model: MoEDiTConfig, like: TrainState) -> TrainState:
-    """`fresh` with parameters, and averages, that begin as those of a dense model; laid out as `like`."""
-    params = jax.tree.map(
-        lambda leaf, wanted: jax.device_put(leaf, wanted.sharding), upcycled(dense, fresh.params, model), like.params
-    )
+def begun_with(params: nnx.State, fresh: TrainState, like: TrainState) -> TrainState:
+    """`fresh` with these parameters, and averages that begin as they do; laid out as `like`."""
+    params = jax.tree.map(lambda leaf, wanted: jax.device_put(leaf, wanted.sharding), params, like.params)
     ema = {decay: jax.tree.map(jnp.copy, params) for decay in fresh.ema}
     return dataclasses.replace(fresh, params=params, ema=ema)

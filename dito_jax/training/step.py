@@ -15,6 +15,7 @@ from dito_jax.models.dit import Report
 from dito_jax.training.ema import update_ema
 from dito_jax.training.health import FINE, chosen, examine
 from dito_jax.training.state import TrainState
+from dito_jax.training.trainable import Names, divided, joined
 
 
 Batch = dict[str, jax.Array]  # "image": Float[Array, "B h w c"], "label": Int[Array, " B"]
@@ -33,18 +34,19 @@ def make_step(
     accumulation: int,
     rebalance: Callable[[Any, Report], Any],
     spike_deviations: float | None,
+    trainable: Names = (),
 ) -> Step:
     """The step for this model and recipe.
 
     Parameters are kept in float32 and cast to `compute_dtype` for the network alone, but for those marked `float32`;
-    loss, gradient sum and update are float32. `rebalance` has the last word on the parameters, with the report of the
-    network: it moves what has no gradient. With `accumulation` > 1 the batch goes through in that many equal parts,
-    which changes memory and not the result. A step that is bad (health.py) changes nothing but its own count; its
-    metric "bad" says why.
+    loss, gradient sum and update are float32. Those that are not `trainable` stay as they are. `rebalance` has the last
+    word on the others, with the report of the network: it moves what has no gradient. With `accumulation` > 1 the batch
+    goes through in that many equal parts, which changes memory and not the result. A step that is bad (health.py)
+    changes nothing but its own count; its metric "bad" says why.
     """
 
-    def loss_of_part(params, part):
-        network = nnx.merge(graph, cast(params, compute_dtype))
+    def loss_of_part(params, frozen, part):
+        network = nnx.merge(graph, cast(joined(params, frozen), compute_dtype))
         z = path.interpolate(part["image"], part["noise"], part["t"])
         said, report = network.with_report(z, part["t"], part["label"])
         losses = flow_matching_error(
@@ -55,10 +57,12 @@ def make_step(
     def step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         drawn = draw(key, batch, loss, null_label)
-        value_and_grad = jax.value_and_grad(loss_of_part, has_aux=True)
-        (value, report), gradient = _accumulate(value_and_grad, state.params, drawn, accumulation)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = rebalance(jax.tree.map(jnp.add, state.params, updates), report)
+        trained, frozen = divided(state.params, trainable)
+        value_and_grad = lambda params, part: jax.value_and_grad(loss_of_part, has_aux=True)(params, frozen, part)
+        (value, report), gradient = _accumulate(value_and_grad, trained, drawn, accumulation)
+        updates, moments = optimizer.update(gradient, state.optimizer, trained)
+        params = rebalance(joined(jax.tree.map(jnp.add, trained, updates), frozen), report)
+        params = joined(divided(params, trainable)[0], frozen)  # what is frozen is not rebalanced
         ema = update_ema(state.ema, params, decays, state.step)
         norm = optax.tree.norm(gradient)
         bad, health = examine(state.health, value, norm, spike_deviations)

@@ -20,7 +20,7 @@ EXAMPLES, DRAWS = 8, 2
 SIZE: dict[str, Any] = dict(image_shape=(4, 4, 1), num_classes=3, patch=2, depth=2, width=32, num_heads=4)
 EXPERTS: dict[str, Any] = SIZE | dict(num_experts=4, active_experts=2, balance="example", expert_hidden=16)
 MODELS = {
-    "modern": DiTConfig(**SIZE, num_kv_heads=2),
+    "modern": DiTConfig(**SIZE, num_kv_heads=2, adapter_rank=2),
     "original": DiTConfig(**SIZE, **ORIGINAL, remat=True),
     "experts": MoEDiTConfig(**EXPERTS, shared_hidden=16, capacity_factor=0.75),
     "expert_choice": MoEDiTConfig(**EXPERTS, router="expert_choice", moe_every=2),

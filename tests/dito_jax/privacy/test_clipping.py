@@ -15,6 +15,7 @@ from dito_jax.privacy.clipping import ClippedSum
 from dito_jax.sharding import MeshConfig, make_mesh, shardings, spec
 from dito_jax.training.state import split_model
 from dito_jax.training.step import cast
+from dito_jax.training.trainable import divided
 
 from .conftest import EXAMPLES, MODELS, losses
 
@@ -167,10 +168,10 @@ def test_bfloat16_keeps_to_the_bound(problem, backend):
         assert 4.8 < length <= 5.0 * (1 + 1e-6)
 
 
-def test_frozen_parameters_have_no_part_in_norms_or_sum(problem):
+@pytest.mark.parametrize("names", [("attention",), ("lora_a", "lora_b", "table")], ids=str)
+def test_frozen_parameters_have_no_part_in_norms_or_sum(problem, names):
     of = problem("modern")
-    attention = lambda path, _: "attention" in path
-    trained, frozen = nnx.split_state(of.params, attention, ...)
+    trained, frozen = divided(of.params, names)
     wanted = None
     for backend in ("vmap", *FAST):
         total, told = jax.jit(of.clipped_sum(backend))(trained, of.examples, of.padding, frozen)

@@ -1,5 +1,7 @@
 """The private step: it publishes the noised sum of the batch, divided by what was expected, and nothing else."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from dito_jax.privacy.step import make_private_step
 from dito_jax.sharding import MeshConfig, make_mesh, shardings, spec
 from dito_jax.training.health import Health
 from dito_jax.training.state import TrainState
+from dito_jax.training.trainable import divided, num_trained
 
 from .conftest import MODELS
 
@@ -188,3 +191,20 @@ def test_averages_are_made_of_what_was_published(modern):
     for average, old, new in zip(*map(jax.tree.leaves, (after.ema["0.9"], state.params, after.params)), strict=True):
         assert np.all((average - old) * (new - average) >= -1e-6)
     assert int(after.step) == 1 and jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_what_is_frozen_gets_no_noise_and_stays_to_the_bit(modern):
+    names = ("lora_a", "lora_b", "table")
+    trained, frozen = divided(modern.params, names)
+    state = dataclasses.replace(state_of(modern), optimizer=OPTIMIZER.init(trained))
+    after, metrics = jax.jit(private_step(modern, trainable=names, accumulation=2))(state, batch_of())
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for found in (after.params, after.ema["0.9"]):
+        moved, stayed = divided(found, names)
+        for one, other in zip(*map(jax.tree.leaves, (stayed, frozen)), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert all(np.all(a != b) for a, b in zip(*map(jax.tree.leaves, (moved, trained)), strict=True))
+    size = num_trained(modern.params, names)
+    assert size < 0.2 * num_trained(modern.params, ())
+    noise = SIGMA * CLIP / EXPECTED * np.sqrt(size)
+    assert metrics["gradient_norm"] == pytest.approx(noise, rel=0.2)  # of so many numbers, and no others

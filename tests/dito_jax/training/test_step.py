@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from dito_jax.diffusion.loss import LossConfig
+from dito_jax.errors import UserError
 from dito_jax.models.dit import DiTConfig
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.ema import update_ema
 from dito_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from dito_jax.training.program import LoopConfig, make_program
+from dito_jax.training.trainable import divided, num_trained
 
 
 MODEL = DiTConfig((4, 4, 1), num_classes=3, patch=2, depth=1, width=32, num_heads=2)
@@ -113,3 +115,22 @@ def test_parts_of_a_batch_add_up_to_the_batch(parts):
     _, metrics_cut = cut.step(cut.init(), BATCH)
     for name in metrics:
         np.testing.assert_allclose(metrics_cut[name], metrics[name], rtol=1e-5)
+
+
+def test_what_is_frozen_stays_to_the_bit_and_has_no_moments():
+    names = ("out", "label")
+    made = program(trainable=names, learning_rate=1e-2, accumulation=2)
+    before = jax.device_get(made.init())
+    after, _ = made.step(made.init(), BATCH)
+    for found in (after.params, after.ema["0.9"]):
+        moved, stayed = divided(found, names)
+        for one, other in zip(*map(jax.tree.leaves, (stayed, divided(before.params, names)[1])), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert np.any(moved["out"]["kernel"][...] != before.params["out"]["kernel"][...])
+    moments = sum(leaf.size for leaf in jax.tree.leaves(after.optimizer) if leaf.ndim)
+    assert moments == 2 * num_trained(before.params, names) < num_trained(before.params, ())
+
+
+def test_a_name_of_no_parameter_is_one_line():
+    with pytest.raises(UserError, match="no parameter of this model is under 'atention'; did you mean 'attention'?"):
+        program(trainable=("label", "atention"))

@@ -1,0 +1,67 @@
+"""A model that begins as a trained one computes what that one does, or is refused in one line."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dito_jax.errors import UserError
+from dito_jax.models.dit import DiTConfig
+from dito_jax.models.fine_tuning import check_start, started
+from dito_jax.models.moe_dit import MoEDiTConfig
+
+
+DENSE = DiTConfig((4, 4, 1), num_classes=3, patch=2, depth=2, width=32, num_heads=4, num_kv_heads=2)
+EXPERTS = MoEDiTConfig(**vars(DENSE), num_experts=4)
+
+
+def network(config, seed):
+    graph, params = nnx.split(config.build(nnx.Rngs(seed)), nnx.Param)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return graph, jax.tree.unflatten(tree, moved)
+
+
+def computed(graph, params):
+    image = jax.random.normal(jax.random.key(5), (3, 4, 4, 1))
+    t, label = jax.numpy.array([0.1, 0.5, 0.9]), jax.numpy.array([0, 2, 3])
+    return np.asarray(jax.jit(lambda params: nnx.merge(graph, params)(image, t, label))(params))
+
+
+@pytest.mark.parametrize("old", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_with_adapters_it_begins_as_it_was_and_they_can_move_it(old):
+    model = dataclasses.replace(old, adapter_rank=2)
+    check_start(old, model)
+    (graph_old, trained), (graph, fresh) = network(old, 0), nnx.split(model.build(nnx.Rngs(1)), nnx.Param)
+    params = started(old, trained, model, fresh)
+    assert jax.tree.structure(params) == jax.tree.structure(fresh)
+    want = computed(graph_old, trained)
+    np.testing.assert_array_equal(computed(graph, params), want)
+    changed = jax.tree_util.tree_map_with_path(
+        lambda path, a: a + 0.1 if any(getattr(key, "key", "") == "lora_b" for key in path) else a, params
+    )
+    assert np.abs(computed(graph, changed) - want).max() > 1e-3
+    again = started(model, changed, model, fresh)  # a run with adapters goes on with them
+    np.testing.assert_array_equal(computed(graph, again), computed(graph, changed))
+
+
+@pytest.mark.parametrize(
+    ("old", "model", "words"),
+    [
+        (DENSE, dataclasses.replace(DENSE, depth=3, norm="layer"), "depth 2 != 3, norm rms != layer"),
+        (EXPERTS, DENSE, "has experts, and this model has none"),
+        (EXPERTS, dataclasses.replace(EXPERTS, num_experts=2), "num_experts 4 != 2"),
+        (dataclasses.replace(DENSE, adapter_rank=2), DENSE, "adapters of rank 2: set model.adapter_rank"),
+        (DENSE, dataclasses.replace(EXPERTS, shared_hidden=8), "upcycling: model.shared_hidden is 8"),
+    ],
+)
+def test_what_cannot_begin_so_is_refused_in_one_line(old, model, words):
+    with pytest.raises(UserError, match=words):
+        check_start(old, model)
+
+
+def test_what_is_no_matter_of_the_parameters_may_differ():
+    check_start(EXPERTS, dataclasses.replace(EXPERTS, remat=True, balance="example", bias_rate=0.0))

@@ -1,0 +1,79 @@
+"""What a new run begins with, and what it must not."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dito_jax.config import TrainConfig, to_json
+from dito_jax.data import DigitsData, LatentsData
+from dito_jax.errors import UserError
+from dito_jax.first_state import first_state
+from dito_jax.models.dit import DiTConfig
+from dito_jax.privacy.settings import PrivacyConfig
+from dito_jax.sharding import MeshConfig, make_mesh
+from dito_jax.training.checkpoint import Checkpoints
+from dito_jax.training.program import LoopConfig, make_program
+
+
+CONFIG = TrainConfig(
+    model=DiTConfig((8, 8, 1), num_classes=10, patch=4, depth=1, width=32, num_heads=4),
+    data=LatentsData(path="public.npz"),
+    train=LoopConfig(steps=4, batch_size=8, compute_dtype="float32", ema_decays=(0.5, 0.9)),
+)
+PRIVATE = PrivacyConfig(epsilon=1.0, dataset="digits")
+
+
+def made(config, mesh):
+    return make_program(config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+
+
+def a_run(path, config):
+    path.mkdir()
+    (path / "config.json").write_text(to_json(config))
+    return str(path)
+
+
+def test_a_run_begins_with_the_average_of_another(tmp_path):
+    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
+    path = a_run(tmp_path / "old", CONFIG)
+    with jax.set_mesh(mesh):
+        trained = made(CONFIG, mesh).init()
+        ema = {
+            "0.5": jax.tree.map(lambda a: a + 1, trained.params),
+            "0.9": jax.tree.map(lambda a: a + 2, trained.params),
+        }
+        checkpoints = Checkpoints(tmp_path / "old/checkpoints", CONFIG.checkpoint)
+        checkpoints.save(4, dataclasses.replace(trained, ema=ema), metadata={})
+        checkpoints.close()
+        config = dataclasses.replace(
+            CONFIG, start_from=path, privacy=PRIVATE, data=DigitsData(),
+            model=dataclasses.replace(CONFIG.model, adapter_rank=2),
+            train=dataclasses.replace(CONFIG.train, trainable=("lora_a", "lora_b"), seed=1),
+        )  # fmt: skip
+        state = first_state(config, made(config, mesh), mesh)
+    for found in (state.params, state.ema["0.5"], state.ema["0.9"]):
+        np.testing.assert_array_equal(found["label"]["table"][...], trained.params["label"]["table"][...] + 1)
+        assert not np.any(found["blocks"]["attention"]["qkv"]["lora_b"][...])
+        assert np.any(found["blocks"]["attention"]["qkv"]["lora_a"][...])
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_private_run_does_not_begin_with_what_saw_its_data(tmp_path, between):
+    """Nor with what began with that, two runs back."""
+    saw = a_run(tmp_path / "saw", dataclasses.replace(CONFIG, data=DigitsData()))
+    start = a_run(tmp_path / "between", dataclasses.replace(CONFIG, start_from=saw)) if between else saw
+    config = dataclasses.replace(CONFIG, data=DigitsData(), privacy=PRIVATE, start_from=start)
+    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="saw: that run saw the same data without privacy"):
+        first_state(config, made(config, mesh), mesh)
+
+
+def test_a_run_whose_own_start_is_gone_cannot_be_vouched_for(tmp_path):
+    start = a_run(tmp_path / "old", dataclasses.replace(CONFIG, start_from=str(tmp_path / "gone")))
+    config = dataclasses.replace(CONFIG, data=DigitsData(), privacy=PRIVATE, start_from=start)
+    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="gone: no run here"):
+        first_state(config, made(config, mesh), mesh)
