@@ -139,9 +139,8 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
 def finish(config: TrainConfig, run: RunDirectory, program: Program, state: TrainState) -> None:
     # --------------------------------------------------------------------------------------------- samples, evaluation
     draw = make_sampler(program.graph, config.model, config.sample, config.loss.prediction)
-    decay = config.sample.ema_decay or config.train.ema_decays[0]
     figures = judge(
-        run, draw, state.ema[str(decay)], config.data.open("train"), config.data.open("heldout"),
+        run, draw, command_line.sampled_average(state, config), config.data.open("train"), config.data.open("heldout"),
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
         load=make_load_meter(program.graph, config.model, seed=config.train.seed),
         private=config.privacy.epsilon is not None,

@@ -44,7 +44,6 @@ from dito_jax.training.events import read_events
 from dito_jax.training.goodput_report import read_accounts, table as goodput_table, timeline
 from dito_jax.training.program import Program
 from dito_jax.training.run_directory import RunDirectory
-from dito_jax.training.state import TrainState
 from dito_jax.training.supervisor import Supervisor, places
 
 
@@ -66,9 +65,9 @@ def sample(options: argparse.Namespace) -> None:
             raise UserError(f"--class {label}: this model has the classes 0 to {config.model.num_classes - 1}.")
     if options.num < 1:
         raise UserError(f"--num {options.num}: wanted at least 1.")
-    program, state, step = _restored(run, config, None)
+    program, state, step = command_line.restored_here(run, config)
     labels = [labels[i] for i in balanced_labels(options.num, len(labels))]
-    images = _sampler(program, config)(_average(state, config), labels, options.seed)
+    images = _sampler(program, config)(command_line.sampled_average(state, config), labels, options.seed)
     stem = run.samples / f"step_{step}_seed_{options.seed}"
     image_grid(visible(images), stem.with_suffix(".png"))
     np.savez(stem.with_suffix(".npz"), images=images, labels=np.array(labels, np.int32))
@@ -78,9 +77,10 @@ def sample(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Judges a run's last checkpoint again."""
     run, config = command_line.opened(options.run)
-    program, state, step = _restored(run, config, None)
+    program, state, step = command_line.restored_here(run, config)
     figures = judge(
-        run, _sampler(program, config), _average(state, config), config.data.open("train"), config.data.open("heldout"),
+        run, _sampler(program, config), command_line.sampled_average(state, config),
+        config.data.open("train"), config.data.open("heldout"),
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
         load=make_load_meter(program.graph, config.model, seed=config.train.seed),
         private=config.privacy.epsilon is not None,
@@ -93,7 +93,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def print_digest(options: argparse.Namespace) -> None:
     """Hashes the parameters and averages of a checkpoint."""
     run, config = command_line.opened(options.run)
-    _, state, step = _restored(run, config, options.step)
+    _, state, step = command_line.restored_here(run, config, options.step)
     print(f"{run.path}: step {step}")
     print(digest({"params": state.params, "ema": state.ema}))
 
@@ -193,17 +193,8 @@ def doctor(_: argparse.Namespace) -> None:
     print(diagnosis())
 
 
-def _restored(run: RunDirectory, config: TrainConfig, step: int | None) -> tuple[Program, TrainState, int]:
-    """A checkpoint on this machine's own devices, whatever it was trained on."""
-    return command_line.restored(run, config, make_mesh(MeshConfig(), np.array(jax.devices()[:1])), step)
-
-
 def _sampler(program: Program, config: TrainConfig) -> Callable[..., np.ndarray]:
     return make_sampler(program.graph, config.model, config.sample, config.loss.prediction)
-
-
-def _average(state: TrainState, config: TrainConfig):
-    return state.ema[str(config.sample.ema_decay or config.train.ema_decays[0])]
 
 
 class _Parser(argparse.ArgumentParser):

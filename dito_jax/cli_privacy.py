@@ -3,16 +3,32 @@
 dito privacy plan CONFIG --epsilon 8      the noise that this budget takes, and what other budgets and batches would
 dito privacy ledger DATASET               what was spent of a data set's budget, by run, and what is left
 dito privacy ledger DATASET --budget 12   raises or lowers it; the old figure stays on record
+dito privacy cost CONFIG --gpus 1xh200    memory and time of a step: not private, and private by each backend
 dito privacy card RUN                     privacy_card.md and .json: what was promised of a run, and on what grounds
+dito privacy audit RUN                    audit.md, .json and pictures: what an adversary finds out, and what it refutes
+dito privacy audit RUN --epsilon 1        holds a run, private or not, to this epsilon
 """
 
 import argparse
+import dataclasses
+import functools
+import typing
+from pathlib import Path
+
+import jax
 
 from dito_jax import command_line, config as configs
+from dito_jax.cli_audit import audit
+from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
+from dito_jax.planning.lowering import planned_mesh
+from dito_jax.planning.step_cost import STEPS, costs, table
 from dito_jax.privacy.accounting import epsilon, noise_multiplier, remaining_steps
-from dito_jax.privacy.card import card, markdown
+from dito_jax.privacy.card import markdown
+from dito_jax.privacy.clipping import Backend
 from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.recipe import planned_program
+from dito_jax.training.program import Program
 
 
 EPSILONS = (1.0, 3.0, 10.0)
@@ -22,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.add_argument("what", choices=tuple(VERBS))
     parser.add_argument("subject", metavar="CONFIG|DATASET|RUN")
-    parser.add_argument("--epsilon", type=float, help="plan: default the config's")
+    parser.add_argument("--epsilon", type=float, help="plan: default the config's; audit: the ledger's")
     parser.add_argument("--delta", type=float, help="plan: default the config's")
     parser.add_argument("--budget", type=float, help="ledger: a new epsilon")
+    parser.add_argument("--gpus", help="cost: compile for GPUs that are not here, e.g. 1xh200")
 
 
 def privacy(options: argparse.Namespace) -> None:
-    """Plans the noise of a private run, shows what was spent of a data set, or what was promised of a run."""
+    """Plans a private run's noise, shows what its steps cost, what was spent of a data set, or promised of a run."""
     print(VERBS[options.what](options))
 
 
@@ -51,6 +68,36 @@ def _plan(options: argparse.Namespace) -> str:
             sigma = noise_multiplier(units, expected, count, of_epsilon, delta)
             lines.append(f"| {of_epsilon:g} | {expected} | {count} | {sigma:.4g} | {sigma / expected:.2e} |")
     return "\n".join(lines)
+
+
+def _cost(options: argparse.Namespace) -> str:
+    """Prints each row when it is there; returns how they came about."""
+    config = configs.override(configs.load(options.subject), options.overrides)
+    mesh = planned_mesh(config.mesh, options.gpus)
+    batch, parts = config.train.batch_size, config.train.accumulation
+    where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    print(f"# {Path(options.subject).stem}, batch {batch}, accumulation {parts}, on {where}\n", flush=True)
+    programs = {name: functools.partial(_checked_program, recipe, mesh) for name, recipe in _recipes(config).items()}
+    for line in table(costs(programs, mesh)):
+        print(line, flush=True)
+    if options.gpus is not None:
+        return "\nTimes are not measured: these devices are compiled for and not here. On them, leave out --gpus."
+    return f"\nTimes are medians of {STEPS} steps on a batch of noise."
+
+
+def _recipes(config: TrainConfig) -> dict[str, TrainConfig]:
+    """Without privacy, and with it by each backend, the one that keeps most last; what it costs no epsilon changes."""
+    asked = config.privacy
+    private = dataclasses.replace(asked, epsilon=asked.epsilon or 8.0, dataset=asked.dataset or "x")
+    backends = reversed(typing.get_args(Backend))
+    return {"not private": dataclasses.replace(config, privacy=dataclasses.replace(asked, epsilon=None))} | {
+        name: dataclasses.replace(config, privacy=dataclasses.replace(private, backend=name)) for name in backends
+    }
+
+
+def _checked_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
+    configs.check(config, mesh.size)
+    return planned_program(config, mesh)
 
 
 def _ledger(options: argparse.Namespace) -> str:
@@ -86,10 +133,10 @@ def _ledger(options: argparse.Namespace) -> str:
 
 def _card(options: argparse.Namespace) -> str:
     run, config = command_line.opened(options.subject)
-    facts = card(run, config.privacy)
+    facts = command_line.card_of(run, config)
     run.write_json("privacy_card.json", facts)
     run.write_text("privacy_card.md", markdown(facts))
     return markdown(facts).rstrip()
 
 
-VERBS = {"plan": _plan, "ledger": _ledger, "card": _card}
+VERBS = {"plan": _plan, "cost": _cost, "ledger": _ledger, "card": _card, "audit": audit}

@@ -6,15 +6,19 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from flax import nnx
 
 from dito_jax import config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source
 from dito_jax.errors import CRASHED, INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
+from dito_jax.privacy.card import card
 from dito_jax.processes import count, index, leave
+from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.checkpoint import Checkpoints
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.run_directory import RunDirectory
@@ -117,6 +121,23 @@ def restored(
         raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
     step, state = found
     return program, state, step
+
+
+def restored_here(run: RunDirectory, config: TrainConfig, step: int | None = None) -> tuple[Program, TrainState, int]:
+    """The same on this machine's own device, whatever the run was trained on."""
+    return restored(run, config, make_mesh(MeshConfig(), np.array(jax.devices()[:1])), step)
+
+
+def sampled_average(state: TrainState, config: TrainConfig) -> nnx.State:
+    """The average of the parameters that images are drawn from."""
+    return state.ema[str(config.sample.ema_decay or config.train.ema_decays[0])]
+
+
+def card_of(run: RunDirectory, config: TrainConfig) -> dict[str, Any]:
+    """What was promised of a private run."""
+    return card(
+        run, config.privacy, start_from=config.start_from, trainable=config.train.trainable, canaries=config.canaries
+    )
 
 
 def cache_directory() -> str:

@@ -58,6 +58,7 @@ class TrainConfig:
     sample: SampleConfig = SampleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     start_from: str | None = None  # a run directory: a new run begins as that one; experts begin as a dense one's MLPs
+    canaries: int = 0  # random pictures, each put into the training data by the toss of a coin, for an audit
 
 
 def load(path: str) -> TrainConfig:
@@ -129,6 +130,10 @@ def check(config: TrainConfig, num_devices: int) -> None:
         ),
         **model.run_rules(axes, images=train.batch_size // part),
         **(private_rules(model, config.privacy, config.checkpoint) if private else {}),
+        f"canaries {config.canaries} is negative": config.canaries < 0,
+        "canaries belong to no user: set canaries to 0, or privacy.images_per_user to None": (
+            config.canaries > 0 and config.privacy.images_per_user is not None
+        ),
         f"sample.ema_decay {config.sample.ema_decay} is not in train.ema_decays {train.ema_decays}": (
             config.sample.ema_decay not in (None, *train.ema_decays)
         ),

@@ -2,7 +2,7 @@
 
 import jax
 
-from dito_jax.command_line import opened, restored
+from dito_jax.command_line import opened, restored, sampled_average
 from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
 from dito_jax.models.fine_tuning import check_start, started
@@ -25,7 +25,7 @@ def first_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) 
     if config.privacy.epsilon is not None:
         _check_ancestors(config, config.start_from)
     _, trained, _ = restored(run, of_start, mesh)
-    average = trained.ema[str(of_start.sample.ema_decay or of_start.train.ema_decays[0])]
+    average = sampled_average(trained, of_start)
     return begun_with(started(of_start.model, average, config.model, state.params), state, program.state)
 
 

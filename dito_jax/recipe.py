@@ -9,6 +9,7 @@ import jax
 from dito_jax.command_line import check_data
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source, batches
+from dito_jax.privacy.canaries import planted
 from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.run import PrivateRun
 from dito_jax.privacy.settings import StepPlan
@@ -35,6 +36,7 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     """
     source = config.data.open("train")
     check_data(config, source)
+    source = planted(source, config.canaries, run) if config.canaries else source
     common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
     if config.privacy.epsilon is not None:
         multiple = batch_pieces(mesh.shape) * config.train.accumulation

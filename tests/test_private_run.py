@@ -1,5 +1,7 @@
 """A private run as a user has it: train.py, killed, going on, refused; and what `dito privacy` says of it."""
 
+import argparse
+import dataclasses
 import json
 import os
 import re
@@ -11,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from dito_jax import cli_audit, command_line
+from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import epsilon
 from dito_jax.privacy.ledger import Ledger
+from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.training.heartbeat import read_beat
+from dito_jax.training.run_directory import RunDirectory
 
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +29,7 @@ PRIVATE = [
     "--train.steps", str(STEPS), "--train.log_every", "4", "--checkpoint.every", "5",
     "--evaluation.num_samples", "20", "--evaluation.grid", "10", "--sample.steps", "2",
     "--privacy.epsilon", "8", "--privacy.delta", "1e-4", "--privacy.dataset", "digits",
-    "--privacy.spare_steps", str(SPARE), "--privacy.max_batch", "1448",
+    "--privacy.spare_steps", str(SPARE), "--privacy.max_batch", "1600", "--canaries", "100",
 ]  # fmt: skip
 
 
@@ -142,3 +148,36 @@ def test_the_ledger_and_the_plan_are_shown(killed, call):
     call("-m", "dito_jax.cli", "privacy", "ledger", "nobody", code=2)
     refused = call("-m", "dito_jax.cli", "privacy", "card", killed[0].parent, code=2).stderr
     assert "no run here" in refused
+
+
+def test_an_audit_is_shown_and_the_card_has_what_may_be_released(killed, call):
+    run, _ = killed
+    said = call("-m", "dito_jax.cli", "privacy", "audit", run).stdout
+    found = json.loads((run / "audit.json").read_text())
+    assert (
+        found["verdict"] == "not refuted" and found["step"] == STEPS and (run / "audit.md").read_text() in said + "\n"
+    )
+    canaries = found["canaries"]["num_in"] + found["canaries"]["num_out"]
+    assert canaries == 100 and found["attacks"]["loss"]["members"] == 1442
+    for picture in ("roc", "nearest"):
+        assert (run / "audit" / f"{picture}.png").stat().st_size > 1000
+    call("-m", "dito_jax.cli", "privacy", "card", run)
+    card = json.loads((run / "privacy_card.json").read_text())
+    assert card["audit"]["canaries"] == found["canaries"] and card["canaries"] == 100
+    assert card["epsilon"] == found["claimed_epsilon"] and "attacks" not in card["audit"]
+
+
+def test_a_refuted_claim_is_an_error_once_it_is_written(killed, environment, monkeypatch):
+    run, _ = killed
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    leaky = lambda of_one: dataclasses.replace(of_one["noise off"], wanted="not refuted")
+    sound = cli_audit.check_mechanism
+    monkeypatch.setattr(cli_audit, "check_mechanism", lambda *a, **k: {"as it is": leaky(sound(*a, **k))})
+    options = argparse.Namespace(subject=str(run), epsilon=None)
+    with pytest.raises(UserError, match=r"the claim of epsilon \S+ is refuted; see audit.md there"):
+        cli_audit.audit(options)
+    assert "Verdict: **refuted**" in (run / "audit.md").read_text()
+    open_run = dataclasses.replace(command_line.opened(str(run))[1], privacy=PrivacyConfig())
+    with pytest.raises(UserError, match="not a private run: say which epsilon to hold it to"):
+        cli_audit._claim(RunDirectory(run), open_run, None)

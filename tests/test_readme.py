@@ -22,6 +22,12 @@ def test_every_link_leads_to_a_file():
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
+def test_every_test_that_is_named_is_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "privacy.md").read_text()))
+    there = set(re.findall(r"def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))))
+    assert len(named) > 20 and not named - there
+
+
 def test_every_command_names_a_file_that_is_there():
     named = re.findall(r"(?:configs|docs|tests|kernels_pallas|dito_jax)/[\w/]+\.(?:py|md|json|png)", README)
     assert named

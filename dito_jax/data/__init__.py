@@ -11,4 +11,5 @@ from dito_jax.data.sources import (
     Example as Example,
     Source as Source,
     arrays as arrays,
+    drawn as drawn,
 )

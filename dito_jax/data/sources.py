@@ -60,3 +60,10 @@ def arrays(source: Source) -> Batch:
         image=np.stack([example["image"] for example in examples]),
         label=np.stack([example["label"] for example in examples]),
     )
+
+
+def drawn(source: Source, most: int) -> Batch:
+    """At most so many examples, in an order of chance, always the same: sources come sorted by class."""
+    order = np.random.default_rng(0).permutation(len(source))[:most]
+    examples = [source[int(i)] for i in order]
+    return Batch(image=np.stack([e["image"] for e in examples]), label=np.stack([e["label"] for e in examples]))

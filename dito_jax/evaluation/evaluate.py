@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer
 
-from dito_jax.data import Source
+from dito_jax.data import Source, drawn
 from dito_jax.evaluation.metrics import ClassAgreement, frechet_distance, memorisation_ratio
 
 
@@ -33,16 +33,16 @@ def evaluate(
     Fréchet distances are between sets of one size, the largest that samples and both splits allow, for they fall with
     it.
     """
-    train_images, train_labels = _drawn(train, max_reference)
-    heldout_images, heldout_labels = _drawn(heldout, max_reference)
+    real, others = drawn(train, max_reference), drawn(heldout, max_reference)
+    train_images, heldout_images = real["image"], others["image"]
     images = np.clip(images, train_images.min(), train_images.max())  # as an image file would
-    agreement = ClassAgreement(train_images, train_labels)
+    agreement = ClassAgreement(train_images, real["label"])
     size = min(len(images), len(train_images), len(heldout_images))
     memorised = memorisation_ratio(images, train_images, heldout_images)
     return {
         "num_samples": len(images),
         "class_agreement": agreement(images, labels),
-        "class_agreement_of_heldout": agreement(heldout_images, heldout_labels),
+        "class_agreement_of_heldout": agreement(heldout_images, others["label"]),
         "frechet_distance": frechet_distance(images[:size], heldout_images[:size]),
         "frechet_distance_of_train": frechet_distance(train_images[:size], heldout_images[:size]),
         "frechet_distance_set_size": size,
@@ -105,10 +105,3 @@ Experts have {load["smallest"]:.2f} to {load["largest"]:.2f} times an even share
 
 ![load of the experts](expert_load.png)
 """
-
-
-def _drawn(source: Source, most: int) -> tuple[Float[np.ndarray, "B h w c"], Integer[np.ndarray, " B"]]:
-    """At most so many images and labels, in an order of chance, always the same: sources come sorted by class."""
-    order = np.random.default_rng(0).permutation(len(source))[:most]
-    examples = [source[int(i)] for i in order]
-    return np.stack([e["image"] for e in examples]), np.stack([e["label"] for e in examples])

@@ -99,6 +99,16 @@ def memorisation_ratio(
     )
 
 
+def closest_pairs(
+    samples: Float[np.ndarray, "samples h w c"], train: Float[np.ndarray, "train h w c"], num: int
+) -> list[tuple[int, int]]:
+    """The `num` samples that lie nearest to a training image, nearest first, each with the number of that image."""
+    index = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(_rows(train))
+    distance, nearest = index.kneighbors(_rows(samples))
+    order = np.argsort(distance[:, 0], kind="stable")[:num]
+    return [(int(i), int(nearest[i, 0])) for i in order]
+
+
 def _nearest(
     references: Float[np.ndarray, "S d"], queries: Float[np.ndarray, "B d"] | None = None
 ) -> Float[np.ndarray, " B"]:

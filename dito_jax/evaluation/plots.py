@@ -3,13 +3,14 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.metrics import roc_curve
 
 
 SIDE = 64  # pixels that a tiny image is enlarged to, about
@@ -72,6 +73,29 @@ def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
     axes.set_xlabel("expert")
     axes.set_ylabel("layer with experts")
     figure.colorbar(squares, label="rows over an even share")
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def roc_curves(
+    scores: Mapping[str, tuple[Float[np.ndarray, " members"], Float[np.ndarray, " heldout"]]], path: str | os.PathLike
+) -> None:
+    """Draws the ROC of each attack from its scores of members and hold-outs, on logarithmic axes: what counts is left.
+
+    An attack that tells nothing lies on the dotted line.
+    """
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    least = 1.0
+    for name, (members, heldout) in scores.items():
+        is_member = np.repeat([True, False], [len(members), len(heldout)])
+        false_rates, true_rates, _ = roc_curve(is_member, np.concatenate([members, heldout]))
+        least = min(least, 1 / len(heldout), 1 / len(members))
+        axes.plot(false_rates, true_rates, drawstyle="steps-post", label=name)
+    axes.plot([least, 1], [least, 1], color="0.6", linestyle=":", label="nothing told")
+    axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.02))
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    axes.legend(loc="lower right")
     with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 

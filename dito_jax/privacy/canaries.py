@@ -33,10 +33,8 @@ import dataclasses
 import hashlib
 import hmac
 import json
-import os
-import secrets
+import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -47,12 +45,16 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from dito_jax.data import Example, Source
 from dito_jax.errors import UserError
+from dito_jax.privacy.keys import run_secret, secret_path
+from dito_jax.processes import agree, index, publish, published
+from dito_jax.training.run_directory import RunDirectory
 
 
 PrivateSum = Callable[
     [Float[Array, "m D"], Bool[Array, " m"], Key[Array, ""]], Float[Array, " D"]
 ]  # per-example gradients, which are there, key -> the noised sum
 BOUNDS = ("one_run", "one_run_fdp", "clopper_pearson")
+PLANTED = "canaries.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,29 +127,38 @@ class CanarySource:
         return Example(image=self.canaries.image[chosen], label=np.int32(self.canaries.label[chosen]))
 
 
-def write_secret(path: Path, num: int) -> bytes:
-    """A new secret for `num` canaries, from the operating system's entropy, in a file that only its owner reads.
+def planted(source: Source, num: int, run: RunDirectory) -> CanarySource:
+    """`source` with the canaries of one run: made by its first start, the same in every later one and in its audit.
 
-    It is for the auditor: whoever has it knows the coins. Never release it with the parameters.
+    Their secret lies where the run's own does (keys.py), for the auditor: whoever has it knows the coins. The run keeps
+    its name, and its hash, so that coins tossed anew are noticed. All processes of a run must call.
 
     Raises:
-      FileExistsError: the file is there; another secret would be the coins of another run.
+      UserError: the run began with another number of canaries, or their secret is not here.
     """
-    secret = secrets.token_bytes(32)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump({"num": num, "secret": secret.hex()}, file)
+    refused: UserError | None = None
+    if index() == 0:
+        try:
+            publish("canaries/secret", _kept_secret(run, num).hex())
+        except UserError as error:
+            refused = error
+    if not agree(refused is None):
+        raise refused or UserError("the canaries of this run are refused; process 0 says why.")
+    return CanarySource(source, num, secret=bytes.fromhex(published("canaries")["secret"]))
+
+
+def _kept_secret(run: RunDirectory, num: int) -> bytes:
+    path = run.path / PLANTED
+    kept = json.loads(path.read_text()) if path.exists() else {"secret": f"canaries-{uuid.uuid4().hex}", "num": num}
+    if kept["num"] != num:
+        raise UserError(f"{path}: this run began with {kept['num']} canaries, not {num}: set canaries to it.")
+    held = secret_path(kept["secret"])
+    secret = run_secret(kept["secret"]) if held.exists() or not path.exists() else b""
+    digest = hashlib.sha256(secret).hexdigest()
+    if kept.setdefault("sha256", digest) != digest:
+        raise UserError(f"{held}: not the secret that this run's canaries were made of; restore it from a copy.")
+    run.write_json(PLANTED, kept)
     return secret
-
-
-def read_secret(path: Path) -> tuple[int, bytes]:
-    """(num, secret) of a file that `write_secret` made."""
-    try:
-        held = json.loads(path.read_text())
-        return int(held["num"]), bytes.fromhex(held["secret"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: no secret of canaries ({error}); restore the file that the run began with."
-        ) from error
 
 
 def epsilon_bounds(

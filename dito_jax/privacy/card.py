@@ -13,10 +13,12 @@ from typing import Any
 
 from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import adjacency, epsilon
+from dito_jax.privacy.audit import FOR_THE_CARD
 from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.run import PLAN
 from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.training.run_directory import RunDirectory
+from dito_jax.training.trainable import Names
 
 
 RELEASED = (
@@ -35,12 +37,15 @@ LIMITS = (
     "(arXiv 2112.05307) are not covered.",
     "Statistics of the data that were made before (normalisation, latents' encoder, removal of duplicates) are not "
     "covered.",
+    "Of a run that starts from another, what the other saw is covered by the other's card, if it has one.",
     "Duplicates of an example, and all examples of a person unless the unit is a user, are protected by less.",
 )
 
 
-def card(run: RunDirectory, privacy: PrivacyConfig) -> dict[str, Any]:
-    """What there is to say of a private run, ready for JSON.
+def card(
+    run: RunDirectory, privacy: PrivacyConfig, *, start_from: str | None, trainable: Names, canaries: int
+) -> dict[str, Any]:
+    """What there is to say of a private run, ready for JSON: of its privacy, and of the fields of its config so named.
 
     Raises:
       UserError: the run is not private, or its data set has no ledger here.
@@ -74,12 +79,15 @@ def card(run: RunDirectory, privacy: PrivacyConfig) -> dict[str, Any]:
         "steps_charged": sum(own.values()),
         "starts": ledger.restarts(kept["run"]),
         "draws": privacy.draws,
+        "start_from": start_from,
+        "trainable": trainable or "all",
+        "canaries": canaries,
         "backend": privacy.backend,
         "ledger": {"entries": ledger.number, "head": ledger.head},
         "released": RELEASED,
         "not_released": NOT_RELEASED,
         "limits": LIMITS,
-        "audit": json.loads(audit.read_text()) if audit.exists() else None,
+        "audit": {name: json.loads(audit.read_text())[name] for name in FOR_THE_CARD} if audit.exists() else None,
     }
 
 

@@ -1,5 +1,7 @@
 """Canaries: how they come into the data, and that their bounds refute mechanisms with a bug and no sound one."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,11 @@ from dito_jax.privacy.canaries import (
     audit_mechanism,
     epsilon_bounds,
     make_canaries,
-    read_secret,
+    planted,
     verdict,
-    write_secret,
 )
+from dito_jax.privacy.keys import secret_path
+from dito_jax.training.run_directory import RunDirectory
 
 
 DELTA, MANY = 1e-5, 5000
@@ -119,12 +122,24 @@ def test_canaries_follow_the_data_and_their_coins_are_fair():
     assert 0.45 < (canaries.image[canaries.included] == 1).mean() < 0.55  # a coin is not in its picture
 
 
-def test_a_secret_is_written_once_for_its_owner(tmp_path):
-    path = tmp_path / "canaries.json"
-    secret = write_secret(path, 12)
-    assert read_secret(path) == (12, secret) and len(secret) == 32 and path.stat().st_mode & 0o077 == 0
-    with pytest.raises(FileExistsError):
-        write_secret(path, 12)
-    path.write_text("{}")
-    with pytest.raises(UserError, match="no secret of canaries"):
-        read_secret(path)
+def test_a_run_keeps_its_canaries_and_notices_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("DITO_SECRETS", str(tmp_path / "secrets"))
+    source, run = DigitsData().open("train"), RunDirectory(tmp_path / "run")
+    first = planted(source, 12, run).canaries
+    np.testing.assert_array_equal(planted(source, 12, run).canaries.included, first.included)
+    kept = json.loads((run.path / "canaries.json").read_text())
+    held = secret_path(kept["secret"])
+    secret = held.read_bytes()
+    assert len(secret) == 32 and held.stat().st_mode & 0o077 == 0 and secret.hex() not in str(kept)
+    np.testing.assert_array_equal(make_canaries(12, (8, 8, 1), 10, secret=secret).image, first.image)
+    with pytest.raises(UserError, match="began with 12 canaries, not 13"):
+        planted(source, 13, run)
+    held.write_bytes(bytes(32))
+    with pytest.raises(UserError, match="not the secret that this run's canaries were made of"):
+        planted(source, 12, run)
+    held.unlink()
+    with pytest.raises(UserError, match="not the secret that this run's canaries were made of"):
+        planted(source, 12, run)
+    assert not held.exists()
+    other = planted(source, 12, RunDirectory(tmp_path / "other")).canaries
+    assert (other.image != first.image).any()
