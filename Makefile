@@ -24,6 +24,7 @@ train: .venv/installed
 	$(BIN)/python train.py configs/digits.py
 
 test: .venv/installed-dev
+	-$(BIN)/python -m kernels_pallas.build  # custom calls; without a compiler their tests are skipped
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: .venv/installed-dev

@@ -13,8 +13,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Int
 
 from dito_jax.dims import AXES
 from dito_jax.errors import UserError
@@ -113,6 +115,14 @@ def on_mesh(function: Callable, in_dims: tuple[Dims, ...], out_dims: Dims) -> Ca
     )
 
 
+def piece_start(dims: str, piece: tuple[int, ...]) -> Int[Array, " dims"]:
+    """Inside `on_mesh`: where this device's piece of an array begins in the whole, in each dim."""
+    mesh = jax.sharding.get_abstract_mesh()
+    entries = spec(dims, mesh) if _shards(mesh) else [None] * len(piece)
+    index = [0 if axes is None else jax.lax.axis_index(axes) for axes in entries]
+    return jnp.stack([jnp.int32(at * size) for at, size in zip(index, piece, strict=True)])
+
+
 def sharded_by(dim: str, axis: str) -> bool:
     """Whether that axis of the mesh in force shards such a dim."""
     return axis in RULES.get(dim, ()) and axis_size(axis) > 1
@@ -137,20 +147,25 @@ def summed(part: jax.Array, dims: str | tuple[str, ...]) -> jax.Array:
 
 def shardings[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
     """Where each leaf lies: a parameter, and what an optimizer keeps of its shape, by the dims it was made with; the
-    rest on every device. Parameters of stacked layers have a leading "L".
+    rest on every device.
     """
 
     def of_variable(variable: nnx.Variable) -> nnx.Variable:
-        dims = variable.get_metadata()["dims"]
-        if variable.ndim == len(dims.split()) + 1:
-            dims = f"L {dims}"
-        assert variable.ndim == len(dims.split()), (dims, variable.shape)
-        return variable.replace(jax.NamedSharding(mesh, spec(dims, mesh)))
+        return variable.replace(jax.NamedSharding(mesh, spec(whole_dims(variable), mesh)))
 
     def of_leaf(leaf):
         return of_variable(leaf) if isinstance(leaf, nnx.Variable) else jax.NamedSharding(mesh, jax.P())
 
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def whole_dims(variable: nnx.Variable) -> str:
+    """The dims of a parameter; those of stacked layers have a leading "L"."""
+    dims = variable.get_metadata()["dims"]
+    if variable.ndim == len(dims.split()) + 1:
+        dims = f"L {dims}"
+    assert variable.ndim == len(dims.split()), (dims, variable.shape)
+    return dims
 
 
 def batch_pieces(sizes: Mapping[str, int]) -> int:

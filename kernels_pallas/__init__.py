@@ -40,6 +40,7 @@ from .experts import (
     update_bias as update_bias,
     z_loss as z_loss,
 )
+from .integrity import STATE_DIGEST as STATE_DIGEST, state_digest as state_digest
 from .losses import LINEAR_CROSS_ENTROPY as LINEAR_CROSS_ENTROPY, linear_cross_entropy as linear_cross_entropy
 from .mlp import (
     DENSE_MLP as DENSE_MLP,
@@ -59,6 +60,7 @@ from .privacy import (
     clip_reduce as clip_reduce,
     ghost_norm_sq as ghost_norm_sq,
 )
+from .randomness import SECURE_NORMAL as SECURE_NORMAL, secure_normal as secure_normal
 from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_rope as qk_norm_rope
 
 
@@ -66,5 +68,5 @@ from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_
 OPS = (
     FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM,
     GATED_RESIDUAL_NORM, QK_NORM_ROPE, GATED_MLP, DENSE_MLP, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,
-    LINEAR_CROSS_ENTROPY, GHOST_NORM_SQ, CLIP_REDUCE,
+    LINEAR_CROSS_ENTROPY, GHOST_NORM_SQ, CLIP_REDUCE, SECURE_NORMAL, STATE_DIGEST,
 )  # fmt: skip

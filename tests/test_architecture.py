@@ -23,7 +23,7 @@ LAYERS = (
     {"sharding", "processes"},
     {"dims", "errors"},
 )
-DATA = {"mask", "rotation", "routing"}  # what a family's functions take beside arrays
+DATA = {"mask", "rotation", "routing", "segments"}  # what a family's functions take beside arrays
 PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # what a family's kernels share
 ROADS = {
     "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},
@@ -46,7 +46,16 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
     "balance": {"routing"},
     "__init__": {"api", "jvp", "routers", "balance"} | DATA,
 }
-FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend", "tuning", "hardware", "triton_road", "triton_tiles", "mosaic_road"}
+FAMILY_MAY_IMPORT_OUTSIDE = {
+    "op",
+    "backend",
+    "tuning",
+    "hardware",
+    "custom_calls",
+    "triton_road",
+    "triton_tiles",
+    "mosaic_road",
+}
 KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 PEERS = {"tokamax", "torch"}  # what bench times beside ours; the files of peers alone know them, inside functions
 

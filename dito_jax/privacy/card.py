@@ -33,8 +33,7 @@ NOT_RELEASED = (
 LIMITS = (
     "Other runs of a search over settings are not in this run's epsilon; they are in the data set's.",
     "The number of units is in the sampling probability: it is taken to be public.",
-    "Noise is float32 of threefry, which is no cryptographic generator; attacks on the last bits of a float32 sum "
-    "(arXiv 2112.05307) are not covered.",
+    "Noise is float32, of ChaCha20; attacks on the last bits of a float32 sum (arXiv 2112.05307) are not covered.",
     "Statistics of the data that were made before (normalisation, latents' encoder, removal of duplicates) are not "
     "covered.",
     "Of a run that starts from another, what the other saw is covered by the other's card, if it has one.",

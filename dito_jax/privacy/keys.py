@@ -7,7 +7,8 @@ Guarantees
   - Every step of every start of every run has keys of its own, for each purpose: HMAC-SHA256 of the secret, whose bits
     are all used. A step that is done again after a crash has another key, so its noise is drawn anew and it is a
     release of its own; the same noise under other gradients would give their difference away.
-  - threefry's keys have 64 bits. It is no cryptographic generator.
+  - Noise has all 256 bits of its key. What is drawn for the loss (times, their noise) has a key of threefry, 64 bits:
+    there chance need not be secret.
 """
 
 import hashlib
@@ -38,9 +39,9 @@ class StepKeys:
     def __repr__(self) -> str:
         return f"StepKeys(run={self.run!r}, restart={self.restart})"
 
-    def key(self, step: int, purpose: Purpose) -> UInt32[np.ndarray, " 2"]:
-        """For `jax.random.wrap_key_data`."""
-        return np.frombuffer(self._bytes(step, purpose)[:8], np.uint32).copy()
+    def key(self, step: int, purpose: Purpose) -> UInt32[np.ndarray, " 8"]:
+        """256 bits; the first two words are a key for `jax.random.wrap_key_data`."""
+        return np.frombuffer(self._bytes(step, purpose), np.uint32).copy()
 
     def generator(self, step: int, purpose: Purpose) -> np.random.Generator:
         """NumPy's, seeded by all 256 bits."""

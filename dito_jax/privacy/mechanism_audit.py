@@ -73,7 +73,8 @@ def check_mechanism(
         def private_sum(vectors, present, key):
             examples = {"vector": vectors[:, None, None, :], "weight": jnp.ones((len(vectors), 1))}
             total, _ = clipped_sum(params, examples, ~present)
-            (released,) = jax.tree.leaves(add_noise(total, key_of(key), stddev))
+            words = jax.random.bits(key_of(key), (8,), jnp.uint32)
+            (released,) = jax.tree.leaves(add_noise(total, words, stddev))
             return released[:, 0]
 
         return private_sum

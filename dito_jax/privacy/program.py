@@ -51,7 +51,7 @@ def make_private_program(
         "image": jax.ShapeDtypeStruct((*rows, *model.image_shape), jnp.float32, sharding=by_unit),
         "label": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_unit),
         "padding": jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=by_unit),
-        "draw_key": jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
-        "noise_key": jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
+        "draw_key": jax.ShapeDtypeStruct((8,), jnp.uint32, sharding=everywhere),
+        "noise_key": jax.ShapeDtypeStruct((8,), jnp.uint32, sharding=everywhere),
     }
     return assemble(model, update, loop, mesh, guard, step, batch)

@@ -83,7 +83,7 @@ class PoissonBatches:
         return chosen
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """{"image" (B, m, h, w, c), "label" (B, m), "padding" (B, m), "draw_key" (2,), "noise_key" (2,)}."""
+        """{"image" (B, m, h, w, c), "label" (B, m), "padding" (B, m), "draw_key" (8,), "noise_key" (8,)}."""
         numbers = self.chosen(step)[self._rows.start : self._rows.stop]
         images = np.zeros((*numbers.shape, *self._source.image_shape), np.float32)
         labels = np.zeros(numbers.shape, np.int32)

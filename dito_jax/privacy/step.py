@@ -68,8 +68,7 @@ def make_private_step(
         examples, padding = _drawn(batch, loss, null_label, draws)
         trained, frozen = divided(state.params, trainable)
         total, told = _accumulated(clipped_sum, trained, frozen, examples, padding, accumulation)
-        noise_key = jax.random.wrap_key_data(batch["noise_key"])
-        noised = add_noise(total, noise_key, noise_multiplier * clipped_sum.sensitivity())
+        noised = add_noise(total, batch["noise_key"], noise_multiplier * clipped_sum.sensitivity())
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch, noised)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
         params = joined(jax.tree.map(jnp.add, trained, updates), frozen)
@@ -98,7 +97,7 @@ def _drawn(batch: Batch, loss: LossConfig, null_label: int, draws: int) -> tuple
     rows = {
         name: jnp.repeat(batch[name].reshape(-1, *batch[name].shape[2:]), draws, axis=0) for name in ("image", "label")
     }
-    rows = draw(jax.random.wrap_key_data(batch["draw_key"]), rows, loss, null_label)
+    rows = draw(jax.random.wrap_key_data(batch["draw_key"][:2]), rows, loss, null_label)
     examples = jax.tree.map(lambda a: a.reshape(units, images * draws, *a.shape[1:]), rows)
     present = jnp.where(absent, 0.0, 1.0)
     weight = present / jnp.maximum(jnp.sum(present, axis=1, keepdims=True), 1)

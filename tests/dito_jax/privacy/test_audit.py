@@ -30,7 +30,7 @@ def test_a_backends_clipping_and_noise_are_not_refuted_and_every_planted_bug_is(
     refuted = {name for name, check in found.items() if check.verdict == "refuted"}
     assert refuted == {"noise off", "clipping off", "the same noise twice"}
     assert all(check.passed for check in found.values())
-    assert found["as it is, one step"].bounds.largest > 0.5  # it does look
+    assert 0.6 < found["as it is, one step"].bounds.auc < 0.68  # it does look: sigma 2 leaves 0.64
 
 
 @pytest.mark.parametrize("bug", ["a quarter of the noise", "no noise", "three times the norm"])

@@ -28,9 +28,9 @@ def test_keys_have_all_their_bits():
     """jax.random.key(int) keeps 32 bits of it; these two differ in the other half alone."""
     assert np.all(jax.random.key_data(jax.random.key(2**40 + 5)) == jax.random.key_data(jax.random.key(5)))
     data = np.stack([StepKeys(SECRET, "run", 0).key(step, "noise") for step in range(200)])
-    assert data.dtype == np.uint32 and data.shape == (200, 2)
-    for half in data.T:
-        ones = [(half >> bit) & 1 for bit in range(32)]
+    assert data.dtype == np.uint32 and data.shape == (200, 8)
+    for word in data.T:
+        ones = [(word >> bit) & 1 for bit in range(32)]
         assert all(60 < bits.sum() < 140 for bits in ones)
     draw = lambda words: jax.random.normal(jax.random.wrap_key_data(np.array(words, np.uint32)))
     assert draw([0, 5]) != draw([256, 5])

@@ -15,6 +15,7 @@ from dito_jax.sharding import MeshConfig, make_mesh, shardings, spec
 from dito_jax.training.health import Health
 from dito_jax.training.state import TrainState
 from dito_jax.training.trainable import divided, num_trained
+from kernels_pallas import custom_calls
 
 from .conftest import MODELS
 
@@ -98,7 +99,7 @@ def test_an_empty_batch_is_noise_of_one_standard_deviation_on_every_mesh(modern,
         state = jax.device_put(state_of(modern), shardings(state_of(modern), mesh))
         by_unit = jax.NamedSharding(mesh, spec("B", mesh))
         batch = {
-            name: jax.device_put(value, by_unit if value.shape[0] == UNITS else jax.NamedSharding(mesh, jax.P()))
+            name: jax.device_put(value, jax.NamedSharding(mesh, jax.P()) if name.endswith("key") else by_unit)
             for name, value in batch_of(absent=EMPTY).items()
         }
         after, _ = jax.jit(private_step(modern))(state, batch)  # its own for each mesh
@@ -111,6 +112,16 @@ def test_an_empty_batch_is_noise_of_one_standard_deviation_on_every_mesh(modern,
     assert abs(values.mean()) < 4 * values.std() / np.sqrt(values.size)
     for one, other in zip(found, alone, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_noise_is_the_same_where_its_custom_call_is_not_built(modern, tmp_path, monkeypatch):
+    found, _ = published(modern, batch_of(absent=EMPTY))
+    monkeypatch.setenv("KERNELS_PALLAS_CACHE", str(tmp_path))
+    monkeypatch.setattr(custom_calls, "_registered", set())
+    after, _ = jax.jit(private_step(modern))(state_of(modern), batch_of(absent=EMPTY))
+    again = jax.tree.leaves(jax.tree.map(lambda a, b: np.asarray(a - b), modern.params, after.params))
+    for one, other in zip(found, again, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_noise_is_of_every_leaf_alone_and_of_every_step(modern):

@@ -1,0 +1,41 @@
+"""The custom calls of csrc/ as JAX finds them: whether they are built for the device at hand, and how one is called."""
+
+import ctypes
+from typing import Any
+
+import jax
+
+from . import backend, libraries
+
+
+NAMES = ("secure_normal", "state_digest")
+PLATFORMS = {"cpu": ("cpu", "cpu"), "gpu": ("cuda", "CUDA")}  # as a device says: as libraries.py and JAX's FFI do
+
+_registered: set[str] = set()
+
+
+def why_not() -> str | None:
+    """None where they run on the device that code traced now will run on; else the reason, with the cure."""
+    if backend.interpret():
+        return "is a custom call, which cannot be interpreted"
+    platform = backend.target().platform
+    if platform not in PLATFORMS:
+        return f"is written for CPUs and NVIDIA GPUs, got {platform}"
+    name, jaxs = PLATFORMS[platform]
+    if name not in _registered:
+        path = libraries.library(name)
+        if not path.exists():
+            return f"is not built here: python -m kernels_pallas.build {name}"
+        library = ctypes.CDLL(str(path))
+        for function in NAMES:
+            jax.ffi.register_ffi_target(function, jax.ffi.pycapsule(getattr(library, function)), platform=jaxs)
+        _registered.add(name)
+    return None
+
+
+def call(
+    name: str, out: jax.ShapeDtypeStruct, *arrays: jax.Array, aliases: dict[int, int] | None = None, **static: Any
+):
+    """The result of a custom call; under vmap, of one call after another."""
+    run = jax.ffi.ffi_call(name, out, vmap_method="sequential", input_output_aliases=aliases)
+    return run(*arrays, **static)

@@ -1,0 +1,337 @@
+"""Custom calls: their bits against published vectors and a model in numpy, their pieces, and what they refuse."""
+
+import functools
+import math
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from kernels_pallas import (
+    SECURE_NORMAL,
+    STATE_DIGEST,
+    backend,
+    custom_calls,
+    deviceless,
+    libraries,
+    secure_normal,
+    state_digest,
+)
+from kernels_pallas.randomness import reference, segments as segments_
+
+
+KEY = jnp.arange(8, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+NONCE = jnp.array([1, 2, 3], jnp.uint32)
+TINY = {op.name: [name for name, case in op.cases.items() if case.tiny] for op in (SECURE_NORMAL, STATE_DIGEST)}
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The CPU's library."""
+    if libraries.compiler("cpu") is None:
+        pytest.skip("no C++ compiler here")
+    libraries.build("cpu")
+    assert custom_calls.why_not() is None
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    "key, nonce, counter, wanted",
+    [
+        (  # section 2.3.2
+            bytes(range(32)), "000000090000004a00000000", 1,
+            "e4e7f110 15593bd1 1fdd0f50 c47120a3 c7f4d1c7 0368c033 9aaa2204 4e6cd4c3 "
+            "466482d2 09aa9f07 05d7c214 a2028bd9 d19c12b5 b94e16de e883d0cb 4e3c50a2",
+        ),
+        (  # appendix A.1, vectors 1 and 2
+            bytes(32), "0" * 24, 0,
+            "ade0b876 903df1a0 e56a5d40 28bd8653 b819d2bd 1aed8da0 ccef36a8 c70d778b "
+            "7c5941da 8d485751 3fe02477 374ad8b8 f4b8436a 1ca11815 69b687c3 8665eeb2",
+        ),
+        (
+            bytes(32), "0" * 24, 1,
+            "bee7079f 7a385155 7c97ba98 0d082d73 a0290fcb 6965e348 3e53c612 ed7aee32 "
+            "7621b729 434ee69c b03371d5 d539d874 281fed31 45fb0a51 1f0ae1ac 6f4d794b",
+        ),
+    ],
+)  # fmt: skip
+def test_blocks_are_those_of_rfc_8439(key, nonce, counter, wanted):
+    as_words = lambda raw: jnp.asarray(np.frombuffer(raw, "<u4"))
+    block = reference.chacha20(as_words(key), jnp.array([counter], jnp.uint32), as_words(bytes.fromhex(nonce)))
+    assert np.asarray(block)[0].tolist() == words(wanted)
+
+
+def model(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """The normals of 64 bits each, by Python's integers and numpy's single roundings."""
+    table, out = segments_.segments(), []
+    for h, l in zip(high.tolist(), low.tolist(), strict=True):
+        tail = ((h << 32 | l) << 1 | 1) & (2**64 - 1)
+        octave = 64 - tail.bit_length()
+        rest = (tail << octave << 1) & (2**64 - 1)
+        c0, c1, c2, c3 = table[octave * 16 + (rest >> 60)]
+        t = np.float32((rest >> 36) & 0xFFFFFF) * np.float32(2**-24)
+        x = ((c3 * t + c2) * t + c1) * t + c0
+        out.append(-x if h >> 31 else x)
+    return np.array(out, np.float32)
+
+
+def test_bits_become_the_normals_quantiles():
+    rng = np.random.default_rng(0)
+    shift = np.arange(64).repeat(20).astype(np.uint64)
+    bits = rng.integers(0, 2**64, shift.size, np.uint64) & ((2**63 - 1) >> shift) | rng.integers(
+        0, 2, shift.size, np.uint64
+    ) << np.uint64(63)
+    edges = np.array([0, 1, 2**63, 2**63 - 1, 2**64 - 1, 2**32, 2**31, 2**31 - 1, 2**32 - 1, 2**63 + 1], np.uint64)
+    bits = np.concatenate([bits, edges])
+    high, low = (bits >> 32).astype(np.uint32), bits.astype(np.uint32)
+    found, wanted = np.asarray(reference.normals(jnp.asarray(high), jnp.asarray(low))), model(high, low)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+    tail = ((bits & np.uint64(2**63 - 1)).astype(np.float64) * 2 + 1) / 2.0**65
+    quantile = scipy.stats.norm.isf(tail) * np.where(bits >> np.uint64(63), -1, 1)
+    np.testing.assert_allclose(wanted, quantile, rtol=1.2e-7, atol=5e-7)
+    assert wanted.max() > 9 and wanted.min() < -9 and len(set((high >> 27).tolist())) > 20
+
+
+def test_the_table_is_what_it_is_said_to_be():
+    kept, computed = segments_.segments(), segments_.computed()
+    assert np.all(np.abs(kept - computed) <= np.spacing(np.abs(kept)))
+    np.testing.assert_allclose(segments_.quantile(np.array([0.5, 0.25, 1e-9, 2.0**-65])),
+                               scipy.stats.norm.isf([0.5, 0.25, 1e-9, 2.0**-65]), rtol=1e-12, atol=1e-12)  # fmt: skip
+
+
+def expected(x, key, nonce, start, *, stddev, whole):
+    """secure_normal by the model."""
+    rows = np.zeros(x.shape[:-1] or (), np.int64)
+    for dim, size in enumerate(x.shape[:-1]):
+        shape = [1] * (x.ndim - 1)
+        shape[dim] = size
+        rows = rows * whole[dim] + (int(start[dim]) + np.arange(size)).reshape(shape)
+    place = int(start[-1]) + np.arange(x.shape[-1])
+    counters = (rows[..., None] * math.ceil(whole[-1] / 8) + place // 8).reshape(-1)
+    blocks = np.asarray(reference.chacha20(key, jnp.asarray(counters, jnp.uint32), nonce))
+    lane = np.broadcast_to(place % 8, x.shape).reshape(-1)
+    at = np.arange(len(lane))
+    drawn = model(blocks[at, 2 * lane + 1], blocks[at, 2 * lane]).reshape(x.shape)
+    return np.asarray(x) + np.float32(stddev) * drawn
+
+
+@pytest.mark.parametrize("case", TINY["secure_normal"])
+def test_numbers_on_the_cpu_are_the_models_to_the_bit(built, case):
+    case = SECURE_NORMAL.cases[case]
+    arrays = case.random(jax.random.key(1))
+    wanted = expected(*arrays, **case.static)
+    found = jax.jit(functools.partial(SECURE_NORMAL, implementation="ffi", **case.static))(*arrays)
+    np.testing.assert_array_equal(found, wanted)
+    by_xla = jax.jit(functools.partial(SECURE_NORMAL, implementation="xla", **case.static))(*arrays)
+    np.testing.assert_allclose(by_xla, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["ffi", "xla"])
+def test_a_number_is_its_places_however_the_array_is_cut(built, implementation):
+    shape = (4, 3, 50)
+    draw = functools.partial(secure_normal, implementation=implementation)
+    whole = draw(jnp.zeros(shape), KEY, NONCE)
+    for start, size in [((0, 0, 0), (4, 3, 50)), ((1, 1, 21), (2, 2, 17)), ((3, 0, 40), (1, 3, 10))]:
+        piece = draw(jnp.zeros(size), KEY, NONCE, start=jnp.array(start), whole=shape)
+        inside = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+        np.testing.assert_allclose(piece, whole[inside], rtol=0, atol=0 if implementation == "ffi" else 1e-6)
+
+
+def test_numbers_are_normal_and_know_nothing_of_each_other(built):
+    x = np.asarray(
+        jax.jit(lambda: secure_normal(jnp.zeros((500, 2000)), KEY, NONCE, implementation="ffi"))(), np.float64
+    )
+    flat = x.ravel()
+    for moment, value, spread in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert abs(np.mean(flat**moment) - value) < 4 * math.sqrt(spread / flat.size), moment
+    assert scipy.stats.kstest(flat, "norm").pvalue > 1e-3
+    assert scipy.stats.chisquare(np.bincount((np.floor(scipy.stats.norm.cdf(flat) * 64)).astype(int))).pvalue > 1e-3
+    other_nonce = np.asarray(secure_normal(jnp.zeros((500, 2000)), KEY, NONCE + 1, implementation="ffi")).ravel()
+    other_key = np.asarray(secure_normal(jnp.zeros((500, 2000)), KEY ^ 1, NONCE, implementation="ffi")).ravel()
+    beside = {
+        "next": (flat[:-1], flat[1:]),
+        "next row": (x[:-1].ravel(), x[1:].ravel()),
+        "nonce": (flat, other_nonce),
+        "key": (flat, other_key),
+        "lane": (flat[::8], flat[4::8]),
+        "squares": (flat[:-1] ** 2, flat[1:] ** 2),
+    }
+    for name, (a, b) in beside.items():
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / math.sqrt(len(a)), name
+
+
+def test_scale_gradient_and_vmap(built):
+    x = jnp.arange(40.0).reshape(2, 20)
+    unit = secure_normal(jnp.zeros_like(x), KEY, NONCE, implementation="ffi")
+    scaled = secure_normal(x, KEY, NONCE, stddev=3.0, implementation="ffi")
+    np.testing.assert_array_equal(scaled, x + np.float32(3) * np.asarray(unit))
+    weight = jnp.linspace(0, 1, 40).reshape(2, 20)
+    gradient = jax.grad(lambda x: jnp.sum(weight * secure_normal(x, KEY, NONCE, implementation="ffi")))(x)
+    np.testing.assert_array_equal(gradient, weight)
+    keys = jnp.stack([KEY, KEY + 1])
+    each = jax.vmap(lambda key: secure_normal(x, key, NONCE, implementation="ffi"))(keys)
+    np.testing.assert_array_equal(each[1], secure_normal(x, keys[1], NONCE, implementation="ffi"))
+
+
+def test_what_cannot_be_is_an_error_and_no_garbage(built, unchecked_arrays):
+    draw = functools.partial(secure_normal, key=KEY, nonce=NONCE)
+    with pytest.raises(ValueError, match="x must be float32 with one dim at least, got bfloat16"):
+        draw(jnp.zeros(4, jnp.bfloat16))
+    with pytest.raises(ValueError, match="key and nonce must be 8 and 3 words"):
+        secure_normal(jnp.zeros(4), KEY[:4], NONCE)
+    with pytest.raises(ValueError, match=r"x \(4,\) is no piece of a whole of shape \(3,\)"):
+        draw(jnp.zeros(4), whole=(3,))
+    with pytest.raises(ValueError, match="takes 4294967297 blocks, a nonce has 2"):
+        draw(jnp.zeros((1, 8)), whole=(2**32 + 1, 8))
+    last = draw(jnp.zeros((1, 8)), whole=(2**31, 16), start=jnp.array([2**31 - 1, 8]), implementation="ffi")
+    counter = jnp.array([2**32 - 1], jnp.uint32)
+    block = np.asarray(reference.chacha20(KEY, counter, NONCE))[0]
+    np.testing.assert_array_equal(np.asarray(last)[0], model(block[1::2], block[0::2]))  # the last of 2^32 blocks
+    with pytest.raises(NotImplementedError, match="takes up to 8 dims, got 9"):
+        draw(jnp.zeros([1] * 9), implementation="ffi")
+    assert draw(jnp.zeros((0, 8)), implementation="ffi").shape == (0, 8)
+    wrong = jax.ffi.ffi_call("secure_normal", jax.ShapeDtypeStruct((4,), jnp.int32))
+    with pytest.raises(Exception, match="[Ww]rong buffer dtype"):
+        jax.block_until_ready(
+            wrong(jnp.zeros(4, jnp.int32), KEY, NONCE, jnp.zeros(1, jnp.int32), jnp.zeros((1024, 4)),
+                  stddev=np.float32(1), whole=np.array([4]))
+        )  # fmt: skip
+
+
+def test_a_transposed_array_is_taken_as_it_reads(built):
+    x = jnp.arange(24.0).reshape(4, 6)
+    found = jax.jit(lambda x: secure_normal(x.T, KEY, NONCE, implementation="ffi"))(x)
+    np.testing.assert_array_equal(
+        found, secure_normal(jnp.array(np.asarray(x).T.copy()), KEY, NONCE, implementation="ffi")
+    )
+    found = jax.jit(lambda x: state_digest(x.T, implementation="ffi"))(x)
+    np.testing.assert_array_equal(found, state_digest(jnp.array(np.asarray(x).T.copy()), implementation="xla"))
+
+
+def fingerprint(x: np.ndarray, start, whole) -> list[int]:
+    """The digest, word by word, by Python's integers."""
+    sums, per = [0] * 4, max(x.dtype.itemsize // 4, 1)
+    bits = np.ascontiguousarray(x).view(f"u{min(x.dtype.itemsize, 4)}")
+    for place in np.ndindex(*bits.shape):
+        row = 0
+        for dim, at in enumerate(place[:-1]):
+            row = row * whole[dim] + at + int(start[dim])
+        column = place[-1] + per * int(start[-1])
+        cut = lambda value: value & 0xFFFFFFFF
+        a = int(bits[place]) ^ cut(column * 0x9E3779B1)
+        a = cut((a ^ a >> 16) * 0x7FEB352D)
+        a = cut((a ^ a >> 15) + row * 0x85EBCA77 + 0x165667B1)
+        for i, (factor, shift) in enumerate([(0x846CA68B, 16), (0xC2B2AE3D, 15), (0x27D4EB2F, 16), (0x165667B1, 15)]):
+            a = cut(a * factor)
+            a ^= a >> shift
+            sums[i] = cut(sums[i] + a)
+    return sums
+
+
+@pytest.mark.parametrize("implementation", ["ffi", "xla"])
+@pytest.mark.parametrize("case", TINY["state_digest"])
+def test_digests_are_the_models(built, case, implementation):
+    case = STATE_DIGEST.cases[case]
+    x, start = case.random(jax.random.key(2))
+    found = jax.jit(functools.partial(STATE_DIGEST, implementation=implementation, **case.static))(x, start)
+    assert np.asarray(found).tolist() == fingerprint(np.asarray(x), start, case.static["whole"])
+
+
+def test_numbers_of_64_bits_are_two_words_and_bools_and_scalars_have_digests(built):
+    with jax.enable_x64(True):
+        x = jnp.arange(-3.0, 9.0, dtype=jnp.float64).reshape(3, 4) / 7
+        start = jnp.array([1, 2])
+        for implementation in ("ffi", "xla"):
+            found = state_digest(x, start=start, whole=(5, 6), implementation=implementation)
+            assert np.asarray(found).tolist() == fingerprint(np.asarray(x), start, (5, 6))
+    for x in (jnp.array([True, False, True]), jnp.float32(3.5), jnp.zeros((0, 3))):
+        by_ffi, by_xla = (state_digest(x, implementation=name) for name in ("ffi", "xla"))
+        np.testing.assert_array_equal(by_ffi, by_xla)
+    assert np.asarray(state_digest(jnp.zeros((0, 3)), implementation="ffi")).tolist() == [0] * 4
+    with pytest.raises(ValueError, match="got complex64; give its real and imaginary parts"):
+        state_digest(jnp.zeros(3, jnp.complex64))
+
+
+def test_every_bit_and_every_place_counts(built):
+    digest = jax.jit(functools.partial(state_digest, implementation="ffi"))
+    x = np.random.default_rng(0).standard_normal((6, 40)).astype(np.float32)
+    first = np.asarray(digest(x))
+    for bit in range(32):
+        changed = x.copy()
+        changed.view(np.uint32)[2, 3] ^= 1 << bit
+        assert np.all(np.asarray(digest(changed)) != first), bit
+    two_signs = x.copy()
+    two_signs[1, 1], two_signs[4, 9] = -x[1, 1], -x[4, 9]
+    swapped = x.copy()
+    swapped[0, 0], swapped[5, 7] = x[5, 7], x[0, 0]
+    for other in (two_signs, swapped, x[::-1], x[:, ::-1], np.roll(x, 1), x.reshape(40, 6), x.reshape(12, 20)):
+        assert np.all(np.asarray(digest(np.ascontiguousarray(other))) != first)
+
+
+@pytest.mark.parametrize("implementation", ["ffi", "xla"])
+def test_eight_devices_give_the_numbers_and_the_digest_of_one_and_gather_nothing(built, implementation):
+    shape = (8, 4, 48)
+    x = jax.random.normal(jax.random.key(0), shape)
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    spec = jax.P("a", "b", "c")
+
+    def piece(x):
+        sizes = jnp.array([4, 2, 24])
+        start = jnp.stack([jax.lax.axis_index(axis) for axis in "abc"]) * sizes
+        digest = state_digest(x, start=start, whole=shape, implementation=implementation)
+        noised = secure_normal(x, KEY, NONCE, start=start, whole=shape, implementation=implementation)
+        return noised, jax.lax.psum(digest, ("a", "b", "c"))
+
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.shard_map(piece, in_specs=spec, out_specs=(spec, jax.P()), check_vma=False))
+        noised, digest = run(jax.device_put(x, jax.NamedSharding(mesh, spec)))
+        text = (
+            run.lower(jax.ShapeDtypeStruct(shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))).compile().as_text()
+        )
+    rounding = 0 if implementation == "ffi" else 1e-6  # XLA fuses products and sums as it likes
+    np.testing.assert_allclose(
+        noised, secure_normal(x, KEY, NONCE, implementation=implementation), rtol=0, atol=rounding
+    )
+    np.testing.assert_array_equal(digest, state_digest(x, implementation=implementation))
+    assert "all-gather" not in text
+
+
+def test_what_is_not_built_says_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELS_PALLAS_CACHE", str(tmp_path))
+    monkeypatch.setattr(custom_calls, "_registered", set())
+    with pytest.raises(
+        NotImplementedError, match=r"ffi.* cannot run here: is not built here: python -m kernels_pallas.build cpu"
+    ):
+        secure_normal(jnp.zeros(8), KEY, NONCE, implementation="ffi")
+    assert np.isfinite(secure_normal(jnp.zeros(8), KEY, NONCE)).all()
+    with backend.interpret_mode():
+        assert "cannot be interpreted" in (custom_calls.why_not() or "")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"no compiler for cpu on PATH; install g\+\+"):
+        libraries.build("cpu")
+
+
+@pytest.mark.skipif(libraries.compiler("cuda") is None, reason="no nvcc here")
+def test_nvcc_compiles_for_every_architecture_without_spills_and_jax_for_a_gpu_that_is_not_there():
+    path = libraries.build("cuda")
+    listed = subprocess.run(
+        [deviceless.compiler("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    for each in libraries.ARCHITECTURES:
+        assert f"arch = sm_{each}" in listed
+    functions = [line for line in listed.splitlines() if "REG:" in line]
+    assert len(functions) == 3 * (1 + 4 * 2) and all("STACK:0" in line for line in functions), functions
+    with jax.set_mesh(deviceless.mesh("h200")):
+        assert custom_calls.why_not() is None
+        run = jax.jit(
+            lambda x: (secure_normal(x, KEY, NONCE, implementation="ffi"), state_digest(x, implementation="ffi"))
+        )
+        text = run.lower(jax.ShapeDtypeStruct((64, 256), jnp.float32)).compile().as_text()
+    assert 'custom_call_target="secure_normal"' in text and 'custom_call_target="state_digest"' in text
