@@ -27,6 +27,7 @@ import datetime
 import functools
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ from .peers import PEERS
 
 
 ROUNDS = 20
+HOPPER = re.compile(r"\bG?H[12]00\b")  # in what JAX calls a device: every card of an H100, H200 or GH200
 YARDSTICK = "yardstick: as much work, and another answer"
 SHOWN = {
     "op": 16, "case": 24, "pass": 8, "implementation": 14, "median_us": 11, "p20_us": 11, "p80_us": 11,
@@ -291,14 +293,16 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def stale(ops: list[Op], *, everything: bool) -> list[str]:
-    """A line for what was measured on other source than today's, and for each kernel never timed on an H200.
+    """A line for what was measured on other source than today's, and for each kernel that no Hopper card has timed.
 
     `everything`: `ops` are all there are, so that rows of other ops are of ops that are gone.
     """
     today = {op.name: measured.digest(op) for op in ops}
-    lines = {}
+    lines, timed = {}, set()
     for path in sorted(measured.RESULTS.glob("*.csv")):
         for row in _read(path):
+            if HOPPER.search(row["device"]) and row["status"] == "ok":
+                timed.add((row["op"], row["implementation"]))
             if row["digest"] != today.get(row["op"]) and (everything or row["op"] in today):
                 what = f"{row['op']} {row['case']} {row['implementation']}"
                 lines[f"stale: {path.stem}: {what}: measured {row['date']} at {row['commit']}"] = None
@@ -306,13 +310,8 @@ def stale(ops: list[Op], *, everything: bool) -> list[str]:
         for key, entry in tuning.load(path).items():
             if entry["digest"] != today.get(entry["op"]) and (everything or entry["op"] in today):
                 lines[f"stale: {path.stem}: blocks of {key}: measured {entry['date']}"] = None
-    h200 = _read(measured.csv_path(hardware.H200.device_kind))
-    timed = {(row["op"], row["implementation"]) for row in h200 if row["status"] == "ok"}
     missing = [(op.name, kernel) for op in ops for kernel in op.kernels if (op.name, kernel) not in timed]
-    return [
-        *lines,
-        *(f"never measured on {hardware.H200.device_kind}: {op} {kernel}" for op, kernel in missing),
-    ]
+    return [*lines, *(f"never measured on Hopper: {op} {kernel}" for op, kernel in missing)]
 
 
 if __name__ == "__main__":

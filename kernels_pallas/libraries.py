@@ -28,7 +28,7 @@ def compiler(platform: str) -> str | None:
 
 def library(platform: str) -> Path:
     """Where the library of today's sources lies, once it is built."""
-    digest = hashlib.sha256(f"{version("jaxlib")} {_options(platform)}".encode())
+    digest = hashlib.sha256(f"{version('jaxlib')} {_options(platform)}".encode())
     for path in _sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     cache = os.environ.get("KERNELS_PALLAS_CACHE") or Path.home() / ".cache" / "kernels_pallas"

@@ -2,16 +2,31 @@
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from dito_jax.errors import UserError
 from dito_jax.training.compiling import compile_step
 from dito_jax.training.program import Program
+from kernels_pallas import hardware
 
 
 STEPS = 5
+REFUSALS = (UserError, NotImplementedError, jax.errors.JaxRuntimeError)  # of a recipe here, and not bugs of ours
+HEAD = "| recipe | peak GiB a device | memory ratio | ms a step | time ratio | |\n|---|---|---|---|---|---|"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one recipe's step takes; None for what is not known."""
+
+    name: str
+    peak_bytes: int | None = None  # of one device
+    milliseconds: float | None = None  # median of STEPS; None where the devices are not there, too
+    reason: str = ""  # why there is no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +36,24 @@ class Prepared:
     program: Program
     init: Any
     step: jax.stages.Compiled
-    peak_bytes: int | None  # of one device
+    peak_bytes: int | None  # of one device: arguments, results and temporaries
 
 
 def prepare(program: Program, mesh: jax.sharding.Mesh) -> Prepared:
     """Compiles a program's step for its mesh, which may be compile-only."""
     with jax.set_mesh(mesh):
-        step, report = compile_step(program.step, program.state, program.batch)
+        step, _ = compile_step(program.step, program.state, program.batch)
         there = mesh.devices.flat[0] in jax.devices()
-        return Prepared(program, program.init.lower().compile() if there else None, step, report.peak_bytes)
+        return Prepared(program, program.init.lower().compile() if there else None, step, _peak_bytes(step))
+
+
+def _peak_bytes(step: jax.stages.Compiled) -> int | None:
+    """What is allocated at once. XLA's own peak counts no temporaries on a CPU, and on GPUs is 1 % less than this."""
+    memory = step.memory_analysis()
+    if memory is None:
+        return None
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
 
 
 def milliseconds(prepared: Prepared, steps: int = STEPS) -> list[float]:
@@ -41,6 +65,46 @@ def milliseconds(prepared: Prepared, steps: int = STEPS) -> list[float]:
         state, metrics = jax.block_until_ready(prepared.step(state, batch))
         times.append((time.perf_counter() - start) * 1e3)
     return times[1:]
+
+
+def costs(recipes: Mapping[str, Callable[[], Program]], mesh: jax.sharding.Mesh) -> Iterator[Cost]:
+    """Of each recipe, a function that makes its program; one that is refused, or has not enough memory, says so."""
+    for name, recipe in recipes.items():
+        peak = median = None
+        try:
+            with jax.set_mesh(mesh):
+                prepared = prepare(recipe(), mesh)
+                peak = prepared.peak_bytes
+                if prepared.init is not None:
+                    median = float(np.median(milliseconds(prepared)))
+        except REFUSALS as error:
+            yield Cost(name, peak, reason=str(error).partition("\n")[0])
+        else:
+            yield Cost(name, peak, median, _short(peak, mesh))
+
+
+def table(rows: Iterable[Cost]) -> Iterator[str]:
+    """The lines of a page in Markdown, each when its row is there; every ratio is to the first row."""
+    yield HEAD
+    first = None
+    for row in rows:
+        first = first or row
+        memory = _cells(row.peak_bytes, first.peak_bytes, unit=2**30)
+        yield f"| {row.name} | {memory} | {_cells(row.milliseconds, first.milliseconds)} | {row.reason} |"
+
+
+def _cells(figure: float | None, of: float | None, unit: float = 1) -> str:
+    if figure is None:
+        return "- | -"
+    return f"{figure / unit:.4g} | {f'{figure / of:.2f}' if of else '-'}"
+
+
+def _short(peak_bytes: int | None, mesh: jax.sharding.Mesh) -> str:
+    """A step is compiled for a GPU that is not there whether or not it fits."""
+    gpu = hardware.by_device_kind(mesh.devices.flat[0].device_kind)
+    if gpu is None or peak_bytes is None or peak_bytes <= gpu.memory:
+        return ""
+    return f"does not fit: the GPU has {gpu.memory / 2**30:.4g} GiB"
 
 
 def _noise(program: Program) -> dict[str, jax.Array]:

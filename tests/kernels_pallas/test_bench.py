@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line(words, wanted, capsys):
     assert wanted in line
 
 
-def planted(op, implementation, digest, status="ok"):
+def planted(op, implementation, digest, status="ok", device=H200.device_kind):
     row = dict.fromkeys(measured.COLUMNS, "1")
     return row | {
         "op": op,
@@ -176,6 +176,7 @@ def planted(op, implementation, digest, status="ok"):
         "implementation": implementation,
         "digest": digest,
         "status": status,
+        "device": device,
     }
 
 
@@ -194,12 +195,32 @@ def test_stale_lists_old_source_and_what_was_never_timed(tmp_path, monkeypatch, 
     assert [line.split(": measured")[0] for line in lines] == [
         "stale: nvidia_h200: gone one triton",
         "stale: nvidia_h200: toy one wrong_forward",
-        "never measured on NVIDIA H200: toy wrong_backward",
-        "never measured on NVIDIA H200: toy nan",
-        "never measured on NVIDIA H200: toy broken",
+        "never measured on Hopper: toy wrong_backward",
+        "never measured on Hopper: toy nan",
+        "never measured on Hopper: toy broken",
     ]
     run("toy", "--stale")
     assert "gone" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "device, counts",
+    [
+        ("NVIDIA H200", True),
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H100 PCIe", True),  # hardware.py does not name it
+        ("NVIDIA GH200 480GB", True),
+        ("NVIDIA A100-SXM4-80GB", False),
+        ("NVIDIA B200", False),
+    ],
+)
+def test_a_time_on_any_card_of_hopper_counts(device, counts, tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    op = Op("toy", take, {"good": kernel(), "nan": kernel()}, TOY.cost, CASES)
+    row = planted("toy", "good", measured.digest(op), device=device)
+    bench.merge(measured.csv_path(device), [row])
+    never = [f"never measured on Hopper: toy {name}" for name in ("good", "nan")]
+    assert bench.stale([op], everything=True) == never[counts:]
 
 
 def test_stale_lists_blocks_that_were_tuned_on_old_source(tmp_path, monkeypatch):
