@@ -6,6 +6,7 @@ dito privacy ledger DATASET --budget 12   raises or lowers it; the old figure st
 dito privacy cost CONFIG --gpus 1xh200    memory and time of a step: not private, and private by each backend
 dito privacy card RUN                     privacy_card.md and .json: what was promised of a run, and on what grounds
 dito privacy audit RUN                    audit.md, .json and pictures: what an adversary finds out, and what it refutes
+dito privacy utility RUN [RUN ...]        what samples are worth to a classifier, beside simpler ways to spend epsilon
 dito privacy audit RUN --epsilon 1        holds a run, private or not, to this epsilon
 """
 
@@ -19,6 +20,7 @@ import jax
 
 from dito_jax import command_line, config as configs
 from dito_jax.cli_audit import audit
+from dito_jax.cli_utility import compare
 from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
 from dito_jax.planning.lowering import planned_mesh
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.add_argument("what", choices=tuple(VERBS))
     parser.add_argument("subject", metavar="CONFIG|DATASET|RUN")
+    parser.add_argument("more", metavar="RUN", nargs="*", help="utility: further runs")
     parser.add_argument("--epsilon", type=float, help="plan: default the config's; audit: the ledger's")
     parser.add_argument("--delta", type=float, help="plan: default the config's")
     parser.add_argument("--budget", type=float, help="ledger: a new epsilon")
@@ -139,4 +142,4 @@ def _card(options: argparse.Namespace) -> str:
     return markdown(facts).rstrip()
 
 
-VERBS = {"plan": _plan, "cost": _cost, "ledger": _ledger, "card": _card, "audit": audit}
+VERBS = {"plan": _plan, "cost": _cost, "ledger": _ledger, "card": _card, "audit": audit, "utility": compare}

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from dito_jax.data import DigitsData, ImageFolderData, LatentsData
+from dito_jax.data import DigitsData, ImageFolderData, LatentsData, StrokesData
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
 from dito_jax.evaluation.evaluate import EvaluationConfig
@@ -37,7 +37,7 @@ from dito_jax.training.retention import CheckpointConfig
 from dito_jax.training.watchdog import WatchdogConfig
 
 
-DataConfig = DigitsData | ImageFolderData | LatentsData
+DataConfig = DigitsData | StrokesData | ImageFolderData | LatentsData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ _CLASSES: dict[str, Any] = {
     for cls in (
         TrainConfig, DiTConfig, MoEDiTConfig, KernelsConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig,
         CheckpointConfig, GuardConfig, WatchdogConfig, FaultsConfig, PrivacyConfig, SampleConfig, EvaluationConfig,
-        DigitsData, ImageFolderData, LatentsData,
+        DigitsData, StrokesData, ImageFolderData, LatentsData,
     )
 }  # fmt: skip
 

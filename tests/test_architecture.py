@@ -15,7 +15,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # A layer may import those below it, and its own neighbours.
 LAYERS = (
-    {"command_line", "cli", "cli_privacy", "cli_audit", "elastic", "recipe", "first_state"},
+    {"command_line", "cli", "cli_privacy", "cli_audit", "cli_utility", "elastic", "recipe", "first_state"},
     {"config"},
     {"training", "privacy", "evaluation", "planning", "interop"},
     {"models", "diffusion", "data"},

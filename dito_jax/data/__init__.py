@@ -13,3 +13,4 @@ from dito_jax.data.sources import (
     arrays as arrays,
     drawn as drawn,
 )
+from dito_jax.data.strokes import StrokesData as StrokesData

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from dito_jax.data import Source, drawn
-from dito_jax.evaluation.metrics import ClassAgreement, frechet_distance, memorisation_ratio
+from dito_jax.evaluation.metrics import ClassAgreement, frechet_distance, memorisation_ratio, utility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ def evaluate(
         "num_samples": len(images),
         "class_agreement": agreement(images, labels),
         "class_agreement_of_heldout": agreement(heldout_images, others["label"]),
+        "utility": utility(images, labels, heldout_images, others["label"]),
+        "utility_of_train": utility(train_images, real["label"], heldout_images, others["label"]),
         "frechet_distance": frechet_distance(images[:size], heldout_images[:size]),
         "frechet_distance_of_train": frechet_distance(train_images[:size], heldout_images[:size]),
         "frechet_distance_set_size": size,
@@ -59,6 +61,12 @@ def report(title: str, figures: dict[str, Any], settings: dict[str, Any]) -> str
             figures["class_agreement"],
             figures["class_agreement_of_heldout"],
             "held-out data",
+        ),
+        (
+            "held-out accuracy of a classifier trained on them (utility)",
+            figures["utility"],
+            figures["utility_of_train"],
+            "training data",
         ),
         (
             f"Fréchet distance of pixels to held-out data, {figures['frechet_distance_set_size']} images each",

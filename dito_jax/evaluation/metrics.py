@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float, Integer
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
@@ -27,6 +28,22 @@ class ClassAgreement:
     def __call__(self, images: Float[np.ndarray, "B h w c"], labels: Integer[np.ndarray, " B"]) -> float:
         """The share of `images` whose predicted class is the one in `labels`."""
         return float(np.mean(self._classifier.predict(_rows(images)) == labels))
+
+
+def utility(
+    images: Float[np.ndarray, "B h w c"],
+    labels: Integer[np.ndarray, " B"],
+    heldout: Float[np.ndarray, "heldout h w c"],
+    heldout_labels: Integer[np.ndarray, " heldout"],
+) -> float:
+    """What the images are worth to somebody who has no others: held-out accuracy of a classifier trained on them alone.
+
+    The classifier is logistic regression on pixels; with images of one class it would know that one only.
+    """
+    if len(np.unique(labels)) < 2:
+        return float(np.mean(heldout_labels == labels[0]))
+    classifier = LogisticRegression(max_iter=2000).fit(_rows(images), labels)
+    return float(classifier.score(_rows(heldout), heldout_labels))
 
 
 def frechet_distance(a: Float[np.ndarray, "B h w c"], b: Float[np.ndarray, "S h w c"]) -> float:

@@ -3,7 +3,7 @@ import pytest
 
 from dito_jax.data import DigitsData, arrays
 from dito_jax.errors import UserError
-from dito_jax.evaluation.metrics import ClassAgreement, frechet_distance, memorisation_ratio
+from dito_jax.evaluation.metrics import ClassAgreement, closest_pairs, frechet_distance, memorisation_ratio, utility
 
 
 TRAIN, HELDOUT = (arrays(DigitsData().open(split)) for split in ("train", "heldout"))
@@ -93,3 +93,19 @@ def test_image_that_both_sets_hold_is_no_copy_and_a_held_out_one_is_none():
 def test_memorisation_ratio_wants_a_yardstick():
     with pytest.raises(UserError, match="1 held-out images: give at least 2"):
         memorisation_ratio(line(1), line(1), line(1))
+
+
+def test_utility_is_the_accuracy_of_who_has_the_samples_alone():
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    images = (2.0 * labels - 1)[:, None, None, None] + rng.normal(0, 0.3, size=(200, 2, 2, 1))
+    assert utility(images[:100], labels[:100], images[100:], labels[100:]) == 1.0
+    assert utility(images[:100], 1 - labels[:100], images[100:], labels[100:]) == 0.0
+    guessed = utility(rng.normal(size=(100, 2, 2, 1)), labels[:100], images[100:], labels[100:])
+    assert 0 <= guessed <= 1 and utility(images[:100:2], labels[:100:2], images[100:], labels[100:]) == 0.5
+
+
+def test_closest_pairs_are_those_of_least_distance_nearest_first():
+    train = np.arange(4.0).reshape(4, 1, 1, 1)
+    samples = np.array([0.4, 2.9, 1.0]).reshape(3, 1, 1, 1)
+    assert closest_pairs(samples, train, 2) == [(2, 1), (1, 3)]

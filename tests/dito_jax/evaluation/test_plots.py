@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dito_jax.evaluation.plots import GAP, SIDE, image_grid, loss_curve
+from dito_jax.evaluation.plots import GAP, SIDE, image_grid, loss_curve, roc_curves
 
 
 def read(path):
@@ -71,3 +71,14 @@ def test_loss_curve_takes_one_point_and_keeps_no_figure_open(tmp_path):
     loss_curve([0], [1.0], tmp_path / "loss.png")
     assert read(tmp_path / "loss.png").std() > 0
     assert plt.get_fignums() == []
+
+
+def test_an_attack_that_knows_lies_above_one_that_does_not(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = {"knows": (rng.normal(4, 1, 500), rng.normal(0, 1, 400)), "guesses": (rng.random(500), rng.random(400))}
+    roc_curves(scores, tmp_path / "audit" / "roc.png")
+    pixels = np.asarray(Image.open(tmp_path / "audit" / "roc.png").convert("RGB")).astype(int)
+    blue, orange = (np.abs(pixels - color).sum(axis=2) < 60 for color in ((31, 119, 180), (255, 127, 14)))
+    plot = slice(None), slice(0, pixels.shape[1] // 2)  # left half: low false positive rates, and no legend
+    height = lambda mask: np.nonzero(mask[plot])[0].mean()
+    assert height(blue) < height(orange) - 50  # rows count from above
