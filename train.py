@@ -93,13 +93,14 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
     )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------ loop
-    guard, clock = Guard(config.guard, run, events), SaveClock(config.checkpoint, config.train.log_every)
+    guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
     number, stream = first, batches_after(first)
     with journal, attendance.preemption.deferred():
         while number < config.train.steps:
             number += 1
             ledger.step(number)
             faults.before_step(number)
+            state = faults.in_memory(number, state)
             with ledger.phase("data"):
                 rows = next(stream)
                 batch = program.place(faults.poisoned(number, rows))
@@ -109,6 +110,8 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
                 state, measured = step(step_back(state), program.place(faults.poisoned(number, rows)))
                 guard.compare(number, before, measured)
             guard.watch(number, measured)
+            if config.guard.replicas_every and number % config.guard.replicas_every == 0:
+                guard.compare_replicas(number, state)
             journal.note(measured)
 
             last, stop = number == config.train.steps, attendance.preemption.requested(number)

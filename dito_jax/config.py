@@ -131,6 +131,7 @@ def check(config: TrainConfig, num_devices: int) -> None:
         **model.run_rules(axes, images=train.batch_size // part),
         **(private_rules(model, config.privacy, config.checkpoint) if private else {}),
         f"canaries {config.canaries} is negative": config.canaries < 0,
+        f"guard.replicas_every {config.guard.replicas_every} is negative": config.guard.replicas_every < 0,
         "canaries belong to no user: set canaries to 0, or privacy.images_per_user to None": (
             config.canaries > 0 and config.privacy.images_per_user is not None
         ),

@@ -228,6 +228,18 @@ def test_a_burst_of_spikes_leads_back_and_past_its_data(train, digest, tmp_path)
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 
+def test_a_flipped_bit_in_one_devices_memory_is_found_and_the_run_goes_back(environment, tmp_path):
+    """Two devices hold the parameters alike; one's copy changes, in silence, and trains on."""
+    run, two = tmp_path / "run", environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    drill = (*SHORT, "--guard.replicas_every", "10", "--faults.inject", "bitflip-copy@24")
+    Program(two, ["train.py"], (*SMALL, "--run-dir", run, *drill)).ends(0)
+    (row,) = events(run, "divergence")
+    assert row["step"] == 30 and "after step 20" in row["said"] and len(row["devices"]) == 1
+    (back,) = events(run, "rollback")
+    assert back["to"] == 14 and "in one of the steps 21 to 30" in back["said"]
+    assert not events(run, "bad_step")
+
+
 def test_a_run_that_does_not_recover_stops_with_a_report(train, tmp_path):
     run = tmp_path / "run"
     always = [f"nan-grad@{step}!" for step in (22, 23, 24)]

@@ -9,6 +9,7 @@ RUN/faults.jsonl has each strike before it strikes. Kinds:
     slow-rank                     sleeps `value` seconds (0.5) in every step from that one on
     dead                          SIGKILL at the step, and at every start after it; #n is a place, $DITO_PLACE
     nan-grad spike transient-nan  the images of the step are NaN; times `value` (100); NaN unless the step is run again
+    bitflip-copy                  a bit of the last device's copy of the first parameter, in memory, before the step
     bitflip-ckpt truncate-ckpt delete-ckpt   damages the largest file of the checkpoint of the step, once it is written
     disk-full                     from the save of the step on, no file may grow beyond 4,096 bytes
 """
@@ -27,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dito_jax.errors import UserError
@@ -37,7 +39,7 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "freeze": signal.SIGS
 STOPS = (*SIGNALS, "crash", "hang")
 POISONS = ("nan-grad", "spike", "transient-nan")
 DAMAGES = ("bitflip-ckpt", "truncate-ckpt", "delete-ckpt")
-KINDS = (*STOPS, "slow-rank", "dead", *POISONS, *DAMAGES, "disk-full")
+KINDS = (*STOPS, "slow-rank", "dead", *POISONS, *DAMAGES, "bitflip-copy", "disk-full")
 FULL = 4096  # bytes that a file may have on a full disk
 GRAMMAR = re.compile(r"(?P<kind>[a-z-]+)@(?P<step>\d+)(#(?P<process>\d+))?(?P<always>!)?(:(?P<value>\d+(\.\d+)?))?")
 
@@ -110,6 +112,20 @@ class Faults:
             if fault.kind == "hang":
                 _hang()
             os.kill(os.getpid(), SIGNALS.get(fault.kind, signal.SIGKILL))
+
+    def in_memory[Tree](self, step: int, state: Tree) -> Tree:
+        """The state with a bit of one device's copy flipped, where the drill wants that."""
+        for fault in self._due(step, "bitflip-copy"):
+            leaves, tree = jax.tree.flatten(state)
+            at = next(i for i, leaf in enumerate(leaves) if leaf.dtype == np.float32 and leaf.ndim > 1)
+            *others, last = leaves[at].addressable_shards
+            bits = np.array(last.data).view(np.uint32)
+            bits.flat[0] ^= 1 << 20
+            pieces = [*(shard.data for shard in others), jax.device_put(bits.view(np.float32), last.device)]
+            self._strike(fault, f"on {last.device} before step {step}")
+            leaves[at] = jax.make_array_from_single_device_arrays(leaves[at].shape, leaves[at].sharding, pieces)
+            state = jax.tree.unflatten(tree, leaves)
+        return state
 
     def poisoned(self, step: int, rows: dict[str, Any]) -> dict[str, Any]:
         """This process's rows of the step's batch, as the drill wants them."""

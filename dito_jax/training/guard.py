@@ -19,6 +19,7 @@ from dito_jax.processes import agree
 from dito_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dito_jax.training.events import Events
 from dito_jax.training.health import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, GuardConfig
+from dito_jax.training.replicas import differing, odd_devices
 from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState
 
@@ -34,10 +35,12 @@ WORDS = {
 class Guard:
     """Watches the steps of one run."""
 
-    def __init__(self, config: GuardConfig, run: RunDirectory, events: Events):
+    def __init__(self, config: GuardConfig, run: RunDirectory, events: Events, *, first: int = 0):
         self.config, self._run, self._events = config, run, events
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._bad: list[int] = []  # the latest bad steps
+        self._alike = first  # the last step after which devices were seen to agree
+        self._apart = False  # and whether they were seen not to, since
 
     def watch(self, number: int, measured: dict[str, jax.Array]) -> None:
         """Takes note of a step that was queued, and waits for the one LAG before it."""
@@ -51,8 +54,8 @@ class Guard:
             self._settle()
 
     def burst(self) -> bool:
-        """Whether there were so many bad steps of late that the run should go back."""
-        return len(self._bad) >= self.config.burst
+        """Whether there were so many bad steps of late, or devices that differ, that the run should go back."""
+        return self._apart or len(self._bad) >= self.config.burst
 
     def is_bad(self, measured: dict[str, jax.Array]) -> bool:
         """Whether a step was; waits for it."""
@@ -67,6 +70,22 @@ class Guard:
             said = f"step {number}: {told}, but not when it was run again: a passing fault of the hardware? It counts."
             self._events.record("transient", said, step=number, devices=[str(d) for d in jax.local_devices()])
 
+    def compare_replicas(self, number: int, state: TrainState) -> None:
+        """Where copies of a parameter differ, no step since the last comparison is to be trusted."""
+        self.settle()
+        leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+        apart = differing(leaves)
+        if not apart:
+            self._alike = number
+            return
+        devices = sorted({device for name in apart for device in odd_devices(leaves[name])})
+        said = (
+            f"step {number}: devices that should hold {apart[0]} alike do not, and so with {len(apart) - 1} more; they "
+            f"did after step {self._alike}. Here {', '.join(devices) or 'none'} differs from the others: look at it."
+        )
+        self._events.record("divergence", said, step=number, devices=devices)
+        self._apart = True
+
     def roll_back[Tree](
         self, number: int, checkpoints: Checkpoints, like: Tree, on_damage: Callable[[int, DamagedCheckpoint], None]
     ) -> tuple[int, Tree]:
@@ -76,20 +95,23 @@ class Guard:
           UserError: there is none, or the run has been there too often.
         """
         self.settle()
-        first = self._bad[0]
+        first, cure = self._bad[0] if self._bad else number, "lower optimizer.learning_rate, look at the data"
+        trouble = f"{len(self._bad)} of the steps {first} to {number} were bad ({self._run.events.name} has each)"
+        if self._apart:
+            first, cure = self._alike + 1, f"take out the device that {self._run.events.name} names"
+            trouble = f"devices came to differ in one of the steps {first} to {number}"
         checkpoints.wait()
         restored = checkpoints.restore_newest(like, on_damage, before=first)
-        trouble = f"{len(self._bad)} of the steps {first} to {number} were bad ({self._run.events.name} has each)"
         if restored is None:
-            raise UserError(f"{trouble}, before the first checkpoint: lower optimizer.learning_rate, look at the data.")
+            raise UserError(f"{trouble}, before the first checkpoint: {cure}.")
         target, state = restored
         past = skips(self._run)
         before = sum(skip["after"] == target for skip in past)
         agree(True)  # all have read it before one writes
         if before >= self.config.rollbacks:
             raise UserError(
-                f"{trouble}, after {before} rollbacks to step {target}: lower optimizer.learning_rate, look at the "
-                f"data, or allow more with guard.rollbacks; step {target} is intact."
+                f"{trouble}, after {before} rollbacks to step {target}: {cure}, or allow more with guard.rollbacks; "
+                f"step {target} is intact."
             )
         batches = number - target
         said = (
@@ -103,6 +125,7 @@ class Guard:
             checkpoints.set_aside(step, "abandoned")
         self._events.record("rollback", said, step=number, to=target, batches=batches)
         self._bad.clear()
+        self._alike, self._apart = target, False
         return target, state
 
     def _settle(self) -> None:

@@ -6,9 +6,9 @@ the devices, however the arrays lie on them.
 """
 
 import asyncio
+import functools
 import hashlib
 import json
-import math
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -17,6 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dito_jax.errors import UserError
+from kernels_pallas import state_digest
 
 
 FILES = "files.json"
@@ -29,11 +32,9 @@ class Damaged(Exception):
 
 
 def fingerprints(leaves: Leaves) -> dict[str, str]:
-    """Of each array 16 hex digits, which depend on its bits and their places, not on its sharding.
+    """Of each array 32 hex digits, which depend on its bits and their places, not on its sharding: its state_digest.
 
-    The sum over all elements of h(place, bits) mod 2^32, for two functions h that are one-to-one in the bits: a
-    change in any one element always shows, other changes but for one in 2^64. Sums of integers have no order, so each
-    device adds up its own shard. Arrays of any process or sharding; every process gets all.
+    Arrays of any process or sharding; every process gets all.
     """
     return begin_fingerprints(leaves)()
 
@@ -41,9 +42,9 @@ def fingerprints(leaves: Leaves) -> dict[str, str]:
 def begin_fingerprints(leaves: Leaves) -> Callable[[], dict[str, str]]:
     """`fingerprints` for another thread to wait for; the arrays may be donated meanwhile."""
     # A call for each array: most shapes come four times (parameters, two moments, average), and are compiled once.
-    compute = lambda leaves: {name: _lanes(leaf) for name, leaf in leaves.items()}
+    compute = lambda leaves: {name: _digest(leaf) for name, leaf in leaves.items()}
     hexadecimal = lambda sums: {
-        name: "".join(f"{int(lane):08x}" for lane in lanes) for name, lanes in jax.device_get(sums).items()
+        name: "".join(f"{int(word):08x}" for word in words) for name, words in jax.device_get(sums).items()
     }
     if jax.process_count() == 1 and all(_on_cpu(leaf) for leaf in leaves.values()):
         # A CPU computes where it is called. It may read the old values later: who donates them gets a copy then.
@@ -109,8 +110,14 @@ def read_record(step: Path) -> dict[str, Any]:
 
 
 def check_values(leaves: Leaves, record: dict[str, Any]) -> None:
-    """Raises Damaged if an array is not, bit for bit, what the record says."""
+    """Raises Damaged if an array is not, bit for bit, what the record says.
+
+    Raises:
+      UserError: fingerprints of the record are of another kind, so that nothing can be said.
+    """
     marks = fingerprints(leaves)
+    if any(len(mark) != len(next(iter(marks.values()))) for _, mark in record["arrays"].values()):
+        raise UserError("the checkpoint's fingerprints are those of an older dito_jax: go on with that, or start anew.")
     wrong = [name for name, leaf in leaves.items() if [kind(leaf), marks[name]] != record["arrays"].get(name)]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -157,22 +164,38 @@ def _alias(leaf: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
-@jax.jit
-def _lanes(leaf: jax.Array) -> jax.Array:
-    """The two sums, uint32[2]."""
-    assert leaf.dtype.itemsize <= 4, f"{kind(leaf)}: 64 bits do not fit"
-    unsigned = jnp.uint8 if leaf.dtype == bool else np.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    bits = leaf.astype(unsigned) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, unsigned)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for dim in range(leaf.ndim):
-        stride = jnp.uint32(math.prod(leaf.shape[dim + 1 :]) % 2**32)
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim) * stride
-    # Odd factors and xor-shifts are one-to-one; the constants are those of xxHash and MurmurHash3.
-    mixed = _stirred(bits.astype(jnp.uint32) ^ _stirred(place, 0x9E3779B1), 0x85EBCA77)
-    again = _stirred(mixed ^ place, 0xC2B2AE3D)
-    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(again, dtype=jnp.uint32)])
+def _digest(leaf: jax.Array) -> jax.Array:
+    """state_digest's four words of the whole array, on every device."""
+    return _digester(leaf.shape, leaf.sharding)(leaf)
 
 
-def _stirred(x: jax.Array, odd: int) -> jax.Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(odd)
-    return x ^ (x >> 15)
+@functools.cache
+def _digester(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """Compiled for arrays that lie so: each device takes the digest of its piece, and digests of pieces add up."""
+    if not isinstance(sharding, jax.NamedSharding):
+        return jax.jit(state_digest)
+    cut = axes_of(shape, sharding)
+    of_piece = lambda x: jax.lax.psum(piece_digest(x, shape, sharding), cut)
+    whole = jax.P()
+    return jax.jit(
+        jax.shard_map(of_piece, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=whole, check_vma=False)
+    )
+
+
+def piece_digest(x: jax.Array, shape: tuple[int, ...], sharding: jax.NamedSharding) -> jax.Array:
+    """Inside shard_map: the digest of a device's piece of an array of this shape, by its place in the whole."""
+    if not shape:
+        return state_digest(x)
+    index = [0 if axes is None else jax.lax.axis_index(axes) for axes in _by_dim(shape, sharding)]
+    start = jnp.stack([jnp.int32(at * size) for at, size in zip(index, x.shape, strict=True)])
+    return state_digest(x, start=start, whole=shape)
+
+
+def axes_of(shape: tuple[int, ...], sharding: jax.NamedSharding) -> tuple[str, ...]:
+    """The mesh axes by which an array is cut."""
+    entries = (axes for axes in _by_dim(shape, sharding) if axes is not None)
+    return tuple(axis for axes in entries for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def _by_dim(shape: tuple[int, ...], sharding: jax.NamedSharding) -> tuple[Any, ...]:
+    return (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))

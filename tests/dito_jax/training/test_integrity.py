@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dito_jax.errors import UserError
 from dito_jax.training import integrity
 from dito_jax.training.integrity import Damaged, Record, check_sizes, check_values, fingerprints, read_record
 
@@ -47,7 +48,7 @@ def test_sharding_does_not_count_and_nothing_is_gathered(shape):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), ("a", "b"))
     sharded = {"x": jax.device_put(x, jax.NamedSharding(mesh, jax.P("a", "b")))}
     assert fingerprints(sharded) == fingerprints({"x": x})
-    text = integrity._lanes.lower(sharded["x"]).compile().as_text()
+    text = integrity._digester(x.shape, sharded["x"].sharding).lower(sharded["x"]).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text
 
 
@@ -58,6 +59,9 @@ def test_a_record_vouches_for_itself_and_for_the_values(tmp_path):
     file.write_text(json.dumps(record))
     assert read_record(tmp_path) == record and record["metadata"] == {"step": 3, "shape": [1, 2]}
     check_values(LEAVES, record)
+    older = {name: [kind, mark[:16]] for name, (kind, mark) in record["arrays"].items()}
+    with pytest.raises(UserError, match="those of an older dito_jax"):
+        check_values(LEAVES, record | {"arrays": older})
     with pytest.raises(Damaged, match="values of int32 and 1 more are not those"):
         check_values(LEAVES | {"int32": LEAVES["int32"] + 1, "number": -LEAVES["number"]}, record)
     file.write_text(json.dumps(record | {"metadata": {"step": 4, "shape": [1, 2]}}))
