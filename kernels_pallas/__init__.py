@@ -61,6 +61,7 @@ from .privacy import (
     ghost_norm_sq as ghost_norm_sq,
 )
 from .randomness import SECURE_NORMAL as SECURE_NORMAL, secure_normal as secure_normal
+from .ranges import profile_range as profile_range
 from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_rope as qk_norm_rope
 
 

@@ -8,7 +8,10 @@ import jax
 from . import backend, libraries
 
 
-NAMES = ("secure_normal", "state_digest")
+NAMES = {
+    "cpu": ("secure_normal", "state_digest"),
+    "cuda": ("secure_normal", "state_digest", "range_push", "range_pop"),
+}
 PLATFORMS = {"cpu": ("cpu", "cpu"), "gpu": ("cuda", "CUDA")}  # as a device says: as libraries.py and JAX's FFI do
 
 _registered: set[str] = set()
@@ -27,15 +30,20 @@ def why_not() -> str | None:
         if not path.exists():
             return f"is not built here: python -m kernels_pallas.build {name}"
         library = ctypes.CDLL(str(path))
-        for function in NAMES:
+        for function in NAMES[name]:
             jax.ffi.register_ffi_target(function, jax.ffi.pycapsule(getattr(library, function)), platform=jaxs)
         _registered.add(name)
     return None
 
 
 def call(
-    name: str, out: jax.ShapeDtypeStruct, *arrays: jax.Array, aliases: dict[int, int] | None = None, **static: Any
+    target: str,
+    out: jax.ShapeDtypeStruct,
+    *arrays: jax.Array,
+    aliases: dict[int, int] | None = None,
+    vmap_method: str = "sequential",
+    **static: Any,
 ):
-    """The result of a custom call; under vmap, of one call after another."""
-    run = jax.ffi.ffi_call(name, out, vmap_method="sequential", input_output_aliases=aliases)
+    """The result of a custom call; under vmap, of one call after another where there is no better way."""
+    run = jax.ffi.ffi_call(target, out, vmap_method=vmap_method, input_output_aliases=aliases)
     return run(*arrays, **static)
