@@ -8,6 +8,7 @@ dito goodput RUN                                   where its time went: a table,
 dito digest RUN --step 500                         the last line is a hash of its parameters and averages
 dito hlo CONFIG --gpus 8xh200                      the compiled train step, and a page to read it by
 dito privacy plan CONFIG | ledger DATASET          what noise a budget takes, and what was spent of one
+dito export RUN --what sampler -o DIR              StableHLO with weights, for processes without this code
 dito block CONFIG --images 32 --gpus 1xh200        what each fusion is worth in one block of the model
 dito doctor                                        versions, devices, what runs here and why not
 """
@@ -23,7 +24,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from dito_jax import cli_privacy, command_line, config as configs
+from dito_jax import cli_export, cli_privacy, command_line, config as configs
 from dito_jax.config import TrainConfig
 from dito_jax.elastic import shrunk
 from dito_jax.errors import UserError
@@ -206,7 +207,8 @@ class _Parser(argparse.ArgumentParser):
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "supervise": supervise, "sample": sample, "eval": evaluate, "checkpoint": checkpoint, "goodput": goodput,
-    "digest": print_digest, "hlo": hlo, "block": block, "privacy": cli_privacy.privacy, "doctor": doctor,
+    "digest": print_digest, "export": cli_export.run_export, "hlo": hlo, "block": block,
+    "privacy": cli_privacy.privacy, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -220,6 +222,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     }
     parsers["checkpoint"].add_argument("what", choices=("ls", "show", "verify", "bench"))
     cli_privacy.add_arguments(parsers["privacy"])
+    cli_export.add_arguments(parsers["export"])
     for name in ("sample", "eval", "checkpoint", "goodput", "digest"):
         parsers[name].add_argument("run", help="a run directory, e.g. runs/digits")
     parsers["sample"].add_argument("--num", type=int, default=64)

@@ -15,7 +15,17 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # A layer may import those below it, and its own neighbours.
 LAYERS = (
-    {"command_line", "cli", "cli_privacy", "cli_audit", "cli_utility", "elastic", "recipe", "first_state"},
+    {
+        "command_line",
+        "cli",
+        "cli_privacy",
+        "cli_audit",
+        "cli_utility",
+        "cli_export",
+        "elastic",
+        "recipe",
+        "first_state",
+    },
     {"config"},
     {"training", "privacy", "evaluation", "planning", "interop"},
     {"models", "diffusion", "data"},

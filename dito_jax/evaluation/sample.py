@@ -31,16 +31,12 @@ class SampleConfig:
     batch_size: int = 100  # and the few more that give each device as many
 
 
-def make_sampler(
+def make_draw(
     graph: nnx.GraphDef, model: DiTConfig, sample: SampleConfig, prediction: Quantity
-) -> Callable[[nnx.State, Sequence[int], int], np.ndarray]:
-    """`draw(params, labels, seed) -> images (len(labels), h, w, c)`, float32.
+) -> Callable[[nnx.State, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`draw(params, label (B,), key, index (B,)) -> images (B, h, w, c)`, a pure function; image i is of index[i]."""
 
-    Image i depends on its label, the seed and i, not on the others it is drawn with.
-    """
-
-    @jax.jit
-    def draw_batch(params, label, key, index):
+    def draw(params, label, key, index):
         network = nnx.merge(graph, params)
 
         def velocity(z, t, label):
@@ -59,6 +55,18 @@ def make_sampler(
         times = schedule(sample.steps, shift=sample.time_shift)
         # Whole on every device, so that each process of several can look at it.
         return constrain(SOLVERS[sample.solver](guided_velocity, noise, times), ". h w c")
+
+    return draw
+
+
+def make_sampler(
+    graph: nnx.GraphDef, model: DiTConfig, sample: SampleConfig, prediction: Quantity
+) -> Callable[[nnx.State, Sequence[int], int], np.ndarray]:
+    """`draw(params, labels, seed) -> images (len(labels), h, w, c)`, float32.
+
+    Image i depends on its label, the seed and i, not on the others it is drawn with.
+    """
+    draw_batch = jax.jit(make_draw(graph, model, sample, prediction))
 
     def draw(params, labels, seed):
         label, index = np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32)

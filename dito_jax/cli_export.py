@@ -1,0 +1,47 @@
+"""`dito export RUN --what sampler -o DIR`, and `dito export verify DIR`: artifacts for processes without this code."""
+
+import argparse
+import json
+from pathlib import Path
+
+from dito_jax import command_line
+from dito_jax.config import to_json
+from dito_jax.errors import UserError
+from dito_jax.interop import artifact
+from dito_jax.interop.export import exported_denoiser, exported_sampler, exported_train_step
+
+
+PLATFORMS = ("cpu", "cuda")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    parser.add_argument("run", metavar="RUN|verify")
+    parser.add_argument("directory", metavar="DIR", nargs="?", help="verify: the artifact")
+    parser.add_argument("--what", choices=("denoiser", "sampler", "train_step"), default="sampler")
+    parser.add_argument("--platform", nargs="+", choices=PLATFORMS, default=["cpu"])
+    parser.add_argument("-o", "--out", help="directory; default RUN/export/WHAT")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Writes a run's network, sampler or train step as StableHLO with weights, or verifies such an artifact."""
+    if options.run == "verify":
+        if options.directory is None:
+            raise UserError("export verify: got no directory; give that of an artifact.")
+        print(artifact.verify(Path(options.directory)))
+        return
+    if options.directory is not None:
+        raise UserError(f"export: unexpected {options.directory!r}; where to write goes behind -o.")
+    run, config = command_line.opened(options.run)
+    program, state, step = command_line.restored_here(run, config)
+    average, graph, platforms = command_line.sampled_average(state, config), program.graph, options.platform
+    if options.what == "denoiser":
+        made = exported_denoiser(graph, average, config.model, platforms)
+    elif options.what == "sampler":
+        made = exported_sampler(graph, average, config.model, config.sample, config.loss.prediction, platforms)
+    else:
+        made = exported_train_step(program, state, platforms)
+    out = Path(options.out or run.path / "export" / options.what)
+    about = {"what": options.what, "run": run.path.name, "step": step, "config": json.loads(to_json(config))}
+    artifact.write(out, *made, about)
+    print(artifact.verify(out))

@@ -1,0 +1,1 @@
+"""Trained networks where there is none of this code."""

@@ -1,0 +1,130 @@
+"""Artifacts: the same bits in a process that knows no model, and refused when a byte has changed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dito_jax.config import load
+from dito_jax.errors import UserError
+from dito_jax.evaluation.sample import make_sampler
+from dito_jax.interop import artifact
+from dito_jax.interop.export import exported_denoiser, exported_sampler, exported_train_step
+from dito_jax.sharding import MeshConfig, make_mesh
+from dito_jax.training.program import make_program
+
+
+CONFIG = load("configs/digits.py")
+CONFIG = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, depth=2, width=32),
+    sample=dataclasses.replace(CONFIG.sample, steps=3),
+    train=dataclasses.replace(CONFIG.train, batch_size=4),
+)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(program, state) on one device, with a last layer that says something."""
+    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
+    with jax.set_mesh(mesh):
+        program = make_program(CONFIG.model, CONFIG.loss, CONFIG.optimizer, CONFIG.train, mesh)
+        state = program.init()
+    shaken = jax.tree.map(lambda p: p + 0.05 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), state.params)
+    return program, dataclasses.replace(state, params=shaken)
+
+
+@pytest.fixture(scope="module")
+def sampler(trained, tmp_path_factory):
+    program, state = trained
+    made = exported_sampler(
+        program.graph, state.params, CONFIG.model, CONFIG.sample, CONFIG.loss.prediction, ("cpu", "cuda")
+    )
+    directory = tmp_path_factory.mktemp("artifact") / "sampler"
+    artifact.write(directory, *made, {"what": "sampler"})
+    return directory
+
+
+def test_the_sampler_draws_the_same_pictures_for_any_number_of_labels(trained, sampler):
+    program, state = trained
+    function, weights, manifest = artifact.load(sampler)
+    draw = make_sampler(program.graph, CONFIG.model, CONFIG.sample, CONFIG.loss.prediction)
+    for labels in ([3], [1, 2, 3, 4, 5]):
+        index = np.arange(len(labels), dtype=np.int32)
+        key = np.asarray(jax.random.key_data(jax.random.key(7)))
+        found = jax.jit(function.call)(weights, np.array(labels, np.int32), key, index)
+        np.testing.assert_allclose(found, draw(state.params, labels, 7), rtol=0, atol=2e-5)
+    assert manifest["platforms"] == ["cpu", "cuda"] and "int32[batch]" in manifest["inputs"][0]
+    assert set(manifest["weights"]) == set(weights) and any("qkv/kernel" in name for name in weights)
+
+
+def test_a_process_without_our_code_runs_it_to_the_same_bits(sampler):
+    program = (
+        "import sys; from pathlib import Path; from dito_jax.interop.artifact import verify\n"
+        "print(verify(Path(sys.argv[1])))\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('flax', 'optax') or m.startswith('dito_jax.models')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(sampler)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    said, modules = done.stdout.splitlines()[-2:]
+    assert said.endswith("intact, results the same to the bit.") and modules == "[]"
+
+
+def test_the_denoiser_is_the_network_and_the_step_is_the_step(trained, tmp_path):
+    program, state = trained
+    exported, weights, inputs = exported_denoiser(program.graph, state.params, CONFIG.model, ("cpu",))
+    artifact.write(tmp_path / "denoiser", exported, weights, inputs, {"what": "denoiser"})
+    function, held, _ = artifact.load(tmp_path / "denoiser")
+    z, t, label = (np.concatenate([x, x]) for x in inputs)  # another batch than it was checked with
+    network = nnx.merge(program.graph, state.params)
+    found = function.call(held, z, t, label)
+    np.testing.assert_allclose(found, network(*map(jnp.asarray, (z, t, label))), rtol=0, atol=1e-5)
+    assert np.abs(found).max() > 0.01
+
+    exported, weights, batch = exported_train_step(program, state, ("cpu",))
+    artifact.write(tmp_path / "train_step", exported, weights, batch, {"what": "train_step"})
+    function, held, _ = artifact.load(tmp_path / "train_step")
+    after, metrics = function.call(held, *batch)
+    named = dict(zip(sorted(program.batch), batch, strict=True))
+    wanted, measured = program.step(jax.tree.map(jnp.copy, state), jax.tree.map(jnp.asarray, named))
+    np.testing.assert_allclose(metrics["loss"], measured["loss"], rtol=1e-5)
+    assert after["step"] == 1 == wanted.step
+    leaves = jax.tree.leaves_with_path(wanted)
+    assert len(leaves) == len(held)
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_allclose(after[name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", [artifact.FUNCTION, artifact.WEIGHTS, artifact.CHECK])
+def test_one_flipped_bit_in_any_file_is_refused(sampler, name):
+    path: Path = sampler / name
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[len(changed) // 2] ^= 16
+    path.write_bytes(changed)
+    try:
+        with pytest.raises(UserError, match=f"{name}: not as it was written: damaged, or changed"):
+            artifact.load(sampler)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_what_is_no_artifact_or_not_for_this_machine_is_said(sampler, tmp_path):
+    with pytest.raises(UserError, match="no artifact .*`dito export RUN -o DIR` makes one"):
+        artifact.load(tmp_path)
+    manifest = sampler / artifact.MANIFEST
+    told = json.loads(manifest.read_text())
+    try:
+        manifest.write_text(json.dumps(told | {"platforms": ["cuda"]}))
+        with pytest.raises(UserError, match="exported for cuda, and this machine has cpu"):
+            artifact.verify(sampler)
+    finally:
+        manifest.write_text(json.dumps(told))
