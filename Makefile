@@ -37,6 +37,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 
 gpu:
+	-$(PYTHON) -m kernels_pallas.build cuda
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu tests/kernels_pallas
 	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.bench
 

@@ -335,3 +335,23 @@ def test_nvcc_compiles_for_every_architecture_without_spills_and_jax_for_a_gpu_t
         )
         text = run.lower(jax.ShapeDtypeStruct((64, 256), jnp.float32)).compile().as_text()
     assert 'custom_call_target="secure_normal"' in text and 'custom_call_target="state_digest"' in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, case", [(op.name, case) for op in (SECURE_NORMAL, STATE_DIGEST) for case in op.cases])
+def test_a_gpu_has_the_same_bits(name, case):
+    """Those of the model where it is quick; of large arrays XLA's, of numbers to the last place."""
+    if jax.devices()[0].platform != "gpu":
+        pytest.skip(f"needs an NVIDIA GPU, got {jax.devices()[0].device_kind}")
+    if libraries.compiler("cuda") is None and not libraries.library("cuda").exists():
+        pytest.skip("no nvcc here")
+    libraries.build("cuda")
+    op = {"secure_normal": SECURE_NORMAL, "state_digest": STATE_DIGEST}[name]
+    one, arrays = op.cases[case], op.cases[case].random(jax.random.key(3))
+    run = jax.jit(functools.partial(op, implementation="ffi", **one.static))
+    found = run(*arrays)
+    np.testing.assert_array_equal(found, run(*arrays))
+    by_xla = jax.jit(functools.partial(op, implementation="xla", **one.static))(*arrays)
+    np.testing.assert_allclose(found, by_xla, rtol=0, atol=2e-6 if name == "secure_normal" else 0)
+    if name == "secure_normal" and one.tiny:
+        np.testing.assert_array_equal(found, expected(*arrays, **one.static))
