@@ -23,7 +23,7 @@ def finished(path, utility, **privacy):
         CONFIG, start_from=str(start.path), privacy=dataclasses.replace(CONFIG.privacy, **privacy)
     )
     run.write_text("config.json", configs.to_json(config))
-    run.write_json("eval.json", {"utility": utility})
+    run.write_json("eval.json", {"utility": utility, "class_agreement": 0.5, "frechet_distance": 4.0})
     return str(path)
 
 
@@ -35,13 +35,15 @@ def test_every_way_to_spend_a_budget_has_a_row(tmp_path):
     runs = [finished(tmp_path / "a", 0.7), finished(tmp_path / "b", 0.8)]
     runs += [finished(tmp_path / "c", 0.3, draws=1, epsilon=1.0)]
     rows = [line.strip("| ").split(" | ") for line in compared(*runs).splitlines() if line.startswith("| ")][1:]
-    assert rows[0] == ["samples of DP-SGD, 1 draws", "1", "0.300", "1 run"]
-    assert rows[1] == ["samples of DP-SGD, 16 draws", "10", "0.750 (0.700 to 0.800)", "2 runs"]
+    assert rows[0] == ["samples of DP-SGD, 1 draws", "1", "0.300", "0.500", "4.000", "1 run"]
+    assert rows[1][:3] == ["samples of DP-SGD, 16 draws", "10", "0.750 (0.700 to 0.800)"] and rows[1][-1] == "2 runs"
     gaussians = {row[1]: float(row[2].split()[0]) for row in rows if "Gaussians" in row[0]}
     assert list(gaussians) == ["1", "10"] and 0.7 < gaussians["1"] < gaussians["10"]
     worth = {row[0]: float(row[2]) for row in rows[-2:]}
     assert 0.4 < worth["the public images that the runs begin with"] < 0.9
     assert worth["the training images, without privacy"] == pytest.approx(0.966, abs=5e-4)
+    frechet = {row[0]: float(row[4].split()[0]) for row in rows}
+    assert frechet["the training images, without privacy"] < frechet["samples of noised Gaussians, one a class"]
     assert gaussians["10"] < worth["the training images, without privacy"]
 
 
