@@ -39,6 +39,12 @@ def compare(options: argparse.Namespace) -> str:
         if not run.evaluation.exists():
             raise UserError(f"{run.path}: no {run.evaluation.name} yet; `dito eval {run.path}` makes it.")
         figures: dict[str, Any] = json.loads(run.evaluation.read_text())
+        if missing := [name for name in FIGURES if name not in figures]:
+            raise UserError(f"{run.evaluation}: no {missing[0]}; it is older: `dito eval {run.path}` makes it again.")
+        if (config.start_from, config.train.trainable) != (first.start_from, first.train.trainable):
+            raise UserError(
+                f"{run.path}: begins otherwise than {options.subject}, or trains other parameters: leave it out."
+            )
         found[config.privacy.draws, config.privacy.epsilon].append(tuple(figures[name] for name in FIGURES))
     lines = [HEAD]
     for (draws, epsilon), of_runs in sorted(found.items()):

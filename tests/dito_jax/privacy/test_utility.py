@@ -52,6 +52,13 @@ def test_what_cannot_stand_beside_the_others_is_refused(tmp_path):
     for changes in (dict(epsilon=None), dict(delta=1e-5)):
         with pytest.raises(UserError, match="wanted private runs on one data set, with one delta"):
             compared(first, finished(tmp_path / "other", 0.5, **changes))
+    other = finished(tmp_path / "other", 0.5)
+    RunDirectory(other).write_text("config.json", configs.to_json(dataclasses.replace(CONFIG, start_from=None)))
+    with pytest.raises(UserError, match="begins otherwise than"):
+        compared(first, other)
+    RunDirectory(first).write_json("eval.json", {"utility": 0.7})
+    with pytest.raises(UserError, match="no class_agreement; it is older: `dito eval"):
+        compared(first)
     RunDirectory(first).evaluation.unlink()
     with pytest.raises(UserError, match="no eval.json yet; `dito eval"):
         compared(first)
