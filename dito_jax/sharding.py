@@ -115,10 +115,9 @@ def on_mesh(function: Callable, in_dims: tuple[Dims, ...], out_dims: Dims) -> Ca
     )
 
 
-def piece_start(dims: str, piece: tuple[int, ...]) -> Int[Array, " dims"]:
-    """Inside `on_mesh`: where this device's piece of an array begins in the whole, in each dim."""
-    mesh = jax.sharding.get_abstract_mesh()
-    entries = spec(dims, mesh) if _shards(mesh) else [None] * len(piece)
+def piece_start(cut: jax.P, piece: tuple[int, ...]) -> Int[Array, " dims"]:
+    """Inside shard_map: where this device's piece of an array that is cut so begins in the whole, in each dim."""
+    entries = (*cut, *[None] * (len(piece) - len(cut)))
     index = [0 if axes is None else jax.lax.axis_index(axes) for axes in entries]
     return jnp.stack([jnp.int32(at * size) for at, size in zip(index, piece, strict=True)])
 

@@ -26,7 +26,7 @@ def why_not() -> str | None:
         return f"is written for CPUs and NVIDIA GPUs, got {platform}"
     name, jaxs = PLATFORMS[platform]
     if name not in _registered:
-        path = libraries.library(name)
+        path = libraries.built(name)
         if not path.exists():
             return f"is not built here: python -m kernels_pallas.build {name}"
         library = ctypes.CDLL(str(path))

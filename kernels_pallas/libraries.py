@@ -26,7 +26,7 @@ def compiler(platform: str) -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def library(platform: str) -> Path:
+def built(platform: str) -> Path:
     """Where the library of today's sources lies, once it is built."""
     digest = hashlib.sha256(f"{version('jaxlib')} {_options(platform)}".encode())
     for path in _sources():
@@ -41,7 +41,7 @@ def build(platform: str) -> Path:
     Raises:
       RuntimeError: there is no compiler, or what it said first.
     """
-    path = library(platform)
+    path = built(platform)
     if path.exists():
         return path
     program = compiler(platform)

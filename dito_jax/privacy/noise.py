@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, UInt32
 
-from dito_jax.sharding import on_mesh, piece_start, whole_dims
+from dito_jax.sharding import on_mesh, piece_start, spec, whole_dims
 from kernels_pallas import secure_normal
 
 
@@ -33,6 +33,6 @@ def _noised(leaf: nnx.Variable, number: int, key: Array, stddev: float) -> Array
     draw = functools.partial(secure_normal, stddev=stddev, whole=x.shape)
 
     def piece(x, key):
-        return draw(x, key, nonce, start=piece_start(dims, x.shape))
+        return draw(x, key, nonce, start=piece_start(spec(dims, jax.sharding.get_abstract_mesh()), x.shape))
 
     return on_mesh(piece, (dims, "."), dims)(x, key)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dito_jax.errors import UserError
+from dito_jax.sharding import piece_start
 from kernels_pallas import state_digest
 
 
@@ -174,7 +174,7 @@ def _digester(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Callab
     """Compiled for arrays that lie so: each device takes the digest of its piece, and digests of pieces add up."""
     if not isinstance(sharding, jax.NamedSharding):
         return jax.jit(state_digest)
-    cut = axes_of(shape, sharding)
+    cut = axes_of(sharding)
     of_piece = lambda x: jax.lax.psum(piece_digest(x, shape, sharding), cut)
     whole = jax.P()
     return jax.jit(
@@ -186,16 +186,11 @@ def piece_digest(x: jax.Array, shape: tuple[int, ...], sharding: jax.NamedShardi
     """Inside shard_map: the digest of a device's piece of an array of this shape, by its place in the whole."""
     if not shape:
         return state_digest(x)
-    index = [0 if axes is None else jax.lax.axis_index(axes) for axes in _by_dim(shape, sharding)]
-    start = jnp.stack([jnp.int32(at * size) for at, size in zip(index, x.shape, strict=True)])
+    start = piece_start(sharding.spec, x.shape)
     return state_digest(x, start=start, whole=shape)
 
 
-def axes_of(shape: tuple[int, ...], sharding: jax.NamedSharding) -> tuple[str, ...]:
+def axes_of(sharding: jax.NamedSharding) -> tuple[str, ...]:
     """The mesh axes by which an array is cut."""
-    entries = (axes for axes in _by_dim(shape, sharding) if axes is not None)
+    entries = (axes for axes in sharding.spec if axes is not None)
     return tuple(axis for axes in entries for axis in ((axes,) if isinstance(axes, str) else axes))
-
-
-def _by_dim(shape: tuple[int, ...], sharding: jax.NamedSharding) -> tuple[Any, ...]:
-    return (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))

@@ -44,7 +44,7 @@ def _compare(leaf: jax.Array) -> jax.Array | bool:
 @functools.cache
 def _comparer(shape: tuple[int, ...], sharding: jax.NamedSharding) -> Callable[[jax.Array], jax.Array]:
     """Compiled for arrays that lie so; the axes that cut nothing are those that copies lie along."""
-    cut = axes_of(shape, sharding)
+    cut = axes_of(sharding)
     copies = tuple(axis for axis in sharding.mesh.axis_names if axis not in cut)
 
     def of_piece(x: jax.Array) -> jax.Array:

@@ -426,3 +426,10 @@ def test_a_gpu_is_timed_by_cupti():
     if jax.default_backend() != "gpu":
         pytest.skip("no NVIDIA GPU")
     assert timing.clock() == "CUPTI"
+
+
+def test_results_that_are_bits_are_right_or_wrong_to_the_bit():
+    arrays, want = (jnp.ones(3), jnp.zeros(1, jnp.int32)), [jnp.array([7, 2**31], jnp.uint32)]
+    assert bench.judge([want[0] + 0], want, arrays) == "ok"
+    assert bench.judge([want[0] ^ 1], want, arrays) == "wrong: other bits"
+    assert bench._dtype((jnp.zeros(1, jnp.int8),)) == "float32" and bench._dtype(arrays) == "float32"

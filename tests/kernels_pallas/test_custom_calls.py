@@ -343,7 +343,7 @@ def test_a_gpu_has_the_same_bits(name, case):
     """Those of the model where it is quick; of large arrays XLA's, of numbers to the last place."""
     if jax.devices()[0].platform != "gpu":
         pytest.skip(f"needs an NVIDIA GPU, got {jax.devices()[0].device_kind}")
-    if libraries.compiler("cuda") is None and not libraries.library("cuda").exists():
+    if libraries.compiler("cuda") is None and not libraries.built("cuda").exists():
         pytest.skip("no nvcc here")
     libraries.build("cuda")
     op = {"secure_normal": SECURE_NORMAL, "state_digest": STATE_DIGEST}[name]
