@@ -25,7 +25,7 @@ def differing(leaves: Leaves) -> list[str]:
 
 
 def odd_devices(leaf: jax.Array) -> list[str]:
-    """Devices of this process whose copy is not the one that most of them have."""
+    """Devices of this process whose copy is not the one that most of them have; of two that differ, the second."""
     odd, copies = [], collections.defaultdict(list)
     for shard in leaf.addressable_shards:
         copies[str(shard.index)].append((np.asarray(shard.data).tobytes(), str(shard.device)))
