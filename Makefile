@@ -38,6 +38,7 @@ format: .venv/installed-dev
 
 gpu:
 	-$(PYTHON) -m kernels_pallas.build cuda
+	-$(PYTHON) -m kernels_pallas.build cutlass  # to compare with; minutes, and needs CUTLASS's headers
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu tests/kernels_pallas
 	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.bench
 

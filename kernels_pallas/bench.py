@@ -177,9 +177,10 @@ def _contestants(op: Op, case: Case, pass_: str, copies: Sequence[timing.Arrays]
     None instead of whether: it is a yardstick, whose answer is another.
     """
     runnable = op.runnable(*case.arrays, **case.static)
-    external = [name for name in op.kernels if name in runnable and op.kernels[name].external]
-    ours = [name for name in op.kernels if name in runnable and name not in external]
-    for name in ("xla", *external):
+    kernels = {name: kernel for name, kernel in op.kernels.items() if name in runnable}
+    trusted = [name for name, kernel in kernels.items() if kernel.external and not kernel.needs_gpu_proof]
+    ours = [name for name in kernels if name not in trusted]
+    for name in ("xla", *trusted):
         yield name, True, functools.partial(call, op, name, case.static, pass_, copies)
     for name, peer in PEERS.get(op.name, {}).items():
         reason = peer.unsupported(*case.arrays, **case.static)

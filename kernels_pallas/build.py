@@ -1,7 +1,8 @@
 """Compiles the custom calls of csrc/, for the CPU or for NVIDIA GPUs, into a cache (libraries.py).
 
-    python -m kernels_pallas.build            what this machine has compilers for
+    python -m kernels_pallas.build            what this machine has compilers and headers for
     python -m kernels_pallas.build cuda       needs nvcc, no GPU
+    python -m kernels_pallas.build cutlass    needs nvcc and the package nvidia-cutlass; takes minutes
 
 Nothing here is needed to import the package: where a library is missing, `unsupported` says how to make it.
 """
@@ -9,23 +10,23 @@ Nothing here is needed to import the package: where a library is missing, `unsup
 import argparse
 import sys
 
-from .libraries import PLATFORMS, build, compiler
+from .libraries import LIBRARIES, build, missing
 
 
 def main() -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser("python -m kernels_pallas.build", description="Compiles csrc/'s custom calls.")
-    parser.add_argument("platform", nargs="*", help=f"of {', '.join(PLATFORMS)}; default: those with a compiler here")
-    wanted = parser.parse_args().platform
-    if unknown := [name for name in wanted if name not in PLATFORMS]:
-        parser.error(f"no platform {unknown[0]!r}; choose from {', '.join(PLATFORMS)}.")
-    possible = [name for name in PLATFORMS if compiler(name)]
+    parser.add_argument("library", nargs="*", help=f"of {', '.join(LIBRARIES)}; default: those that can be built here")
+    wanted = parser.parse_args().library
+    if unknown := [name for name in wanted if name not in LIBRARIES]:
+        parser.error(f"no library {unknown[0]!r}; choose from {', '.join(LIBRARIES)}.")
+    possible = [name for name in LIBRARIES if not missing(name)]
     if not (wanted or possible):
         print("build: neither a C++ compiler nor nvcc is on PATH; install one.", file=sys.stderr)
         return 1
-    for platform in wanted or possible:
+    for library in wanted or possible:
         try:
-            print(build(platform))
+            print(build(library))
         except RuntimeError as error:
             print(f"build: {error}", file=sys.stderr)
             return 1

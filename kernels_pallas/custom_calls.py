@@ -11,27 +11,34 @@ from . import backend, libraries
 NAMES = {
     "cpu": ("secure_normal", "state_digest"),
     "cuda": ("secure_normal", "state_digest", "range_push", "range_pop"),
+    "cutlass": ("grouped_gemm",),
 }
 PLATFORMS = {"cpu": ("cpu", "cpu"), "gpu": ("cuda", "CUDA")}  # as a device says: as libraries.py and JAX's FFI do
 
 _registered: set[str] = set()
 
 
-def why_not() -> str | None:
-    """None where they run on the device that code traced now will run on; else the reason, with the cure."""
+def why_not(library: str | None = None) -> str | None:
+    """None where they run on the device that code traced now will run on; else the reason, with the cure.
+
+    `library` is "cutlass", which is for GPUs alone; None is the one of the device's platform.
+    """
     if backend.interpret():
         return "is a custom call, which cannot be interpreted"
     platform = backend.target().platform
     if platform not in PLATFORMS:
         return f"is written for CPUs and NVIDIA GPUs, got {platform}"
-    name, jaxs = PLATFORMS[platform]
+    of_platform, jaxs = PLATFORMS[platform]
+    name = library or of_platform
+    if name == "cutlass" and platform != "gpu":
+        return f"is written for NVIDIA GPUs, got {platform}"
     if name not in _registered:
         path = libraries.built(name)
         if not path.exists():
             return f"is not built here: python -m kernels_pallas.build {name}"
-        library = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
         for function in NAMES[name]:
-            jax.ffi.register_ffi_target(function, jax.ffi.pycapsule(getattr(library, function)), platform=jaxs)
+            jax.ffi.register_ffi_target(function, jax.ffi.pycapsule(getattr(loaded, function)), platform=jaxs)
         _registered.add(name)
     return None
 

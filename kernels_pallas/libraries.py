@@ -1,10 +1,13 @@
 """Where the custom calls of csrc/ lie once they are compiled, and how they are.
 
-A library is named by a digest of the sources, of the command and of jaxlib's version: whatever changes, an old one is
-not taken for it. The cache is $KERNELS_PALLAS_CACHE, or ~/.cache/kernels_pallas.
+There are three libraries: "cpu" and "cuda" of what csrc/ has for each, and "cutlass" of csrc/cutlass/, which needs
+NVIDIA's headers, is for Hopper alone, and takes minutes. A library is named by a digest of the sources, of the command
+and of the versions of jaxlib and of CUTLASS: whatever changes, an old one is not taken for it. The cache is
+$KERNELS_PALLAS_CACHE, or ~/.cache/kernels_pallas.
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,41 +19,65 @@ import jax
 
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = ("80", "90a", "100")  # Ampere, Hopper, Blackwell
-PLATFORMS = ("cpu", "cuda")
+LIBRARIES = ("cpu", "cuda", "cutlass")
+FOLDERS = {"cpu": SOURCES, "cuda": SOURCES, "cutlass": SOURCES / "cutlass"}
 COMMON = ("-std=c++17", "-O3", "-shared")
 
 
-def compiler(platform: str) -> str | None:
+def compiler(library: str) -> str | None:
     """Of $CXX, c++ and g++, or nvcc, the one that is here."""
-    names = (os.environ.get("CXX"), "c++", "g++") if platform == "cpu" else ("nvcc",)
+    names = (os.environ.get("CXX"), "c++", "g++") if library == "cpu" else ("nvcc",)
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def built(platform: str) -> Path:
+def cutlass_headers() -> Path | None:
+    """The folder of CUTLASS's headers: $CUTLASS_PATH/include, or that of the package nvidia-cutlass; None without."""
+    if told := os.environ.get("CUTLASS_PATH"):
+        folders = [Path(told, "include")]
+    else:
+        spec = importlib.util.find_spec("cutlass_library")  # not imported: it takes a second, and compiles nothing
+        folders = [Path(f, "source", "include") for f in (spec and spec.submodule_search_locations) or ()]
+    return next((folder for folder in folders if (folder / "cutlass" / "version.h").exists()), None)
+
+
+def missing(library: str) -> str | None:
+    """None where this machine can compile it, else what to install."""
+    if compiler(library) is None:
+        return f"no compiler for {library} on PATH; install {'g++' if library == 'cpu' else 'nvcc'}."
+    if library == "cutlass" and cutlass_headers() is None:
+        return "no CUTLASS headers; pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH to a checkout."
+    return None
+
+
+def built(library: str) -> Path:
     """Where the library of today's sources lies, once it is built."""
-    digest = hashlib.sha256(f"{version('jaxlib')} {_options(platform)}".encode())
-    for path in _sources():
+    digest = hashlib.sha256(f"{version('jaxlib')} {_options(library)}".encode())
+    for path in _sources(library):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    if library == "cutlass" and (headers := cutlass_headers()):
+        digest.update((headers / "cutlass" / "version.h").read_bytes())
     cache = os.environ.get("KERNELS_PALLAS_CACHE") or Path.home() / ".cache" / "kernels_pallas"
-    return Path(cache) / f"custom_calls_{platform}_{digest.hexdigest()[:16]}.so"
+    return Path(cache) / f"custom_calls_{library}_{digest.hexdigest()[:16]}.so"
 
 
-def build(platform: str) -> Path:
+def build(library: str) -> Path:
     """The library, compiled if it is not there.
 
     Raises:
-      RuntimeError: there is no compiler, or what it said first.
+      RuntimeError: there is no compiler or are no headers, or what the compiler said first.
     """
-    path = built(platform)
+    path = built(library)
     if path.exists():
         return path
-    program = compiler(platform)
-    if program is None:
-        raise RuntimeError(f"no compiler for {platform} on PATH; install {'g++' if platform == 'cpu' else 'nvcc'}.")
+    if reason := missing(library):
+        raise RuntimeError(reason)
+    program = str(compiler(library))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    files = [str(source) for source in _sources() if source.suffix == (".cc" if platform == "cpu" else ".cu")]
-    command = [program, *_options(platform), "-isystem", jax.ffi.include_dir(), *files, "-o", str(unfinished)]
+    files = [str(source) for source in _sources(library) if source.suffix == (".cc" if library == "cpu" else ".cu")]
+    headers = [jax.ffi.include_dir(), *([str(cutlass_headers())] if library == "cutlass" else [])]
+    includes = [word for folder in headers for word in ("-isystem", folder)]
+    command = [program, *_options(library), *includes, *files, "-o", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
@@ -59,12 +86,14 @@ def build(platform: str) -> Path:
     return path
 
 
-def _options(platform: str) -> tuple[str, ...]:
-    if platform == "cpu":
+def _options(library: str) -> tuple[str, ...]:
+    if library == "cpu":
         return (*COMMON, "-fPIC", "-ffp-contract=off")  # no product fused with a sum: the same to the bit everywhere
-    targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in ARCHITECTURES]
-    return (*COMMON, "-Xcompiler", "-fPIC", "--fmad=false", "-diag-suppress=20012", *targets)
+    target = lambda each: f"-gencode=arch=compute_{each},code=sm_{each}"
+    if library == "cutlass":  # without NDEBUG its kernels check themselves as they run
+        return (*COMMON, "-Xcompiler", "-fPIC", "-DNDEBUG", "--expt-relaxed-constexpr", target("90a"))
+    return (*COMMON, "-Xcompiler", "-fPIC", "--fmad=false", "-diag-suppress=20012", *map(target, ARCHITECTURES))
 
 
-def _sources() -> list[Path]:
-    return sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cc", ".cu"))
+def _sources(library: str) -> list[Path]:
+    return sorted(path for path in FOLDERS[library].iterdir() if path.suffix in (".h", ".cc", ".cu"))

@@ -37,11 +37,16 @@ def csv_path(device: str) -> Path:
 
 
 def digest(op) -> str:
-    """Twelve hex digits that change with any line of the op's family, or of what all kernels of a road share."""
-    family = Path(str(sys.modules[op.reference.__module__].__file__)).parent
-    text = hashlib.sha256()
-    shared = [path for road in ("triton", "mosaic") for path in sorted(Path(__file__).parent.glob(f"{road}_*.py"))]
-    for path in [*sorted(family.glob("*.py")), *shared]:
+    """Twelve hex digits that change with any line of the op's family, or of what all kernels of a road share.
+
+    All custom calls' sources are shared by the families that have one.
+    """
+    own = sorted(Path(str(sys.modules[op.reference.__module__].__file__)).parent.glob("*.py"))
+    package, text = Path(__file__).parent, hashlib.sha256()
+    shared = [path for road in ("triton", "mosaic") for path in sorted(package.glob(f"{road}_*.py"))]
+    if any("custom_calls" in path.read_text() for path in own):
+        shared += sorted(path for path in (package / "csrc").rglob("*") if path.is_file())
+    for path in [*own, *shared]:
         text.update(path.name.encode() + b"\0" + path.read_bytes())
     return text.hexdigest()[:12]
 

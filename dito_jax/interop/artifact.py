@@ -4,6 +4,7 @@
     DIR/function.bin          jax.export's serialized function of (weights, *inputs), one platform or several
     DIR/weights.safetensors   its weights, by name
     DIR/check.safetensors     inputs, and what came out where it was made
+    DIR/host/                 the same for a host without Python, which host.py tells of
 
 Whoever has JAX, NumPy and safetensors runs it; this file knows nothing of models, nor does what it imports:
 
@@ -24,6 +25,7 @@ from jax import export
 from safetensors.numpy import load_file, save_file
 
 from dito_jax.errors import USER_MISTAKE, UserError
+from dito_jax.interop import host
 
 
 FUNCTION, WEIGHTS, CHECK, MANIFEST = "function.bin", "weights.safetensors", "check.safetensors", "manifest.json"
@@ -31,9 +33,17 @@ Arrays = dict[str, np.ndarray]
 
 
 def write(
-    directory: Path, exported: export.Exported, weights: Arrays, inputs: Sequence[np.ndarray], about: dict[str, Any]
+    directory: Path,
+    exported: export.Exported,
+    weights: Arrays,
+    inputs: Sequence[np.ndarray],
+    static: Sequence[export.Exported],
+    about: dict[str, Any],
 ) -> None:
-    """The four files, the manifest last: without it there is no artifact."""
+    """All of its files, the manifest last: without it there is no artifact.
+
+    `static` is the function again, for each platform alone, with the shapes of `inputs`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
     (directory / FUNCTION).write_bytes(exported.serialize())
@@ -43,6 +53,7 @@ def write(
         f"output{i}": np.asarray(x) for i, x in enumerate(outputs)
     }
     save_file(_plain(named), directory / CHECK)
+    of_host = host.write(directory, static, directory / WEIGHTS, directory / CHECK)
     manifest = about | {
         "platforms": list(exported.platforms),
         "inputs": [str(aval) for aval in exported.in_avals[len(weights) :]],
@@ -50,7 +61,7 @@ def write(
         "weights": {name: f"{array.dtype}{list(array.shape)}" for name, array in weights.items()},
         "checked_on": jax.default_backend(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "safetensors")},
-        "files": {name: _sha256(directory / name) for name in (FUNCTION, WEIGHTS, CHECK)},
+        "files": {name: _sha256(directory / name) for name in (FUNCTION, WEIGHTS, CHECK, *of_host)},
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -19,12 +19,13 @@ from dito_jax.training.state import TrainState
 
 
 What = Literal["denoiser", "sampler", "train_step"]
+# What artifact.write takes: a function of (weights, *inputs), them, and the same with these inputs' shapes alone, a
+# function for each platform.
+Made = tuple[export.Exported, Arrays, list[np.ndarray], list[export.Exported]]
 BATCH = 2  # of the inputs that an artifact is checked with, where its batch may be any
 
 
-def exported_denoiser(
-    graph: nnx.GraphDef, params: nnx.State, model: DiTConfig, platforms: Sequence[str]
-) -> tuple[export.Exported, Arrays, list[np.ndarray]]:
+def exported_denoiser(graph: nnx.GraphDef, params: nnx.State, model: DiTConfig, platforms: Sequence[str]) -> Made:
     """(weights, z (b, h, w, c), t (b,), label (b,)) -> what the network says (b, h, w, channels), for any b."""
     unflatten, weights = _by_name(params)
     run = lambda weights, z, t, label: nnx.merge(graph, unflatten(weights))(z, t, label)
@@ -34,7 +35,7 @@ def exported_denoiser(
         np.linspace(0.2, 0.8, BATCH, dtype=np.float32),
         np.arange(BATCH, dtype=np.int32) % model.num_classes,
     ]
-    return _exported(run, weights, inputs, platforms, symbolic=[True] * 3), weights, inputs
+    return _exported(run, weights, inputs, platforms, symbolic=[True] * 3)
 
 
 def exported_sampler(
@@ -44,19 +45,17 @@ def exported_sampler(
     sample: SampleConfig,
     prediction: Quantity,
     platforms: Sequence[str],
-) -> tuple[export.Exported, Arrays, list[np.ndarray]]:
+) -> Made:
     """(weights, label (b,), key uint32[2], index (b,)) -> images (b, h, w, c), for any b; the key is of threefry."""
     unflatten, weights = _by_name(params)
     draw = make_draw(graph, model, sample, prediction)
     run = lambda weights, label, key, index: draw(unflatten(weights), label, jax.random.wrap_key_data(key), index)
     labels = np.arange(BATCH, dtype=np.int32)
     inputs = [labels % model.num_classes, np.array([0, 0], np.uint32), labels]
-    return _exported(run, weights, inputs, platforms, symbolic=[True, False, True]), weights, inputs
+    return _exported(run, weights, inputs, platforms, symbolic=[True, False, True])
 
 
-def exported_train_step(
-    program: Program, state: TrainState, platforms: Sequence[str]
-) -> tuple[export.Exported, Arrays, list[np.ndarray]]:
+def exported_train_step(program: Program, state: TrainState, platforms: Sequence[str]) -> Made:
     """(state by name, *batch in the order of its names) -> (state by name, metrics); the batch is the run's."""
     unflatten, weights = _by_name(state)
     names = sorted(program.batch)
@@ -68,17 +67,20 @@ def exported_train_step(
     rng = np.random.default_rng(0)
     draw = lambda leaf: rng.random(leaf.shape).astype(leaf.dtype)
     inputs = [draw(program.batch[name]) for name in names]
-    return _exported(run, weights, inputs, platforms, symbolic=[False] * len(inputs)), weights, inputs
+    return _exported(run, weights, inputs, platforms, symbolic=[False] * len(inputs))
 
 
 def _exported(
     run: Callable[..., Any], weights: Arrays, inputs: list[np.ndarray], platforms: Sequence[str], symbolic: list[bool]
-) -> export.Exported:
+) -> Made:
     (batch,) = export.symbolic_shape("batch")
     shape = lambda x, free: (batch, *x.shape[1:]) if free else x.shape
     specs = [jax.ShapeDtypeStruct(shape(x, free), x.dtype) for x, free in zip(inputs, symbolic, strict=True)]
     of_weights = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
-    return export.export(jax.jit(run), platforms=tuple(platforms))(of_weights, *specs)
+    exported = export.export(jax.jit(run), platforms=tuple(platforms))(of_weights, *specs)
+    whole = jax.jit(run, keep_unused=True)  # so that on every platform it has the same arguments
+    static = [export.export(whole, platforms=(platform,))(of_weights, *inputs) for platform in platforms]
+    return exported, weights, inputs, static
 
 
 def _by_name(tree: Any) -> tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]:

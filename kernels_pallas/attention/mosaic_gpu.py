@@ -164,8 +164,8 @@ def to_blocks(x, block: int):
 
 def whole_rows(x):
     """(B, T, N, H) with T and H as TMA and wgmma want them; x itself where they are."""
-    _, length, _, H = x.shape
-    return jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, -H % 16)))
+    rows, columns = -x.shape[1] % 8, -x.shape[3] % 16
+    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) if rows or columns else x
 
 
 def like_of(x) -> jax.ShapeDtypeStruct:

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from ..op import Kernel, Op
-from . import cases, cost, mosaic_gpu, mosaic_gpu_mlp, reference, triton, triton_mlp, triton_rows
+from . import cases, cost, cutlass, mosaic_gpu, mosaic_gpu_mlp, reference, triton, triton_mlp, triton_rows
 from .blocks import CANDIDATES
 from .routing import Routing
 
@@ -34,6 +34,7 @@ GROUPED_MATMUL = Op(
             needs_gpu_proof=True,
         ),
         "triton": Kernel(triton.forward, triton.backward, triton.unsupported, candidates=CANDIDATES),
+        "cutlass": Kernel(cutlass.forward, cutlass.backward, cutlass.unsupported, external=True, needs_gpu_proof=True),
     },
     cost={"forward": cost.matmul_forward, "backward": cost.matmul_backward},
     cases=cases.GROUPED_MATMUL,

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import types
 from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import bench, measured, timing, tuning
+from kernels_pallas import GROUPED_MATMUL, MODULATED_NORM, STATE_DIGEST, bench, measured, timing, tuning
 from kernels_pallas.hardware import H200
 from kernels_pallas.op import Case, Cost, Kernel, Op
 from kernels_pallas.peers import Peer
@@ -221,6 +222,23 @@ def test_a_time_on_any_card_of_hopper_counts(device, counts, tmp_path, monkeypat
     bench.merge(measured.csv_path(device), [row])
     never = [f"never measured on Hopper: toy {name}" for name in ("good", "nan")]
     assert bench.stale([op], everything=True) == never[counts:]
+
+
+def test_what_no_gpu_has_proven_stands_in_for_nobody():
+    theirs = dataclasses.replace(kernel(), external=True)
+    kernels = {"theirs": theirs, "unproven": dataclasses.replace(theirs, needs_gpu_proof=True), "good": kernel()}
+    contestants = bench._contestants(Op("toy", take, kernels, TOY.cost, CASES), CASES["one"], "forward", [])
+    assert {name: trusted for name, trusted, _ in contestants} == {
+        "xla": True, "theirs": True, "unproven": False, "good": False,
+    }  # fmt: skip
+
+
+def test_a_line_of_a_custom_call_makes_its_families_stale(monkeypatch):
+    ops = (STATE_DIGEST, GROUPED_MATMUL, MODULATED_NORM)
+    before = [measured.digest(op) for op in ops]
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"//" if path.suffix == ".cu" else b""))
+    assert [measured.digest(op) != digest for op, digest in zip(ops, before, strict=True)] == [True, True, False]
 
 
 def test_stale_lists_blocks_that_were_tuned_on_old_source(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """Custom calls: their bits against published vectors and a model in numpy, their pieces, and what they refuse."""
 
+import dataclasses
 import functools
+import importlib.util
 import math
 import shutil
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import kernels_pallas.build as build_command
 from kernels_pallas import (
+    GROUPED_MATMUL,
     SECURE_NORMAL,
     STATE_DIGEST,
     backend,
@@ -355,3 +360,179 @@ def test_a_gpu_has_the_same_bits(name, case):
     np.testing.assert_allclose(found, by_xla, rtol=0, atol=2e-6 if name == "secure_normal" else 0)
     if name == "secure_normal" and one.tiny:
         np.testing.assert_array_equal(found, expected(*arrays, **one.static))
+
+
+CUTLASS = GROUPED_MATMUL.kernels["cutlass"]
+H200 = backend.Target("gpu", "NVIDIA H200", 9.0)
+
+
+@pytest.fixture(scope="module")
+def cutlass():
+    """CUTLASS's library."""
+    if reason := libraries.missing("cutlass"):
+        pytest.skip(reason)
+    return libraries.build("cutlass")
+
+
+def of(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+FIT = of(64, 32), of(4, 32, 48), of(4, dtype=jnp.int32)
+
+
+def test_cutlass_says_why_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELS_PALLAS_CACHE", str(tmp_path))
+    monkeypatch.setattr(custom_calls, "_registered", set())
+    assert CUTLASS.unsupported(*FIT) == "needs a Hopper GPU (compute capability 9.0), got cpu"
+    assert custom_calls.why_not("cutlass") == "is written for NVIDIA GPUs, got cpu"
+    for other in (backend.Target("gpu", "NVIDIA A100", 8.0), backend.Target("gpu", "NVIDIA B200", 10.0)):
+        monkeypatch.setattr(backend, "target", lambda other=other: other)
+        assert CUTLASS.unsupported(*FIT) == f"needs a Hopper GPU (compute capability 9.0), got {other.kind}"
+    monkeypatch.setattr(backend, "target", lambda: H200)
+    x, w, sizes = FIT
+    for unfit, reason in [
+        ((of(64, 32, dtype=jnp.float32), w, sizes), "needs a dtype among bfloat16, float16, got float32"),
+        ((of(64, 36), of(4, 36, 48), sizes), "needs matrices whose sides are multiples of 8, got 36 x 48"),
+        ((x, of(4, 32, 4), sizes), "needs matrices whose sides are multiples of 8, got 32 x 4"),
+        ((x, w, of(4, dtype=jnp.uint32)), "needs int32 group_sizes, got uint32"),
+        (FIT, "is not built here: python -m kernels_pallas.build cutlass"),
+    ]:
+        assert CUTLASS.unsupported(*unfit) == reason
+    with backend.interpret_mode():
+        assert CUTLASS.unsupported(*FIT) == "is a custom call, which cannot be interpreted"
+    monkeypatch.setattr(custom_calls, "_registered", {"cutlass"})
+    assert CUTLASS.unsupported(*FIT) is None
+    alone = dataclasses.replace(GROUPED_MATMUL, kernels={"cutlass": CUTLASS})
+    assert alone.choose(*FIT) == "xla"  # until a GPU has proven it
+
+
+def test_what_is_built_is_what_can_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KERNELS_PALLAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CUTLASS_PATH", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/compilers/{name}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    without = libraries.built("cutlass")
+    monkeypatch.setattr(sys, "argv", ["build", "cutlass"])
+    assert build_command.main() == 1
+    assert "no CUTLASS headers; pip install --no-deps nvidia-cutlass" in capsys.readouterr().err
+    asked = []
+    monkeypatch.setattr(build_command, "build", asked.append)
+    monkeypatch.setattr(sys, "argv", ["build"])
+    assert build_command.main() == 0 and asked == ["cpu", "cuda"]
+    versions = []
+    for version in ("4.1", "4.2"):
+        headers = tmp_path / version / "include" / "cutlass"
+        headers.mkdir(parents=True)
+        (headers / "version.h").write_text(version)
+        monkeypatch.setenv("CUTLASS_PATH", str(tmp_path / version))
+        assert libraries.cutlass_headers() == headers.parent and libraries.missing("cutlass") is None
+        versions.append(libraries.built("cutlass"))
+    assert len({without, *versions}) == 3
+    asked.clear()
+    assert build_command.main() == 0 and asked == ["cpu", "cuda", "cutlass"]
+
+
+def test_cutlass_is_a_custom_call_of_its_name(monkeypatch):
+    monkeypatch.setattr(backend, "target", lambda: H200)
+    monkeypatch.setattr(custom_calls, "_registered", {"cutlass"})
+    run = functools.partial(GROUPED_MATMUL, implementation="cutlass")
+    text = jax.jit(run).trace(*FIT).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @grouped_gemm(") == 1 and "-> tensor<64x48xbf16>" in text
+    batch = [of(3, *a.shape, dtype=a.dtype) for a in FIT]
+    text = jax.jit(jax.vmap(run)).trace(*batch).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@grouped_gemm(") == 1 and "stablehlo.while" in text  # one call after another
+
+
+def test_cutlass_compiles_for_hopper_to_wgmma_without_spills(cutlass):
+    tool = deviceless.compiler("cuobjdump")
+    if not tool.exists():
+        pytest.skip("no cuobjdump here: pip install -e '.[deviceless]'")
+    shown = lambda what: subprocess.run([tool, what, cutlass], capture_output=True, text=True, check=True).stdout
+    used = [line for line in shown("-res-usage").splitlines() if "REG:" in line]
+    assert len(used) == 4 and all("STACK:0" in line for line in used), used  # a product and its preparation, two dtypes
+    functions = shown("-sass").split("Function : ")[1:]
+    products = [text for text in functions if "GemmUniversal" in text.splitlines()[0]]
+    assert len(functions) == 4 and len(products) == 2
+    assert all("HGMMA.64x256x16.F32" in text and "UTMALDG" in text for text in products)
+    assert sum("HGMMA.64x256x16.F32.BF16" in text for text in products) == 1
+
+
+def test_cutlass_is_in_programs_for_a_gpu_that_is_not_there_and_gathers_nothing(cutlass):
+    if reason := deviceless.why_not():
+        pytest.skip(reason)
+    run = functools.partial(GROUPED_MATMUL, implementation="cutlass")
+    loss = lambda x, w, sizes: jnp.sum(run(x, w, sizes).astype(jnp.float32) ** 2)
+    with jax.set_mesh(deviceless.mesh("h200")):
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*FIT)
+        assert lowered.compile().as_text().count('custom_call_target="grouped_gemm"') == 1
+    assert all(f"grouped_matmul_backward_{name}" in lowered.as_text() for name in ("dx", "dw"))
+    mesh = jax.sharding.Mesh(deviceless.devices("h200", 4), ("tensor",))
+    specs = jax.P(), jax.P(None, None, "tensor"), jax.P()
+    pieces = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=jax.P(None, "tensor"), check_vma=False)
+    shapes = of(64, 32), of(4, 32, 64), of(4, dtype=jnp.int32)
+    arrays = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
+        for a, spec in zip(shapes, specs, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        text = jax.jit(pieces).lower(*arrays).compile().as_text()
+    assert "bf16[64,16]" in text and 'custom_call_target="grouped_gemm"' in text and "all-gather" not in text
+
+
+MANY = np.random.default_rng(0).multinomial(700, np.full(300, 1 / 300))  # more experts than threads that prepare them
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "rows, depth, columns, sizes",
+    [
+        (300, 64, 72, [0, 130, 0, 0, 170, 0]),
+        (300, 152, 40, [100, 57]),
+        (1, 8, 8, [0, 1, 0]),
+        (20, 16, 32, [0, 0, 0]),
+        (100, 64, 264, [70, 70, 5]),
+        (800, 72, 520, MANY),
+        (4096, 1152, 1536, [1, 2047, 0, 127, 129, 1000]),
+    ],
+    ids=["empty", "tail", "one", "none", "too many", "many", "large"],
+)
+def test_cutlass_agrees_on_the_gpu(rows, depth, columns, sizes, dtype):
+    """The rule of test_ops.py, whose cases are run there too; what lies past the last row is NaN and gives zeros."""
+    if libraries.missing("cutlass") is None:
+        libraries.build("cutlass")
+    key_x, key_w = jax.random.split(jax.random.key(rows))
+    x = jax.random.normal(key_x, (rows, depth)).at[sum(sizes) :].set(jnp.nan).astype(dtype)
+    w = (jax.random.normal(key_w, (len(sizes), depth, columns)) * depth**-0.5).astype(dtype)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    if reason := CUTLASS.unsupported(x, w, sizes):
+        pytest.skip(reason)
+    run = jax.jit(functools.partial(GROUPED_MATMUL, implementation="cutlass"))
+    found = run(x, w, sizes)
+    np.testing.assert_array_equal(found, run(x, w, sizes))
+    wanted = np.asarray(GROUPED_MATMUL.reference(x.astype(jnp.float32), w.astype(jnp.float32), sizes))
+    error = lambda y: np.max(np.abs(np.asarray(y, np.float32) - wanted))
+    floor = 2 * float(jnp.finfo(dtype).eps) * np.max(np.abs(wanted))
+    assert error(found) <= 2 * error(GROUPED_MATMUL.reference(x, w, sizes)) + floor
+    assert np.all(np.asarray(found, np.float32)[int(sizes.sum()) :] == 0)
+
+
+@pytest.mark.gpu
+def test_cutlass_refuses_what_it_cannot_do_with_one_line():
+    if libraries.missing("cutlass") is None:
+        libraries.build("cutlass")
+    if reason := CUTLASS.unsupported(*FIT):
+        pytest.skip(reason)
+    x, w, sizes = (jnp.zeros(a.shape, a.dtype) for a in FIT)
+    for arrays, reason in [
+        ((x.astype(jnp.float32), w, sizes), "x must be bfloat16 or float16"),
+        ((x, w.astype(jnp.float16), sizes), "w and y must have the dtype of x"),
+        ((x, w, sizes.astype(jnp.uint32)), "group_sizes must be int32"),
+        ((x, w[0], sizes), "wanted x"),
+        ((x, w, sizes[:3]), "do not fit together"),
+        ((x[:, :12], w[:, :12], sizes), "multiples of 8"),
+    ]:
+        out = jax.ShapeDtypeStruct((64, 48), arrays[0].dtype)
+        with pytest.raises(Exception, match=f"grouped_gemm: .*{reason}"):
+            jax.block_until_ready(jax.ffi.ffi_call("grouped_gemm", out)(*arrays))

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import discharge
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backend, deviceless, hardware
+from kernels_pallas import backend, deviceless, flash_attention, hardware
 from kernels_pallas.attention import mosaic_gpu, mosaic_gpu_backward
 from kernels_pallas.attention.mask import AttentionMask
 from kernels_pallas.attention.reference import flash_attention as reference
@@ -275,6 +276,19 @@ def test_lowers_for_cuda(width):
         text = run.trace(*jax.eval_shape(problem.inputs)).lower(lowering_platforms=("cuda",)).as_text()
     for name in ("flash_attention_forward", "flash_attention_backward_dq", "flash_attention_backward_dkv"):
         assert name in text
+
+
+@pytest.mark.parametrize(
+    "width, length, alone", [(64, 512, True), (128, 1024, True), (72, 512, False), (64, 500, False)]
+)
+def test_one_kernel_is_all_of_it(width, length, alone):
+    """What PyTorch can run by itself (plgpu.as_torch_kernel): docs/kernels.md says when."""
+    q = jax.ShapeDtypeStruct((2, length, 4, width), jnp.bfloat16)
+    run = jax.jit(lambda q, k, v: flash_attention(q, k, v, implementation="mosaic_gpu"))
+    with jax.sharding.use_abstract_mesh(abstract(hardware.H200)):
+        text = run.trace(q, q, q).lower(lowering_platforms=("cuda",)).as_text()
+    operations = re.findall(r"stablehlo[.](\w+)", text)
+    assert (operations == ["custom_call"]) == alone and "mosaic_gpu_v2" in text
 
 
 @pytest.mark.deviceless

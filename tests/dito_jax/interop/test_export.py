@@ -1,6 +1,5 @@
 """Artifacts: the same bits in a process that knows no model, and refused when a byte has changed."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -11,51 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
-from dito_jax.config import load
 from dito_jax.errors import UserError
 from dito_jax.evaluation.sample import make_sampler
 from dito_jax.interop import artifact
-from dito_jax.interop.export import exported_denoiser, exported_sampler, exported_train_step
-from dito_jax.sharding import MeshConfig, make_mesh
-from dito_jax.training.program import make_program
 
 
-CONFIG = load("configs/digits.py")
-CONFIG = dataclasses.replace(
-    CONFIG,
-    model=dataclasses.replace(CONFIG.model, depth=2, width=32),
-    sample=dataclasses.replace(CONFIG.sample, steps=3),
-    train=dataclasses.replace(CONFIG.train, batch_size=4),
-)
+@pytest.fixture
+def sampler(artifact_of) -> Path:
+    return artifact_of("sampler")
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """(program, state) on one device, with a last layer that says something."""
-    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
-    with jax.set_mesh(mesh):
-        program = make_program(CONFIG.model, CONFIG.loss, CONFIG.optimizer, CONFIG.train, mesh)
-        state = program.init()
-    shaken = jax.tree.map(lambda p: p + 0.05 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), state.params)
-    return program, dataclasses.replace(state, params=shaken)
+def recorded(directory: Path) -> list[np.ndarray]:
+    """The inputs that an artifact was checked with."""
+    held = load_file(directory / artifact.CHECK)
+    return [held[f"input{i}"] for i in range(sum(name.startswith("input") for name in held))]
 
 
-@pytest.fixture(scope="module")
-def sampler(trained, tmp_path_factory):
-    program, state = trained
-    made = exported_sampler(
-        program.graph, state.params, CONFIG.model, CONFIG.sample, CONFIG.loss.prediction, ("cpu", "cuda")
-    )
-    directory = tmp_path_factory.mktemp("artifact") / "sampler"
-    artifact.write(directory, *made, {"what": "sampler"})
-    return directory
-
-
-def test_the_sampler_draws_the_same_pictures_for_any_number_of_labels(trained, sampler):
+def test_the_sampler_draws_the_same_pictures_for_any_number_of_labels(config, trained, sampler):
     program, state = trained
     function, weights, manifest = artifact.load(sampler)
-    draw = make_sampler(program.graph, CONFIG.model, CONFIG.sample, CONFIG.loss.prediction)
+    draw = make_sampler(program.graph, config.model, config.sample, config.loss.prediction)
     for labels in ([3], [1, 2, 3, 4, 5]):
         index = np.arange(len(labels), dtype=np.int32)
         key = np.asarray(jax.random.key_data(jax.random.key(7)))
@@ -77,20 +53,18 @@ def test_a_process_without_our_code_runs_it_to_the_same_bits(sampler):
     assert said.endswith("intact, results the same to the bit.") and modules == "[]"
 
 
-def test_the_denoiser_is_the_network_and_the_step_is_the_step(trained, tmp_path):
+def test_the_denoiser_is_the_network_and_the_step_is_the_step(trained, artifact_of):
     program, state = trained
-    exported, weights, inputs = exported_denoiser(program.graph, state.params, CONFIG.model, ("cpu",))
-    artifact.write(tmp_path / "denoiser", exported, weights, inputs, {"what": "denoiser"})
-    function, held, _ = artifact.load(tmp_path / "denoiser")
+    function, held, _ = artifact.load(artifact_of("denoiser"))
+    inputs = recorded(artifact_of("denoiser"))
     z, t, label = (np.concatenate([x, x]) for x in inputs)  # another batch than it was checked with
     network = nnx.merge(program.graph, state.params)
     found = function.call(held, z, t, label)
     np.testing.assert_allclose(found, network(*map(jnp.asarray, (z, t, label))), rtol=0, atol=1e-5)
     assert np.abs(found).max() > 0.01
 
-    exported, weights, batch = exported_train_step(program, state, ("cpu",))
-    artifact.write(tmp_path / "train_step", exported, weights, batch, {"what": "train_step"})
-    function, held, _ = artifact.load(tmp_path / "train_step")
+    function, held, _ = artifact.load(artifact_of("train_step"))
+    batch = recorded(artifact_of("train_step"))
     after, metrics = function.call(held, *batch)
     named = dict(zip(sorted(program.batch), batch, strict=True))
     wanted, measured = program.step(jax.tree.map(jnp.copy, state), jax.tree.map(jnp.asarray, named))
@@ -103,7 +77,11 @@ def test_the_denoiser_is_the_network_and_the_step_is_the_step(trained, tmp_path)
         np.testing.assert_allclose(after[name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name", [artifact.FUNCTION, artifact.WEIGHTS, artifact.CHECK])
+FILES = [artifact.FUNCTION, artifact.WEIGHTS, artifact.CHECK]
+OF_HOST = [f"host/{name}" for name in ("arguments.txt", "cpu.mlirbc", "cuda.mlirbc", "options.pb")]
+
+
+@pytest.mark.parametrize("name", FILES + OF_HOST)
 def test_one_flipped_bit_in_any_file_is_refused(sampler, name):
     path: Path = sampler / name
     whole = path.read_bytes()
