@@ -24,7 +24,7 @@ train: .venv/installed
 	$(BIN)/python train.py configs/digits.py
 
 test: .venv/installed-dev
-	-$(BIN)/python -m kernels_pallas.build  # custom calls; without a compiler their tests are skipped
+	-$(BIN)/python -m kernels_pallas.build  # custom calls, with nvcc also CUDA's: minutes, once; without, their tests are skipped
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: .venv/installed-dev
@@ -40,6 +40,7 @@ gpu:
 	-$(PYTHON) -m kernels_pallas.build cuda
 	-$(PYTHON) -m kernels_pallas.build cutlass  # to compare with; minutes, and needs CUTLASS's headers
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu tests/kernels_pallas
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest tests/kernels_pallas/test_torch.py
 	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.bench
 
 tune:

@@ -59,7 +59,7 @@ def _plan(options: argparse.Namespace) -> str:
         raise UserError("privacy plan: no epsilon; give --epsilon 8, or privacy.epsilon in the config.")
     delta, units = options.delta or config.privacy.delta, len(config.data.open("train")) + config.canaries // 2
     batch, steps = config.train.batch_size, config.train.steps + config.privacy.spare_steps
-    of_them = f", half of {config.canaries} canaries among them, as coins may fall" if config.canaries else ""
+    of_them = f", with half of {config.canaries} canaries, each in by a coin" if config.canaries else ""
     lines = [
         f"{options.subject}: {units} images{of_them}, delta {delta:g}.",
         "The mean gradient has noise sigma/batch, in clip norms.",

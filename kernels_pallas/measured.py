@@ -15,6 +15,7 @@ from . import backend
 
 
 RESULTS = Path(__file__).parent / "results"
+SOURCES_OF_CALLS = {"ffi.py": "csrc", "cutlass.py": "csrc/cutlass"}
 COLUMNS: tuple[str, ...] = (
     "op", "case", "pass", "implementation", "status", "median_us", "p20_us", "p80_us", "tflops", "gbps",
     "of_roofline", "copy_gbps", "device", "jax", "jaxlib", "commit", "date", "digest",
@@ -39,14 +40,15 @@ def csv_path(device: str) -> Path:
 def digest(op) -> str:
     """Twelve hex digits that change with any line of the op's family, or of what all kernels of a road share.
 
-    All custom calls' sources are shared by the families that have one.
+    Sources of custom calls are shared by the families that have one of their library.
     """
-    own = sorted(Path(str(sys.modules[op.reference.__module__].__file__)).parent.glob("*.py"))
+    family = Path(str(sys.modules[op.reference.__module__].__file__)).parent
     package, text = Path(__file__).parent, hashlib.sha256()
     shared = [path for road in ("triton", "mosaic") for path in sorted(package.glob(f"{road}_*.py"))]
-    if any("custom_calls" in path.read_text() for path in own):
-        shared += sorted(path for path in (package / "csrc").rglob("*") if path.is_file())
-    for path in [*own, *shared]:
+    for road, folder in SOURCES_OF_CALLS.items():
+        if (family / road).exists():
+            shared += sorted(path for path in (package / folder).iterdir() if path.is_file())
+    for path in [*sorted(family.glob("*.py")), *shared]:
         text.update(path.name.encode() + b"\0" + path.read_bytes())
     return text.hexdigest()[:12]
 

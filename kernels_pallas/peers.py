@@ -98,7 +98,7 @@ def torch_unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse, backe
         return "needs PyTorch with CUDA, which is not installed"
     if backend.target().platform != "gpu":
         return f"PyTorch is timed on an NVIDIA GPU, got {backend.target().kind}"
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     return None if torch.cuda.is_available() else f"PyTorch {torch.__version__} sees no CUDA device"
 
@@ -107,7 +107,7 @@ def torch_call(
     pass_: str, copies: Sequence[timing.Arrays], *, scale, softcap, return_lse, backend_name: str
 ) -> timing.Call:
     """PyTorch's scaled_dot_product_attention by one backend; the arrays are shared with JAX, not copied."""
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     del softcap, return_lse
     mask = copies[0][3]
@@ -127,7 +127,7 @@ def torch_call(
 
 def torch_attention(q, k, v, *, dense, blind, causal, scale, backend):
     """(B, T, N, H) tensors to one; views only around the kernel."""
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
     from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
 
     with sdpa_kernel(SDPBackend.__members__[backend]):
@@ -144,7 +144,7 @@ def torch_attention(q, k, v, *, dense, blind, causal, scale, backend):
 
 def torch_pass(attend, pass_: str, inputs, d_outs):
     """(function, its arguments a copy): `pass_` of `attend`, with gradients by torch.autograd.grad."""
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     if pass_ == "forward":
         return torch.no_grad()(attend), [tuple(x) for x in inputs]

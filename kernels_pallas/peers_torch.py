@@ -21,7 +21,7 @@ def unsupported(*arrays, **static) -> str | None:
         return "needs PyTorch with CUDA, which is not installed"
     if backend.target().platform != "gpu":
         return f"PyTorch is timed on an NVIDIA GPU, got {backend.target().kind}"
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     return None if torch.cuda.is_available() else f"PyTorch {torch.__version__} sees no CUDA device"
 
@@ -47,7 +47,7 @@ def gated_residual_norm(x, branch, gate, scale, shift, weight, *, kind, eps):
 
 def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, interleaved, eps):
     """q, k and v as slices, of which the last is made contiguous, as attention wants it."""
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     def prepared(x, weight):
         y = x.float()
@@ -77,7 +77,7 @@ def dense_mlp(x, w_up, b_up, w_down, b_down, *, activation):
 
 def linear_cross_entropy(x, w, labels, *, ignore_index, z_loss, logit_softcap):
     """By way of all logits, in the dtype of x; the loss in float32."""
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     logits = (x @ w).float()
     if logit_softcap is not None:
@@ -98,7 +98,7 @@ def call(name: str, pass_: str, copies: Sequence[timing.Arrays], *, compiled: bo
 
     Gradients are those of every floating array: zeros of a constant, in the order of the op's leaves.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     function = functools.partial(FUNCTIONS[name], **static)
     function = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
@@ -146,7 +146,7 @@ def _leaves(name: str, arrays) -> list:
 
 
 def _tensor(leaf):
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     return None if leaf is None else torch.from_dlpack(jnp.asarray(leaf))
 
@@ -161,7 +161,7 @@ def _by_token(modulation):
 
 
 def _activated(x, activation: str):
-    import torch
+    import torch  # pyright: ignore[reportMissingModuleSource]
 
     if activation == "silu":
         return torch.nn.functional.silu(x)

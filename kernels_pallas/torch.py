@@ -1,12 +1,13 @@
 """Operations as PyTorch functions, where PyTorch is installed: `from kernels_pallas import torch as kernels`.
 
 Tensors and JAX's arrays are the same memory (DLPack), on a GPU as on a CPU, and gradients are the kernels' own. What a
-backward needs of the arguments and the results is not copied either; PyTorch watches over it, and refuses the backward
-if one was changed in place.
+backward needs is saved with PyTorch: arguments and results as they are, not as copies. So it is freed when PyTorch
+frees it, checkpoints and offloads as usual, and a backward after a change in place is refused.
 
-Both libraries take memory of one GPU: set XLA_PYTHON_CLIENT_PREALLOCATE=false before the first call. Each waits for
-the other's stream, PyTorch's being the current one: keep to one. A call is compiled at the first of its shapes, and
-torch.compile leaves it as it is.
+Both libraries take memory of one GPU: set XLA_PYTHON_CLIENT_PREALLOCATE=false before the first call. Each call waits
+for PyTorch's current stream, and that stream for the call: use one stream throughout. JAX's other work in the process
+does not wait, and may be given the memory of a result that PyTorch has dropped and still reads: synchronise first.
+A call is compiled once for each new shape; torch.compile goes around it.
 """
 
 import dataclasses
@@ -16,14 +17,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
-from torch import Tensor
+import numpy as np
+import torch  # pyright: ignore[reportMissingModuleSource]
+from torch import Tensor  # pyright: ignore[reportMissingModuleSource]
 
-from . import attention, experts, norms
+from . import attention, backend, experts, norms
 from .norms.api import Kind
 
 
 BACKENDS = {"cpu": "cpu", "cuda": "gpu"}  # a tensor's device as JAX calls it
+ALIGN = 16  # bytes, the widest load of our kernels
 
 
 def flash_attention(
@@ -41,8 +44,8 @@ def flash_attention(
     """`kernels_pallas.flash_attention` of tensors: q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H),
     and with return_lse (B, T, N), float32.
 
-    The mask's vectors are arrays of JAX; of tensors, `to_jax` makes some. Those that lie on the host are moved at each
-    call: jax.device_put(mask), once, saves that.
+    The mask's vectors are arrays of JAX or NumPy; of tensors, `to_jax` makes some. NumPy's are moved at each call:
+    jax.device_put(mask), once, saves that.
 
     Raises:
       ValueError: as the function of arrays; or a tensor is not on JAX's device, or of float64.
@@ -102,7 +105,9 @@ def expert_mlp(
 
 
 def to_jax(tensor: Tensor) -> jax.Array:
-    """The same memory as an array, a copy where the tensor is not contiguous.
+    """The same memory as an array; a copy where the tensor is not contiguous, or begins between words of 16 bytes.
+
+    Integers of 64 bits become those of 32, as JAX has them. A change of the tensor in place is one of the array.
 
     Raises:
       ValueError: it is not on JAX's device, or of float64, which JAX would round.
@@ -114,7 +119,8 @@ def to_jax(tensor: Tensor) -> jax.Array:
         )
     if tensor.dtype == torch.float64:
         raise ValueError("kernels_pallas.torch: a tensor of float64; kernels take float32 and narrower: cast it.")
-    return jnp.from_dlpack(tensor.detach().contiguous())
+    tensor = tensor.detach().contiguous()
+    return jnp.from_dlpack(tensor.clone() if tensor.data_ptr() % ALIGN else tensor)
 
 
 def _flash_attention(q, k, v, sinks, mask, **options):
@@ -136,39 +142,49 @@ def _expert_mlp(x, expert_weight, w_gate_up, w_down, expert_index, **options):
 @torch.compiler.disable
 def _call(function: Callable[..., Any], tensors: tuple, constants: tuple, options: dict[str, Any]):
     """function(*tensors, *constants, **options); tensors may be None, constants have no gradient."""
-    program = _program(function, tuple(options.items()))
-    constants = jax.tree.map(lambda leaf: to_jax(leaf) if isinstance(leaf, torch.Tensor) else leaf, constants)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out = _Differentiable.apply(program, constants, *tensors)
-    else:
-        arrays = tuple(None if t is None else to_jax(t) for t in tensors)
-        out = tuple(map(torch.from_dlpack, program.plain(arrays, constants)))
+    wanted = tuple(i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
+    wanted = wanted if torch.is_grad_enabled() else ()
+    program = _program(function, tuple(options.items()), wanted, backend.interpret())
+    constants = jax.tree.map(functools.partial(_constant, tensors[0].device), constants)
+    out = _Differentiable.apply(program, constants, *tensors) if wanted else program.plain_of(tensors, constants)
     return out[0] if len(out) == 1 else out
 
 
+def _constant(device, leaf):
+    """An array for `_call`; the host's go by way of PyTorch, whose memory its stream orders."""
+    leaf = torch.as_tensor(leaf, device=device) if isinstance(leaf, np.ndarray) else leaf
+    return to_jax(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _arrays(tensors: tuple) -> tuple:
+    return tuple(None if t is None else to_jax(t) for t in tensors)
+
+
 class _Differentiable(torch.autograd.Function):
-    """One call that PyTorch will want the gradients of."""
+    """One call that PyTorch will want gradients of."""
 
     @staticmethod
     def forward(ctx, program, constants, *tensors):
-        """The results; what the backward needs of tensors is saved with PyTorch, for its watch over them."""
-        arrays = tuple(None if t is None else to_jax(t) for t in tensors)
-        out, residuals = program.forward(arrays, constants)
+        """The results; what the backward needs is saved with PyTorch."""
+        out, residuals = program.forward(_arrays(tensors), constants)
         results = tuple(map(torch.from_dlpack, out))
-        held = jax.tree.leaves((arrays, constants, out))
-        watched = [t for t in tensors if t is not None] + [None] * len(jax.tree.leaves(constants)) + list(results)
-        used = residuals.plan.used
-        ctx.save_for_backward(*(watched[i] for i in used))
-        ctx.program, ctx.residuals, ctx.held = program, residuals, [held[i] for i in used]
+        leaves = [*(t for t in tensors if t is not None), *jax.tree.leaves(constants), *results]
+        needed = [*(leaves[i] for i in residuals.plan.used), *map(torch.from_dlpack, residuals.own)]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in needed))
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in needed]
+        ctx.program, ctx.plan, ctx.num_tensors = program, residuals.plan, len(tensors)
         return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *d_out):
         """The kernel's own backward."""
-        _ = ctx.saved_tensors  # raises where one was changed in place
-        gradients = ctx.program.backward(ctx.residuals, ctx.held, tuple(map(to_jax, d_out)))
-        return None, None, *(None if g is None else torch.from_dlpack(g) for g in gradients)
+        saved = zip(ctx.saved_tensors, ctx.constants, strict=True)  # raises where one was changed in place
+        needed = [constant if tensor is None else to_jax(tensor) for tensor, constant in saved]
+        held, own = needed[: len(ctx.plan.used)], needed[len(ctx.plan.used) :]
+        found = ctx.program.backward(_Residuals(own, ctx.plan), held, _arrays(d_out))
+        gradients = dict(zip(ctx.program.wanted, map(torch.from_dlpack, found), strict=True))
+        return None, None, *(gradients.get(i) for i in range(ctx.num_tensors))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,19 +210,27 @@ class _Residuals:
 
 
 @functools.cache
-def _program(function: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> "_Program":
-    return _Program(functools.partial(function, **dict(options)))
+def _program(function: Callable[..., Any], options: tuple, wanted: tuple[int, ...], interpret: bool) -> "_Program":
+    del interpret  # what was traced under one is not what runs under the other
+    return _Program(functools.partial(function, **dict(options)), wanted)
 
 
 class _Program:
-    """A function of (arrays, constants) to a tuple, compiled: alone, with what its backward needs, its backward."""
+    """A function of (arrays, constants) to a tuple, compiled: alone, with what its backward needs, its backward.
 
-    def __init__(self, function: Callable[..., Any]):
+    `wanted` are the arrays' numbers that the gradients are of.
+    """
+
+    def __init__(self, function: Callable[..., Any], wanted: tuple[int, ...]):
         def plain(arrays, constants):
             return tuple(jax.tree.leaves(function(*arrays, *constants)))
 
         def forward(arrays, constants):
-            out, pullback = jax.vjp(lambda *arrays: plain(arrays, constants), *arrays)
+            def of_wanted(*those):
+                new = dict(zip(wanted, those, strict=True))
+                return plain([new.get(i, array) for i, array in enumerate(arrays)], constants)
+
+            out, pullback = jax.vjp(of_wanted, *(arrays[i] for i in wanted))
             leaves, tree = jax.tree.flatten(pullback)
             numbers = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((arrays, constants, out)))}
             places = tuple(numbers.get(id(leaf)) for leaf in leaves)
@@ -219,4 +243,9 @@ class _Program:
             leaves = [next(own) if place is None else known[place] for place in plan.places]
             return jax.tree.unflatten(plan.tree, leaves)(d_out)
 
+        self.wanted = wanted
         self.plain, self.forward, self.backward = jax.jit(plain), jax.jit(forward), jax.jit(backward)
+
+    def plain_of(self, tensors: tuple, constants: tuple) -> tuple:
+        """The results alone, as tensors."""
+        return tuple(map(torch.from_dlpack, self.plain(_arrays(tensors), constants)))

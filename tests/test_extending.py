@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter in a copy of the package."""
+"""The files that docs/extending.md prints, in a copy of the package."""
 
 import os
 import re

@@ -143,7 +143,7 @@ def test_the_ledger_and_the_plan_are_shown(killed, call):
     said = call("-m", "dito_jax.cli", "privacy", "ledger", "digits").stdout
     assert "| 3 |" in said and " of 8 at delta 0.0001" in said and "chain intact" in said
     plan = call("-m", "dito_jax.cli", "privacy", "plan", *PRIVATE, "--epsilon", "3").stdout
-    assert "1492 images, half of 100 canaries among them" in plan
+    assert "1492 images, with half of 100 canaries" in plan
     sigmas = {row.split("|")[1].strip(): float(row.split("|")[4]) for row in plan.splitlines()[4:] if "| 64 |" in row}
     assert sigmas["1"] > sigmas["3"] > sigmas["10"]
     call("-m", "dito_jax.cli", "privacy", "ledger", "nobody", code=2)

@@ -16,8 +16,11 @@ import jax
 from jax import export
 from jax.core import ShapedArray
 
+from dito_jax.errors import UserError
+
 
 FOLDER = "host"
+DTYPES = ("float32", "bfloat16", "float64", "int32", "uint32", "int8", "uint8", "bool")  # as main.cc has them
 # CompileOptionsProto{executable_build_options{device_ordinal: -1, num_replicas: 1, num_partitions: 1}}. What jaxlib
 # would serialise holds every flag of XLA as it was where the artifact was made, and they would override the host's.
 OPTIONS = b"\x1a\x0f" + b"\x08" + b"\xff" * 9 + b"\x01" + b"\x20\x01" + b"\x28\x01"
@@ -27,7 +30,7 @@ def write(directory: Path, static: Sequence[export.Exported], weights: Path, che
     """The files' names; `static` are functions of (weights, *inputs), one a platform, `weights` and `check` written."""
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
-    for left in folder.iterdir():  # of an earlier export, which may have been for more platforms
+    for left in folder.glob("*.mlirbc"):  # of an earlier export, which may have been for more platforms
         left.unlink()
     for function in static:
         (platform,) = function.platforms
@@ -36,7 +39,8 @@ def write(directory: Path, static: Sequence[export.Exported], weights: Path, che
     lines = {_arguments(function, weights, check) for function in static}
     assert len(lines) == 1, "every platform has the same arguments"
     (folder / "arguments.txt").write_text(lines.pop())
-    return sorted(f"{FOLDER}/{path.name}" for path in folder.iterdir())
+    programs = sorted(path.name for path in folder.glob("*.mlirbc"))
+    return [f"{FOLDER}/{name}" for name in (*programs, "options.pb", "arguments.txt")]
 
 
 def _arguments(function: export.Exported, weights: Path, check: Path) -> str:
@@ -55,6 +59,8 @@ def _arguments(function: export.Exported, weights: Path, check: Path) -> str:
 
 def _line(kind: str, file: str, place: tuple[int, int], aval: ShapedArray) -> str:
     offset, size = place
+    if aval.dtype.name not in DTYPES:
+        raise UserError(f"export: an array of {aval.dtype}; a host without Python takes {', '.join(DTYPES)}.")
     assert size == aval.size * aval.dtype.itemsize, f"{kind} of {aval} has {size} bytes in {file}"
     return " ".join(map(str, (kind, file, offset, size, aval.dtype, *aval.shape))) + "\n"
 

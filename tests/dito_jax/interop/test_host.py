@@ -1,6 +1,10 @@
 """What a host without Python reads: the arguments' list is the module's, and the module computes what was recorded."""
 
+import re
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxlib import xla_client
@@ -8,8 +12,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy, stablehlo
 from safetensors.numpy import load_file
 
+from dito_jax.errors import UserError
 from dito_jax.interop import artifact, host
 from dito_jax.interop.export import exported_denoiser
+
+
+ROOT = Path(__file__).parents[3]
 
 
 def parsed(path) -> tuple[ir.FunctionType, str]:
@@ -76,8 +84,18 @@ def test_what_an_earlier_export_left_goes(config, trained, tmp_path):
     left = tmp_path / "host" / "cuda.mlirbc"
     left.parent.mkdir()
     left.write_bytes(b"of other weights")
+    (left.parent / "mine.txt").write_text("a user's")
     program, state = trained
     made = exported_denoiser(program.graph, state.params, config.model, ("cpu",))
     artifact.write(tmp_path, *made, {"what": "denoiser"})
-    assert sorted(path.name for path in left.parent.iterdir()) == ["arguments.txt", "cpu.mlirbc", "options.pb"]
-    assert artifact.load(tmp_path)
+    names = ["arguments.txt", "cpu.mlirbc", "mine.txt", "options.pb"]
+    assert sorted(path.name for path in left.parent.iterdir()) == names
+    _, _, manifest = artifact.load(tmp_path)
+    assert "host/cpu.mlirbc" in manifest["files"] and "host/mine.txt" not in manifest["files"]
+
+
+def test_a_dtype_that_the_host_does_not_know_is_refused():
+    known = re.findall(r'{"(\w+)", PJRT_Buffer_Type', (ROOT / "examples/pjrt_host/main.cc").read_text())
+    assert list(host.DTYPES) == known
+    with pytest.raises(UserError, match="an array of float16; a host without Python takes float32"):
+        host._line("input", "weights.safetensors", (0, 6), jax.core.ShapedArray((3,), jnp.float16))

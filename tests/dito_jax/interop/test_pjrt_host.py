@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import libraries
 from kernels_pallas.backend import gpu_present
 from kernels_pallas.hardware import GPUS
 
@@ -38,11 +39,11 @@ def plugin() -> Path | None:
 
 
 def compiled(source: Path, out: Path, *options: str) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
+    if (compiler := libraries.compiler("cpu")) is None:
+        pytest.skip("needs a C++ compiler")
     if (folder := include()) is None:
         pytest.skip("needs xla/pjrt/c/pjrt_c_api.h: PJRT_INCLUDE=FOLDER, or TensorFlow installed")
-    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", folder, source, "-o", out, *options]
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", folder, source, "-o", out, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
@@ -184,8 +185,8 @@ def test_on_a_gpu_the_results_are_those_recorded(run, artifact_of, what):
 
 
 def test_cmake_says_what_it_needs(tmp_path):
-    if shutil.which("cmake") is None or shutil.which("g++") is None:
-        pytest.skip("needs cmake and g++")
+    if shutil.which("cmake") is None or libraries.compiler("cpu") is None:
+        pytest.skip("needs cmake and a C++ compiler")
     source = ROOT / "examples/pjrt_host"
     asked = subprocess.run(
         ["cmake", "-S", source, "-B", tmp_path, "-DPJRT_INCLUDE=/nowhere"], capture_output=True, text=True
