@@ -40,7 +40,7 @@ gpu:
 	-$(PYTHON) -m kernels_pallas.build cuda
 	-$(PYTHON) -m kernels_pallas.build cutlass  # to compare with; minutes, and needs CUTLASS's headers
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu tests/kernels_pallas
-	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest tests/kernels_pallas/test_torch.py
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest tests/kernels_pallas/test_torch.py || [ $$? -eq 5 ]  # 5: no PyTorch
 	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.bench
 
 tune:
