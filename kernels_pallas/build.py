@@ -16,8 +16,11 @@ from .libraries import LIBRARIES, build, missing
 def main() -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser("python -m kernels_pallas.build", description="Compiles csrc/'s custom calls.")
-    parser.add_argument("library", nargs="*", help=f"of {', '.join(LIBRARIES)}; default: those that can be built here")
-    wanted = parser.parse_args().library
+    parser.add_argument(
+        "libraries", nargs="*", help=f"of {', '.join(LIBRARIES)}; default: those that can be built here"
+    )
+    options = parser.parse_args()
+    wanted: list[str] = options.libraries
     if unknown := [name for name in wanted if name not in LIBRARIES]:
         parser.error(f"no library {unknown[0]!r}; choose from {', '.join(LIBRARIES)}.")
     possible = [name for name in LIBRARIES if not missing(name)]

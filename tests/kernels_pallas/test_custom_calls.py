@@ -480,6 +480,14 @@ def test_cutlass_is_in_programs_for_a_gpu_that_is_not_there_and_gathers_nothing(
     assert "bf16[64,16]" in text and 'custom_call_target="grouped_gemm"' in text and "all-gather" not in text
 
 
+def built_or_skipped(*arrays):
+    """Builds CUTLASS's library where that is possible; skips what cannot run on this device."""
+    if libraries.missing("cutlass") is None:
+        libraries.build("cutlass")
+    if reason := CUTLASS.unsupported(*arrays):
+        pytest.skip(reason)
+
+
 MANY = np.random.default_rng(0).multinomial(700, np.full(300, 1 / 300))  # more experts than threads that prepare them
 
 
@@ -500,14 +508,11 @@ MANY = np.random.default_rng(0).multinomial(700, np.full(300, 1 / 300))  # more 
 )
 def test_cutlass_agrees_on_the_gpu(rows, depth, columns, sizes, dtype):
     """The rule of test_ops.py, whose cases are run there too; what lies past the last row is NaN and gives zeros."""
-    if libraries.missing("cutlass") is None:
-        libraries.build("cutlass")
     key_x, key_w = jax.random.split(jax.random.key(rows))
     x = jax.random.normal(key_x, (rows, depth)).at[sum(sizes) :].set(jnp.nan).astype(dtype)
     w = (jax.random.normal(key_w, (len(sizes), depth, columns)) * depth**-0.5).astype(dtype)
     sizes = jnp.asarray(sizes, jnp.int32)
-    if reason := CUTLASS.unsupported(x, w, sizes):
-        pytest.skip(reason)
+    built_or_skipped(x, w, sizes)
     run = jax.jit(functools.partial(GROUPED_MATMUL, implementation="cutlass"))
     found = run(x, w, sizes)
     np.testing.assert_array_equal(found, run(x, w, sizes))
@@ -520,10 +525,7 @@ def test_cutlass_agrees_on_the_gpu(rows, depth, columns, sizes, dtype):
 
 @pytest.mark.gpu
 def test_cutlass_refuses_what_it_cannot_do_with_one_line():
-    if libraries.missing("cutlass") is None:
-        libraries.build("cutlass")
-    if reason := CUTLASS.unsupported(*FIT):
-        pytest.skip(reason)
+    built_or_skipped(*FIT)
     x, w, sizes = (jnp.zeros(a.shape, a.dtype) for a in FIT)
     for arrays, reason in [
         ((x.astype(jnp.float32), w, sizes), "x must be bfloat16 or float16"),
