@@ -133,10 +133,12 @@ class Preemption:
         """Counts the signals; ends the process at the second, or when it is late with nothing to save."""
         first = NEVER
         while self._entered.is_set():
-            wait = None if self._late == NEVER else max(0.0, self._late - time.monotonic())
-            if not select.select([self._reader], [], [], wait)[0]:
-                self._say("still not stopped: ended, with nothing to save.")
-                processes.leave(PREEMPTED, seconds=0.1 * self._grace)
+            if not select.select([self._reader], [], [], self._patience())[0]:
+                if time.monotonic() >= self._late:
+                    self._say("still not stopped: ended, with nothing to save.")
+                    processes.leave(PREEMPTED, seconds=0.1 * self._grace)
+                self._nudge()
+                continue
             for number in os.read(self._reader, 64):
                 if number not in SIGNALS:
                     continue
@@ -147,6 +149,16 @@ class Preemption:
                 elif time.monotonic() - first > TOGETHER:
                     self._say(f"{name} again: ended now; the same command goes on from the last checkpoint.")
                     os._exit(128 + number)
+
+    def _patience(self) -> float | None:
+        """Seconds until the listener acts though it heard nothing; None: for ever."""
+        asleep = self._asked and not (self._deferred or self._raised)
+        wait = min(self._late - time.monotonic(), 1.0 if asleep else NEVER)
+        return None if wait == NEVER else max(0.0, wait)
+
+    def _nudge(self) -> None:
+        """Wakes the main thread: a signal does not, if it came just before a call that sleeps."""
+        signal.pthread_kill(threading.main_thread().ident or 0, NUDGE)
 
     def _begin(self, name: str, *, saves: bool) -> None:
         """What the first signal sets off."""
@@ -194,7 +206,7 @@ class Preemption:
             return
         self._learn(f"process {number}", saves=what == "saves" and self._deferred)
         # Through the pipe the listener hears of a new deadline, by the signal the main thread, if it sleeps.
-        signal.pthread_kill(threading.main_thread().ident or 0, NUDGE)
+        self._nudge()
 
     def _say(self, line: str) -> None:
         who = f"process {processes.index()}: " if self._several else ""

@@ -79,6 +79,32 @@ def test_elsewhere_it_stops_at_once(number, start, finish):
     }
 
 
+# A signal may come between the interpreter's last look and a call that sleeps, which it then does not end. So here: the
+# main thread hears nothing of the signal, another thread does.
+ASLEEP = """
+import signal, time
+from dito_jax.errors import PREEMPTED, Preempted
+from dito_jax.training.preemption import SIGNALS, Preemption
+try:
+    with Preemption(60):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        print("asleep", flush=True)
+        time.sleep(60)
+except Preempted:
+    raise SystemExit(PREEMPTED)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_one_that_came_just_before_a_sleep_ends_it(number, start, finish):
+    (run,) = start(ASLEEP)
+    wait_for(run, "asleep")
+    run.send_signal(number)
+    began = time.monotonic()
+    _, err = finish(run, PREEMPTED)
+    assert time.monotonic() - began < 20 and "still not stopped" not in err
+
+
 @pytest.mark.parametrize(("number", "struck"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1), (signal.SIGINT, 1)])
 def test_two_processes_stop_after_the_same_step(number, struck, start, finish):
     both = start(RUN, 1000, -1, 60, count=2)
