@@ -22,6 +22,7 @@ import torch  # pyright: ignore[reportMissingModuleSource]
 from torch import Tensor  # pyright: ignore[reportMissingModuleSource]
 
 from . import attention, backend, experts, norms
+from .dlpack import from_dlpack
 from .norms.api import Kind
 
 
@@ -112,15 +113,8 @@ def to_jax(tensor: Tensor) -> jax.Array:
     Raises:
       ValueError: it is not on JAX's device, or of float64, which JAX would round.
     """
-    if BACKENDS.get(tensor.device.type) != jax.default_backend():
-        raise ValueError(
-            f"kernels_pallas.torch: a tensor on {tensor.device}, and JAX runs on {jax.default_backend()}; "
-            "move the tensor, or choose with JAX_PLATFORMS=cpu or cuda."
-        )
-    if tensor.dtype == torch.float64:
-        raise ValueError("kernels_pallas.torch: a tensor of float64; kernels take float32 and narrower: cast it.")
-    tensor = tensor.detach().contiguous()
-    return jnp.from_dlpack(tensor.clone() if tensor.data_ptr() % ALIGN else tensor)
+    (array,) = from_dlpack([_shareable(tensor)])
+    return array
 
 
 def _flash_attention(q, k, v, sinks, mask, **options):
@@ -157,7 +151,22 @@ def _constant(device, leaf):
 
 
 def _arrays(tensors: tuple) -> tuple:
-    return tuple(None if t is None else to_jax(t) for t in tensors)
+    """Those that are there as arrays; every copy is made before the one wait for PyTorch's stream."""
+    arrays = iter(from_dlpack([_shareable(t) for t in tensors if t is not None]))
+    return tuple(None if t is None else next(arrays) for t in tensors)
+
+
+def _shareable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, as JAX can have its memory."""
+    if BACKENDS.get(tensor.device.type) != jax.default_backend():
+        raise ValueError(
+            f"kernels_pallas.torch: a tensor on {tensor.device}, and JAX runs on {jax.default_backend()}; "
+            "move the tensor, or choose with JAX_PLATFORMS=cpu or cuda."
+        )
+    if tensor.dtype == torch.float64:
+        raise ValueError("kernels_pallas.torch: a tensor of float64; kernels take float32 and narrower: cast it.")
+    tensor = tensor.detach().contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGN else tensor
 
 
 class _Differentiable(torch.autograd.Function):
@@ -179,10 +188,11 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *d_out):
         """The kernel's own backward."""
-        saved = zip(ctx.saved_tensors, ctx.constants, strict=True)  # raises where one was changed in place
-        needed = [constant if tensor is None else to_jax(tensor) for tensor, constant in saved]
+        saved = ctx.saved_tensors  # raises where one was changed in place
+        arrays = _arrays((*saved, *d_out))
+        needed = [a if c is None else c for a, c in zip(arrays[: len(saved)], ctx.constants, strict=True)]
         held, own = needed[: len(ctx.plan.used)], needed[len(ctx.plan.used) :]
-        found = ctx.program.backward(_Residuals(own, ctx.plan), held, _arrays(d_out))
+        found = ctx.program.backward(_Residuals(own, ctx.plan), held, arrays[len(saved) :])
         gradients = dict(zip(ctx.program.wanted, map(torch.from_dlpack, found), strict=True))
         return None, None, *(gradients.get(i) for i in range(ctx.num_tensors))
 

@@ -114,8 +114,8 @@ def _kernel_rule(path: Path, module: list[str]) -> str | None:
 
 
 def _guests(file: str) -> set[str]:
-    """What else a file knows: the bridge to PyTorch, PyTorch."""
-    return PEERS if file.startswith("peers") else {"torch"} if file == "torch.py" else set()
+    """What else a file knows: the bridge to PyTorch, PyTorch; what makes arrays of its tensors, JAX's inner part."""
+    return PEERS if file.startswith("peers") else {"torch.py": {"torch"}, "dlpack.py": {"jaxlib"}}.get(file, set())
 
 
 def _framework_rule(path: Path, module: list[str]) -> str | None:
@@ -146,6 +146,7 @@ def test_imports_point_downwards(path):
     [
         ("kernels_pallas/norms/planted.py", "import flax"),
         ("kernels_pallas/planted.py", "import torch"),
+        ("kernels_pallas/torch.py", "import jaxlib"),
         ("kernels_pallas/peers.py", "import flax"),
         ("kernels_pallas/attention/heads.py", "from . import triton"),
         ("kernels_pallas/norms/reference.py", "from ..attention import api"),
