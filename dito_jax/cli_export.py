@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+import jax
+
 from dito_jax import command_line
 from dito_jax.config import to_json
 from dito_jax.errors import UserError
@@ -19,8 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN|verify")
     parser.add_argument("directory", metavar="DIR", nargs="?", help="verify: the artifact")
     parser.add_argument("--what", choices=("denoiser", "sampler", "train_step"), default="sampler")
-    parser.add_argument("--platform", nargs="+", choices=PLATFORMS, default=["cpu"])
-    parser.add_argument("-o", "--out", help="directory; default RUN/export/WHAT")
+    parser.add_argument(
+        "--platform", metavar="P[,P]", type=_platforms, help="cpu, cuda, or both; default: what is here"
+    )
+    parser.add_argument("-o", "--out", metavar="DIR", help="default: RUN/export/WHAT")
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -32,16 +36,35 @@ def run_export(options: argparse.Namespace) -> None:
         return
     if options.directory is not None:
         raise UserError(f"export: unexpected {options.directory!r}; where to write goes behind -o.")
+    here = jax.default_backend().replace("gpu", "cuda")
+    platforms = options.platform or [here]
+    if here not in platforms:  # what is written is run once, to be checked
+        told = ",".join(platforms)
+        raise UserError(f"export: --platform {told} on a machine that has {here}; add it: {here},{told}.")
     run, config = command_line.opened(options.run)
+    if options.what == "train_step" and config.privacy.epsilon is not None:
+        raise UserError(
+            f"export: {run.path} is a private run, whose steps only train.py takes: its ledger counts them. "
+            "Its sampler and denoiser can be exported."
+        )
+    out = Path(options.out or run.path / "export" / options.what)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"export: -o {out} is a file; give a directory.")
     program, state, step = command_line.restored_here(run, config)
-    average, graph, platforms = command_line.sampled_average(state, config), program.graph, options.platform
+    average, graph = command_line.sampled_average(state, config), program.graph
     if options.what == "denoiser":
         made = exported_denoiser(graph, average, config.model, platforms)
     elif options.what == "sampler":
         made = exported_sampler(graph, average, config.model, config.sample, config.loss.prediction, platforms)
     else:
         made = exported_train_step(program, state, platforms)
-    out = Path(options.out or run.path / "export" / options.what)
     about = {"what": options.what, "run": run.path.name, "step": step, "config": json.loads(to_json(config))}
     artifact.write(out, *made, about)
     print(artifact.verify(out))
+
+
+def _platforms(told: str) -> list[str]:
+    platforms = list(dict.fromkeys(told.split(",")))
+    if not set(platforms) <= set(PLATFORMS):
+        raise argparse.ArgumentTypeError(f"{told!r} is not of {','.join(PLATFORMS)}.")
+    return platforms

@@ -1,6 +1,6 @@
 """An ahead-of-time artifact: a compiled function's StableHLO, its weights, and a manifest that vouches for both.
 
-    DIR/manifest.json         what it is, what goes in and comes out, versions, and the sha256 of the other files
+    DIR/manifest.json         what it is, what goes in and comes out, versions, and the sha256 of all files, its own too
     DIR/function.bin          jax.export's serialized function of (weights, *inputs), one platform or several
     DIR/weights.safetensors   its weights, by name
     DIR/check.safetensors     inputs, and what came out where it was made
@@ -11,6 +11,7 @@ Whoever has JAX, NumPy and safetensors runs it; this file knows nothing of model
     python -m dito_jax.interop.artifact DIR
 """
 
+import argparse
 import hashlib
 import json
 import sys
@@ -29,6 +30,8 @@ from dito_jax.interop import host
 
 
 FUNCTION, WEIGHTS, CHECK, MANIFEST = "function.bin", "weights.safetensors", "check.safetensors", "manifest.json"
+FAR = 0.05  # of an output's largest number: no rounding of another chip takes results that far
+CHANGED = "not as it was written: damaged, or changed. Export the run again."
 Arrays = dict[str, np.ndarray]
 
 
@@ -44,11 +47,11 @@ def write(
 
     `static` is the function again, for each platform alone, with the shapes of `inputs`.
     """
+    serialized, outputs = exported.serialize(), jax.tree.leaves(jax.jit(exported.call)(weights, *inputs))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
-    (directory / FUNCTION).write_bytes(exported.serialize())
+    (directory / FUNCTION).write_bytes(serialized)
     save_file(_plain(weights), directory / WEIGHTS)
-    outputs = jax.tree.leaves(jax.jit(exported.call)(weights, *inputs))
     named = {f"input{i}": x for i, x in enumerate(inputs)} | {
         f"output{i}": np.asarray(x) for i, x in enumerate(outputs)
     }
@@ -63,7 +66,7 @@ def write(
         "versions": {name: version(name) for name in ("jax", "jaxlib", "safetensors")},
         "files": {name: _sha256(directory / name) for name in (FUNCTION, WEIGHTS, CHECK, *of_host)},
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
 
 
 def load(directory: Path) -> tuple[export.Exported, Arrays, dict[str, Any]]:
@@ -72,17 +75,11 @@ def load(directory: Path) -> tuple[export.Exported, Arrays, dict[str, Any]]:
     Raises:
       UserError: it is no artifact, or a file is not as it was written.
     """
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        wanted = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{directory}: no artifact ({MANIFEST}: {error}); `dito export RUN -o DIR` makes one."
-        ) from error
-    for name, digest in wanted.items():
+    manifest = _manifest(directory)
+    for name, digest in manifest["files"].items():
         path = directory / name
-        if not path.exists() or _sha256(path) != digest:
-            raise UserError(f"{path}: not as it was written: damaged, or changed. Export the run again.")
+        if not path.is_file() or _sha256(path) != digest:
+            raise UserError(f"{path}: {CHANGED}")
     return export.deserialize(bytearray((directory / FUNCTION).read_bytes())), load_file(directory / WEIGHTS), manifest
 
 
@@ -90,8 +87,8 @@ def verify(directory: Path) -> str:
     """Runs it on the inputs it came with; says how near the results are to those of where it was made.
 
     Raises:
-      UserError: as `load`; this machine's platform is not among those it was exported for; or, on the platform where it
-        was checked, a result is not the same to the bit.
+      UserError: as `load`; this machine's platform is not among those it was exported for; or a result is further from
+        what it was than rounding can be.
     """
     function, weights, manifest = load(directory)
     here = jax.default_backend().replace("gpu", "cuda")
@@ -101,14 +98,41 @@ def verify(directory: Path) -> str:
     inputs = [held[f"input{i}"] for i in range(sum(name.startswith("input") for name in held))]
     outputs = [np.asarray(x) for x in jax.tree.leaves(jax.jit(function.call)(weights, *inputs))]
     wanted = [held[f"output{i}"] for i in range(len(outputs))]
-    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(outputs, wanted, strict=True))
-    if same:
-        return f"{directory}: {manifest['what']}, {len(weights)} weights: intact, results the same to the bit."
-    furthest = max(float(np.max(np.abs(a.astype(np.float64) - b))) for a, b in zip(outputs, wanted, strict=True))
-    said = f"results differ by up to {furthest:.3g} from those on {manifest['checked_on']}"
-    if manifest["checked_on"] == jax.default_backend() and manifest["versions"]["jaxlib"] == version("jaxlib"):
-        raise UserError(f"{directory}: {said}, the same platform and version. Export the run again.")
-    return f"{directory}: {manifest['what']}, {len(weights)} weights: intact; {said} of jaxlib {version('jaxlib')}."
+    intact = f"{directory}: {manifest['what']}, {len(weights)} weights: intact"
+    if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(outputs, wanted, strict=True)):
+        return f"{intact}, results the same to the bit."
+    apart = max(_apart(a, b) for a, b in zip(outputs, wanted, strict=True))
+    there = f"those on {manifest['checked_on']}, jaxlib {manifest['versions']['jaxlib']}"
+    if not apart <= FAR:
+        raise UserError(
+            f"{directory}: intact, but jaxlib {version('jaxlib')} on this {here} gives results {apart:.2g} of the "
+            f"largest from {there}; rounding leaves {FAR}. Compare with another machine or jaxlib."
+        )
+    return f"{intact}; results are {apart:.2g} of the largest from {there}."
+
+
+def _apart(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The furthest two numbers are apart, as a part of the largest that was wanted; NaN where one is not finite."""
+    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
+    furthest, largest = (float(np.max(np.abs(x), initial=0.0)) for x in (found - wanted, wanted))
+    return furthest / largest if largest else furthest and float("inf")
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory}: no artifact ({MANIFEST}: {error}); `dito export RUN -o DIR` makes one."
+        ) from error
+    digest = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
+    if digest is None or digest != _digest(manifest):
+        raise UserError(f"{directory / MANIFEST}: {CHANGED}")
+    return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(arrays: Arrays) -> Arrays:
@@ -120,8 +144,10 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m dito_jax.interop.artifact", description="Verifies an artifact.")
+    parser.add_argument("directory", metavar="DIR", type=Path)
     try:
-        print(verify(Path(sys.argv[1])))
+        print(verify(parser.parse_args().directory))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(USER_MISTAKE)

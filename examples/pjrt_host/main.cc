@@ -67,17 +67,18 @@ struct Array : Shape {
   const Dtype* dtype;
 };
 
-std::string Read(const std::string& path, const char* cure = "`dito export RUN --platform cuda -o DIR` writes it") {
+std::string Read(const std::string& path, const char* cure = "`dito export RUN --platform cpu,cuda -o DIR` writes it") {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw Failure(path + ": not there; " + cure);
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
 std::string Read(const std::string& directory, const Array& array) {
-  std::ifstream file(directory + "/" + array.file, std::ios::binary);
-  std::string bytes(array.bytes, '\0');
+  std::ifstream file(directory + "/" + array.file, std::ios::binary | std::ios::ate);
+  const auto size = file ? static_cast<uint64_t>(file.tellg()) : 0;
+  std::string bytes(array.offset <= size && array.bytes <= size - array.offset ? array.bytes : 0, '\0');
   file.seekg(static_cast<std::streamoff>(array.offset));
-  if (!file.read(bytes.data(), static_cast<std::streamsize>(bytes.size())))
+  if (bytes.size() != array.bytes || !file.read(bytes.data(), static_cast<std::streamsize>(bytes.size())))
     throw Failure(directory + "/" + array.file + ": shorter than host/arguments.txt says; export the run again");
   return bytes;
 }

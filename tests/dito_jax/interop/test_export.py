@@ -1,6 +1,7 @@
 """Artifacts: the same bits in a process that knows no model, and refused when a byte has changed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from dito_jax.errors import UserError
 from dito_jax.evaluation.sample import make_sampler
 from dito_jax.interop import artifact
+from dito_jax.interop.export import exported_denoiser
 
 
 @pytest.fixture
@@ -95,14 +97,84 @@ def test_one_flipped_bit_in_any_file_is_refused(sampler, name):
         path.write_bytes(whole)
 
 
-def test_what_is_no_artifact_or_not_for_this_machine_is_said(sampler, tmp_path):
+@pytest.fixture
+def rewritten(sampler):
+    """`rewritten(name, bytes)`: a file of the artifact is another until the test ends."""
+    before = {}
+
+    def write(name: str, content: bytes) -> None:
+        before.setdefault(name, (sampler / name).read_bytes())
+        (sampler / name).write_bytes(content)
+
+    yield write
+    for name, content in before.items():
+        (sampler / name).write_bytes(content)
+
+
+def forge(rewritten, sampler, **changed) -> None:
+    """A manifest that says otherwise, and is whole."""
+    told = json.loads((sampler / artifact.MANIFEST).read_text()) | changed
+    told.pop("sha256")
+    rewritten(artifact.MANIFEST, json.dumps(told | {"sha256": artifact._digest(told)}).encode())
+
+
+def test_no_flipped_bit_of_the_manifest_is_believed(sampler, rewritten):
+    whole = (sampler / artifact.MANIFEST).read_bytes()
+    meaning = json.loads(whole)
+    for place in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        try:
+            if json.loads(changed) == meaning:  # white space for white space
+                continue
+        except ValueError:
+            pass
+        rewritten(artifact.MANIFEST, changed)
+        with pytest.raises(UserError, match="not as it was written|no artifact"):
+            artifact.load(sampler)
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b"{}", b'"files"', b'{"files": []}', b"\xff", b""])
+def test_a_manifest_of_another_shape_is_one_line(sampler, rewritten, content):
+    rewritten(artifact.MANIFEST, content)
+    with pytest.raises(UserError, match=artifact.MANIFEST):
+        artifact.load(sampler)
+
+
+def test_a_folder_in_place_of_a_file_is_refused(sampler, tmp_path):
+    copy = Path(shutil.copytree(sampler, tmp_path / "copy"))
+    (copy / artifact.CHECK).unlink()
+    (copy / artifact.CHECK).mkdir()
+    with pytest.raises(UserError, match=f"{artifact.CHECK}: not as it was written"):
+        artifact.load(copy)
+
+
+def test_what_is_no_artifact_or_not_for_this_machine_is_said(sampler, rewritten, tmp_path):
     with pytest.raises(UserError, match="no artifact .*`dito export RUN -o DIR` makes one"):
         artifact.load(tmp_path)
-    manifest = sampler / artifact.MANIFEST
-    told = json.loads(manifest.read_text())
-    try:
-        manifest.write_text(json.dumps(told | {"platforms": ["cuda"]}))
-        with pytest.raises(UserError, match="exported for cuda, and this machine has cpu"):
+    forge(rewritten, sampler, platforms=["cuda"])
+    with pytest.raises(UserError, match="exported for cuda, and this machine has cpu"):
+        artifact.verify(sampler)
+
+
+@pytest.mark.parametrize(("factor", "refused"), [(1 + 1e-5, False), (1.1, True), (np.nan, True)])
+def test_results_of_another_machine_may_be_as_far_as_rounding(sampler, rewritten, factor, refused):
+    held = load_file(sampler / artifact.CHECK)
+    held["output0"] = np.asarray(held["output0"] * np.float32(factor))
+    rewritten(artifact.CHECK, save(held))
+    files = json.loads((sampler / artifact.MANIFEST).read_text())["files"]
+    forge(rewritten, sampler, files=files | {artifact.CHECK: artifact._sha256(sampler / artifact.CHECK)})
+    if refused:
+        with pytest.raises(UserError, match="intact, but jaxlib .* rounding leaves 0.05"):
             artifact.verify(sampler)
-    finally:
-        manifest.write_text(json.dumps(told))
+    else:
+        assert "intact; results are 1" in artifact.verify(sampler)
+
+
+def test_an_export_that_fails_leaves_what_was_there(sampler, config, trained):
+    program, state = trained
+    before = {path: path.read_bytes() for path in sampler.rglob("*") if path.is_file()}
+    made = exported_denoiser(program.graph, state.params, config.model, ["cuda"])
+    with pytest.raises(ValueError, match="cuda"):
+        artifact.write(sampler, *made, {"what": "denoiser"})
+    assert {path: path.read_bytes() for path in sampler.rglob("*") if path.is_file()} == before

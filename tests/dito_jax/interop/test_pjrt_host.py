@@ -153,6 +153,13 @@ def test_an_artifact_that_is_cut_short_is_refused(run, stand_in, artifact_of, re
     path = cut / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     assert "weights.safetensors: shorter than" in run(stand_in, cut, code=2, STAND_IN=got)
+    listing = (cut / "host/arguments.txt").read_text().splitlines()
+    for at, past in ((2, 2**62), (3, 2**62), (2, 2**64 - 4)):  # an offset, and a size with its dimension
+        fields = ["input", "weights.safetensors", "0", "4", "float32", "1"]
+        fields[at] = str(past)
+        fields[5] = str(int(fields[3]) // 4)
+        (cut / "host/arguments.txt").write_text("\n".join([" ".join(fields), *listing]))
+        assert "weights.safetensors: shorter than" in run(stand_in, cut, code=2, STAND_IN=got)
     (cut / "host/arguments.txt").write_text("input weights.safetensors 0 8 float32 3\n")
     assert "not understood: input weights.safetensors 0 8 float32 3" in run(stand_in, cut, code=2, STAND_IN=got)
 
