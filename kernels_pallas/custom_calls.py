@@ -45,12 +45,15 @@ def why_not(library: str | None = None) -> str | None:
 
 def call(
     target: str,
-    out: jax.ShapeDtypeStruct,
+    out: Any,
     *arrays: jax.Array,
     aliases: dict[int, int] | None = None,
     vmap_method: str = "sequential",
+    has_side_effect: bool = False,
     **static: Any,
 ):
     """The result of a custom call; under vmap, of one call after another where there is no better way."""
-    run = jax.ffi.ffi_call(target, out, vmap_method=vmap_method, input_output_aliases=aliases)
+    run = jax.ffi.ffi_call(
+        target, out, vmap_method=vmap_method, input_output_aliases=aliases, has_side_effect=has_side_effect
+    )
     return run(*arrays, **static)

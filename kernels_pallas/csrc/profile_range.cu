@@ -13,21 +13,28 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// The array itself: where XLA did not let both have the same memory, a copy.
-ffi::Error Pass(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
-  if (x.untyped_data() == out->untyped_data()) return ffi::Error::Success();
-  const cudaError_t status =
-      cudaMemcpyAsync(out->untyped_data(), x.untyped_data(), x.size_bytes(), cudaMemcpyDeviceToDevice, stream);
-  return status == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(status));
+// The arrays themselves; where XLA did not let both have the same memory, copies. The last argument, and the result
+// that takes its place, order the calls and hold nothing, nor does the token after them.
+ffi::Error Pass(cudaStream_t stream, ffi::RemainingArgs arrays, ffi::RemainingRets out) {
+  for (size_t i = 0; i + 1 < arrays.size(); ++i) {
+    const auto from = arrays.get<ffi::AnyBuffer>(i);
+    const auto to = out.get<ffi::AnyBuffer>(i);
+    if (!from || !to) return ffi::Error::InvalidArgument("a range: an array is missing");
+    if (from->untyped_data() == (*to)->untyped_data()) continue;
+    const cudaError_t status = cudaMemcpyAsync((*to)->untyped_data(), from->untyped_data(), from->size_bytes(),
+                                               cudaMemcpyDeviceToDevice, stream);
+    if (status != cudaSuccess) return ffi::Error::Internal(cudaGetErrorString(status));
+  }
+  return ffi::Error::Success();
 }
 
-ffi::Error Push(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out, std::string_view name) {
+ffi::Error Push(cudaStream_t stream, ffi::RemainingArgs arrays, ffi::RemainingRets out, std::string_view name) {
   nvtxRangePushA(std::string(name).c_str());
-  return Pass(stream, x, out);
+  return Pass(stream, arrays, out);
 }
 
-ffi::Error Pop(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out, std::string_view) {
-  const ffi::Error error = Pass(stream, x, out);
+ffi::Error Pop(cudaStream_t stream, ffi::RemainingArgs arrays, ffi::RemainingRets out, std::string_view) {
+  const ffi::Error error = Pass(stream, arrays, out);
   nvtxRangePop();
   return error;
 }
@@ -39,12 +46,12 @@ ffi::Error Pop(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer
 XLA_FFI_DEFINE_HANDLER_SYMBOL(range_push, kernels_pallas::Push,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<std::string_view>("name"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(range_pop, kernels_pallas::Pop,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<std::string_view>("name"));
