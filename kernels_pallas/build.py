@@ -30,7 +30,7 @@ def main() -> int:
     for library in wanted or possible:
         try:
             print(build(library))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             print(f"build: {error}", file=sys.stderr)
             return 1
     return 0

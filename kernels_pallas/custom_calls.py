@@ -34,11 +34,15 @@ def why_not(library: str | None = None) -> str | None:
         return f"is written for NVIDIA GPUs, got {platform}"
     if name not in _registered:
         path = libraries.built(name)
-        if not path.exists():
-            return f"is not built here: python -m kernels_pallas.build {name}"
-        loaded = ctypes.CDLL(str(path))
-        for function in NAMES[name]:
-            jax.ffi.register_ffi_target(function, jax.ffi.pycapsule(getattr(loaded, function)), platform=jaxs)
+        try:
+            if not path.exists():
+                return f"is not built here: python -m kernels_pallas.build {name}"
+            loaded = ctypes.CDLL(str(path))
+            handlers = {function: getattr(loaded, function) for function in NAMES[name]}
+        except (OSError, AttributeError) as error:  # cut short, of another system, not ours to read
+            return f"cannot be loaded ({error}); remove {path} and run python -m kernels_pallas.build {name}"
+        for function, handler in handlers.items():
+            jax.ffi.register_ffi_target(function, jax.ffi.pycapsule(handler), platform=jaxs)
         _registered.add(name)
     return None
 

@@ -26,18 +26,18 @@ def from_dlpack(tensors: Sequence[Any]) -> list[jax.Array]:
     On a GPU one wait for that stream is the wait for all, so give those of a call together. As there, integers of 64
     bits become those of 32.
     """
-    arrays, ready = [], set()
+    arrays, streams = [], {}
     for tensor in tensors:
         kind, index = tensor.__dlpack_device__()
         if _to_array is None or kind not in (CPU, CUDA):
             arrays.append(jnp.from_dlpack(tensor))
             continue
         device = _device("cpu" if kind == CPU else "gpu", index)
-        stream = None if kind == CPU else device.get_stream_for_external_ready_events()
-        capsule = tensor.__dlpack__(stream=NO_WAIT if stream and device in ready else stream)
-        array = _to_array(capsule, device, stream, None, int(kind))
+        wait = NO_WAIT if device in streams else None
+        if kind == CUDA and wait is None:  # of several, XLA names another at each question
+            wait = streams[device] = device.get_stream_for_external_ready_events()
+        array = _to_array(tensor.__dlpack__(stream=wait), device, streams.get(device), None, int(kind))
         arrays.append(jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype)) if array.itemsize == 8 else array)
-        ready.add(device)
     return arrays
 
 

@@ -1,16 +1,19 @@
 """Where the custom calls of csrc/ lie once they are compiled, and how they are.
 
 There are three libraries: "cpu" and "cuda" of what csrc/ has for each, and "cutlass" of csrc/cutlass/, which needs
-NVIDIA's headers, is for Hopper alone, and takes minutes. A library is named by a digest of the sources, of the command
-and of the versions of jaxlib and of CUTLASS: whatever changes, an old one is not taken for it. The cache is
+NVIDIA's headers, is for Hopper alone, and takes minutes. A library is named by a digest of the sources, of the command,
+of the kind of processor and of the versions of jaxlib and of CUTLASS: where one of them changes, an old one is not
+taken for it. The compiler is not in it: a library may be brought to a machine that has none. The cache is
 $KERNELS_PALLAS_CACHE, or ~/.cache/kernels_pallas.
 """
 
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,7 +54,7 @@ def missing(library: str) -> str | None:
 
 def built(library: str) -> Path:
     """Where the library of today's sources lies, once it is built."""
-    digest = hashlib.sha256(f"{version('jaxlib')} {_options(library)}".encode())
+    digest = hashlib.sha256(f"{platform.machine()} {version('jaxlib')} {_options(library)}".encode())
     for path in _sources(library):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     if library == "cutlass" and (headers := cutlass_headers()):
@@ -65,6 +68,7 @@ def build(library: str) -> Path:
 
     Raises:
       RuntimeError: there is no compiler or are no headers, or what the compiler said first.
+      OSError: the cache cannot be written.
     """
     path = built(library)
     if path.exists():
@@ -73,17 +77,21 @@ def build(library: str) -> Path:
         raise RuntimeError(reason)
     program = str(compiler(library))
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may build it too: the last one stays
+        unfinished = Path(folder, path.name)
+        done = subprocess.run([*_command(library, program), "-o", str(unfinished)], capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
+            raise RuntimeError(f"{program} failed: {(errors or ['it says nothing'])[0]}")
+        unfinished.replace(path)
+    return path
+
+
+def _command(library: str, program: str) -> list[str]:
     files = [str(source) for source in _sources(library) if source.suffix == (".cc" if library == "cpu" else ".cu")]
     headers = [jax.ffi.include_dir(), *([str(cutlass_headers())] if library == "cutlass" else [])]
     includes = [word for folder in headers for word in ("-isystem", folder)]
-    command = [program, *_options(library), *includes, *files, "-o", str(unfinished)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        errors = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
-        raise RuntimeError(f"{program} failed: {(errors or ['it says nothing'])[0]}")
-    unfinished.replace(path)
-    return path
+    return [program, *_options(library), *includes, *files]
 
 
 def _options(library: str) -> tuple[str, ...]:

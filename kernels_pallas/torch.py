@@ -46,7 +46,7 @@ def flash_attention(
     and with return_lse (B, T, N), float32.
 
     The mask's vectors are arrays of JAX or NumPy; of tensors, `to_jax` makes some. NumPy's are moved at each call:
-    jax.device_put(mask), once, saves that.
+    jax.device_put(mask), once, saves that. No change of them in place is noticed: make none before the backward.
 
     Raises:
       ValueError: as the function of arrays; or a tensor is not on JAX's device, or of float64.

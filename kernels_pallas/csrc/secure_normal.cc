@@ -12,6 +12,7 @@ ffi::Error SecureNormal(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U32> key, ffi:
                         float stddev, ffi::Span<const int64_t> whole) {
   Shard shard;
   if (auto error = MakeShard(x.dimensions(), whole, start.element_count(), &shard); error.failure()) return error;
+  if (auto error = CheckStart(x.dimensions(), whole, start.typed_data()); error.failure()) return error;
   if (auto error = CheckNormal(shard, key.element_count(), nonce.element_count(), table.element_count());
       error.failure())
     return error;

@@ -50,6 +50,14 @@ struct Walk {
   }
 };
 
+// Where a piece lies, or why it cannot lie there; of a start in the host's memory.
+inline ffi::Error CheckStart(ffi::AnyBuffer::Dimensions local, ffi::Span<const int64_t> whole, const int32_t* start) {
+  for (size_t i = 0; i < local.size(); ++i)
+    if (start[i] < 0 || start[i] > whole[i] - local[i])
+      return ffi::Error::InvalidArgument("a piece begins, or ends, outside of the whole");
+  return ffi::Error::Success();
+}
+
 // What shapes a Shard must have, or why these are not.
 inline ffi::Error MakeShard(ffi::AnyBuffer::Dimensions local, ffi::Span<const int64_t> whole, int64_t starts,
                             Shard* shard) {

@@ -9,6 +9,7 @@ ffi::Error StateDigest(ffi::AnyBuffer x, ffi::Buffer<ffi::S32> start, ffi::Resul
                        ffi::Span<const int64_t> whole) {
   Shard shard;
   if (auto error = MakeShard(x.dimensions(), whole, start.element_count(), &shard); error.failure()) return error;
+  if (auto error = CheckStart(x.dimensions(), whole, start.typed_data()); error.failure()) return error;
   const int32_t* from = start.typed_data();
   uint32_t sums[4] = {0, 0, 0, 0};
   const ffi::Error error = OfWidth(x.element_type(), [&](auto zero) {

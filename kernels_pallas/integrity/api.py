@@ -9,6 +9,7 @@ from . import cost, ffi, reference
 from .cases import STATE_DIGEST as CASES
 
 
+MOST = 2**31 - 1  # what a start can say
 STATE_DIGEST = Op(
     name="state_digest",
     reference=reference.state_digest,
@@ -33,19 +34,33 @@ def state_digest(
 
     Args:
       x: the piece of an array that is at hand; numbers of 1, 2, 4 or 8 bytes.
-      start: where in the whole array the piece begins, in each dim; None: at its beginning.
+      start: where in the whole array the piece begins, in each dim, for it to lie inside; None: at its beginning.
       whole: the whole array's shape; None: that of x.
       implementation: one of STATE_DIGEST's; the best that runs here where None.
 
     Raises:
-      ValueError: x is complex, or no piece of the whole, or `implementation` is unknown.
+      ValueError: x is complex, of random keys or of numbers that share a byte, or no piece of the whole, or
+        `implementation` is unknown.
       NotImplementedError: `implementation` cannot run here.
     """
+    if wrong := _misfit(x, whole):
+        raise ValueError(f"state_digest: {wrong}.")
     x, start = (x[None], None) if x.ndim == 0 else (x, start)
     whole = whole or x.shape
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise ValueError(f"state_digest: got {x.dtype}; give its real and imaginary parts, one after the other.")
-    if len(whole) != x.ndim or any(small > large for small, large in zip(x.shape, whole, strict=True)):
-        raise ValueError(f"state_digest: x {x.shape} is no piece of a whole of shape {whole}.")
     start = jnp.zeros(x.ndim, jnp.int32) if start is None else start.astype(jnp.int32)
     return STATE_DIGEST(jax.lax.stop_gradient(x), start, whole=whole, implementation=implementation)
+
+
+def _misfit(x, whole: tuple[int, ...] | None) -> str | None:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return f"got {x.dtype}; give jax.random.key_data of it"
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return f"got {x.dtype}; give its real and imaginary parts, one after the other"
+    if jax.dtypes.itemsize_bits(x.dtype) < 8:
+        return f"got {x.dtype}, whose numbers share a byte; cast it to int8 or uint8"
+    whole = whole or x.shape
+    if len(whole) != x.ndim or any(small > large for small, large in zip(x.shape, whole, strict=True)):
+        return f"x {x.shape} is no piece of a whole of shape {whole}"
+    if any(small < large > MOST for small, large in zip(x.shape, whole, strict=True)):
+        return f"the whole of shape {whole} is cut where a dim has more than {MOST} places; split that dim in two"
+    return None

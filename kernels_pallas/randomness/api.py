@@ -8,6 +8,7 @@ from . import cost, ffi, reference
 from .cases import SECURE_NORMAL as CASES
 
 
+MOST = 2**31 - 1  # what a start can say
 SECURE_NORMAL = Op(
     name="secure_normal",
     reference=reference.secure_normal,
@@ -31,13 +32,14 @@ def secure_normal(
 
     They are made of ChaCha20's key stream (RFC 8439), 64 bits each, by the normal's inverse: up to 9 standard
     deviations, within 1e-6. Which number an element gets depends on key, nonce and its place in the whole array, not on
-    how that is cut: `ffi` has the same on every device to the bit, `xla` to the last one, as XLA rounds.
+    how that is cut: `ffi` has the same on every device to the bit, `xla` to the last one, as XLA rounds. Below 1.2e-38
+    a number may be zero, as it is to XLA on CPUs.
 
     Args:
       x: the piece of an array that is at hand; of one dim at least.
       key: 256 bits, as numbers that are kept secret.
       nonce: 96 bits; with one key each may be used for one array alone.
-      start: where in the whole array the piece begins, in each dim; None: at its beginning.
+      start: where in the whole array the piece begins, in each dim, for it to lie inside; None: at its beginning.
       whole: the whole array's shape; None: that of x. Up to 2^32 blocks of eight numbers, each row beginning one.
       implementation: one of SECURE_NORMAL's; the best that runs here where None.
 
@@ -64,6 +66,8 @@ def _misfit(x, key, nonce, whole: tuple[int, ...]) -> str | None:
         )
     if len(whole) != x.ndim or any(small > large for small, large in zip(x.shape, whole, strict=True)):
         return f"x {x.shape} is no piece of a whole of shape {whole}"
+    if any(small < large > MOST for small, large in zip(x.shape, whole, strict=True)):
+        return f"the whole of shape {whole} is cut where a dim has more than {MOST} places; split that dim in two"
     blocks = -(-whole[-1] // reference.PER_BLOCK)
     for size in whole[:-1]:
         blocks *= size

@@ -2,11 +2,9 @@
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import kernels_pallas.build as build_command
 from kernels_pallas import (
     GROUPED_MATMUL,
     SECURE_NORMAL,
@@ -193,12 +190,17 @@ def test_what_cannot_be_is_an_error_and_no_garbage(built, unchecked_arrays):
         secure_normal(jnp.zeros(4), KEY[:4], NONCE)
     with pytest.raises(ValueError, match=r"x \(4,\) is no piece of a whole of shape \(3,\)"):
         draw(jnp.zeros(4), whole=(3,))
-    with pytest.raises(ValueError, match="takes 4294967297 blocks, a nonce has 2"):
-        draw(jnp.zeros((1, 8)), whole=(2**32 + 1, 8))
-    last = draw(jnp.zeros((1, 8)), whole=(2**31, 16), start=jnp.array([2**31 - 1, 8]), implementation="ffi")
-    counter = jnp.array([2**32 - 1], jnp.uint32)
+    with pytest.raises(ValueError, match="takes 6442450941 blocks, a nonce has 2"):
+        draw(jnp.zeros((1, 8)), whole=(2**31 - 1, 17))
+    with pytest.raises(ValueError, match="is cut where a dim has more than 2147483647 places"):
+        draw(jnp.zeros((8,)), whole=(2**33,))
+    for start in (-3, 5):
+        with pytest.raises(Exception, match="a piece begins, or ends, outside of the whole"):
+            jax.block_until_ready(draw(jnp.zeros(4), start=jnp.array([start]), whole=(8,), implementation="ffi"))
+    last = draw(jnp.zeros((1, 8)), whole=(2**31 - 1, 16), start=jnp.array([2**31 - 2, 8]), implementation="ffi")
+    counter = jnp.array([2**32 - 3], jnp.uint32)
     block = np.asarray(reference.chacha20(KEY, counter, NONCE))[0]
-    np.testing.assert_array_equal(np.asarray(last)[0], model(block[1::2], block[0::2]))  # the last of 2^32 blocks
+    np.testing.assert_array_equal(np.asarray(last)[0], model(block[1::2], block[0::2]))  # of 2^32 - 2
     with pytest.raises(NotImplementedError, match="takes up to 8 dims, got 9"):
         draw(jnp.zeros([1] * 9), implementation="ffi")
     assert draw(jnp.zeros((0, 8)), implementation="ffi").shape == (0, 8)
@@ -260,8 +262,17 @@ def test_numbers_of_64_bits_are_two_words_and_bools_and_scalars_have_digests(bui
         by_ffi, by_xla = (state_digest(x, implementation=name) for name in ("ffi", "xla"))
         np.testing.assert_array_equal(by_ffi, by_xla)
     assert np.asarray(state_digest(jnp.zeros((0, 3)), implementation="ffi")).tolist() == [0] * 4
-    with pytest.raises(ValueError, match="got complex64; give its real and imaginary parts"):
-        state_digest(jnp.zeros(3, jnp.complex64))
+    for x, wrong in [
+        (jnp.zeros(3, jnp.complex64), "got complex64; give its real and imaginary parts"),
+        (jnp.zeros(3, jnp.int4), "got int4, whose numbers share a byte; cast it to int8"),
+        (jax.random.key(0), r"got key<fry>; give jax.random.key_data of it"),
+    ]:
+        with pytest.raises(ValueError, match=wrong):
+            state_digest(x)
+    with pytest.raises(ValueError, match="is cut where a dim has more than 2147483647 places"):
+        state_digest(jnp.zeros(4), whole=(2**32,))
+    with pytest.raises(Exception, match="a piece begins, or ends, outside of the whole"):
+        jax.block_until_ready(state_digest(jnp.zeros(4), start=jnp.array([-1]), whole=(8,), implementation="ffi"))
 
 
 def test_every_bit_and_every_place_counts(built):
@@ -405,32 +416,6 @@ def test_cutlass_says_why_not(tmp_path, monkeypatch):
     assert CUTLASS.unsupported(*FIT) is None
     alone = dataclasses.replace(GROUPED_MATMUL, kernels={"cutlass": CUTLASS})
     assert alone.choose(*FIT) == "xla"  # until a GPU has proven it
-
-
-def test_what_is_built_is_what_can_be(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("KERNELS_PALLAS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CUTLASS_PATH", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: f"/compilers/{name}")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    without = libraries.built("cutlass")
-    monkeypatch.setattr(sys, "argv", ["build", "cutlass"])
-    assert build_command.main() == 1
-    assert "no CUTLASS headers; pip install --no-deps nvidia-cutlass" in capsys.readouterr().err
-    asked = []
-    monkeypatch.setattr(build_command, "build", asked.append)
-    monkeypatch.setattr(sys, "argv", ["build"])
-    assert build_command.main() == 0 and asked == ["cpu", "cuda"]
-    versions = []
-    for version in ("4.1", "4.2"):
-        headers = tmp_path / version / "include" / "cutlass"
-        headers.mkdir(parents=True)
-        (headers / "version.h").write_text(version)
-        monkeypatch.setenv("CUTLASS_PATH", str(tmp_path / version))
-        assert libraries.cutlass_headers() == headers.parent and libraries.missing("cutlass") is None
-        versions.append(libraries.built("cutlass"))
-    assert len({without, *versions}) == 3
-    asked.clear()
-    assert build_command.main() == 0 and asked == ["cpu", "cuda", "cutlass"]
 
 
 def test_cutlass_is_a_custom_call_of_its_name(monkeypatch):

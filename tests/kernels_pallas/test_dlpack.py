@@ -1,5 +1,7 @@
 """Arrays out of tensors are what jnp.from_dlpack makes, in the same memory; NumPy's arrays are the tensors here."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,14 +74,17 @@ def test_an_unknown_device_is_the_public_functions(monkeypatch):
 
 
 class Gpu:
-    """A device that has a stream."""
+    """A device with streams, of which it names one after another."""
+
+    def __init__(self, first):
+        self.streams = itertools.count(first)
 
     def get_stream_for_external_ready_events(self):
-        return 77
+        return next(self.streams)
 
 
-def test_tensors_of_a_gpu_are_waited_for_once_each_gpu(monkeypatch):
-    gpus, handed = {0: Gpu(), 1: Gpu()}, []
+def test_a_stream_that_has_waited_is_every_tensors_once_each_gpu(monkeypatch):
+    gpus, handed = {0: Gpu(70), 1: Gpu(80)}, []
     monkeypatch.setattr(dlpack, "_device", lambda platform, index: gpus[index])
     convert = dlpack._to_array
 
@@ -90,5 +95,5 @@ def test_tensors_of_a_gpu_are_waited_for_once_each_gpu(monkeypatch):
     monkeypatch.setattr(dlpack, "_to_array", on_cpu)
     tensors = [Tensor(aligned((4,), np.float32), (2, index)) for index in (0, 0, 1, 0)]
     dlpack.from_dlpack(tensors)
-    assert [t.streams for t in tensors] == [[77], [-1], [77], [-1]]
-    assert handed == [(gpus[index], 77, 2) for index in (0, 0, 1, 0)]
+    assert [t.streams for t in tensors] == [[70], [-1], [80], [-1]]
+    assert handed == [(gpus[0], 70, 2), (gpus[0], 70, 2), (gpus[1], 80, 2), (gpus[0], 70, 2)]
