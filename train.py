@@ -70,6 +70,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
     mesh = jax.sharding.get_mesh()
     first, state = restored or (0, first_state(config, program, mesh))
     ledger.resumed(first)
+    stream = batches_after(first)  # if a private run's ledger refuses it, nothing of it is written
     events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
     run.write_text("config.json", to_json(config))
     command_line.say(
@@ -94,7 +95,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
 
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
-    number, stream = first, batches_after(first)
+    number = first
     with journal, attendance.preemption.deferred():
         while number < config.train.steps:
             number += 1
@@ -121,7 +122,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
             if clock.due(number) or last or stop:
                 with ledger.phase("save"):
                     faults.before_save(number)
-                    checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": journal.means})
+                    checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": journal.released})
                 clock.saved()
                 ledger.flush()
             if stop and not last:

@@ -28,7 +28,8 @@ from dito_jax.planning.step_cost import STEPS, costs, table
 from dito_jax.privacy.accounting import epsilon, noise_multiplier, remaining_steps
 from dito_jax.privacy.card import markdown
 from dito_jax.privacy.clipping import Backend
-from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.privacy.ledger import Ledger, ledger_path
+from dito_jax.privacy.run import units_of
 from dito_jax.recipe import planned_program
 from dito_jax.training.program import Program
 
@@ -54,14 +55,17 @@ def privacy(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> str:
     config = configs.override(configs.load(options.subject), options.overrides)
-    wanted = options.epsilon or config.privacy.epsilon
+    wanted = config.privacy.epsilon if options.epsilon is None else options.epsilon
     if wanted is None:
         raise UserError("privacy plan: no epsilon; give --epsilon 8, or privacy.epsilon in the config.")
-    delta, units = options.delta or config.privacy.delta, len(config.data.open("train")) + config.canaries // 2
+    delta = config.privacy.delta if options.delta is None else options.delta
+    units = len(units_of(config.data.open("train"), config.privacy)) + config.canaries // 2
+    unit = "image" if config.privacy.images_per_user is None else "user"
+    room = config.privacy.max_batch if (config.privacy.max_batch or units) < units else None
     batch, steps = config.train.batch_size, config.train.steps + config.privacy.spare_steps
     of_them = f", with half of {config.canaries} canaries, each in by a coin" if config.canaries else ""
     lines = [
-        f"{options.subject}: {units} images{of_them}, delta {delta:g}.",
+        f"{options.subject}: {units} {unit}s{of_them}, delta {delta:g}.",
         "The mean gradient has noise sigma/batch, in clip norms.",
         "",
         "| epsilon | batch | steps | sigma | sigma/batch |",
@@ -70,7 +74,8 @@ def _plan(options: argparse.Namespace) -> str:
     same_work = [(batch, steps), *((batch * k, max(steps // k, 1)) for k in (2, 4) if batch * k <= units)]
     for of_epsilon in sorted({wanted, *EPSILONS}):
         for expected, count in same_work if of_epsilon == wanted else same_work[:1]:
-            sigma = noise_multiplier(units, expected, count, of_epsilon, delta)
+            of_room = room if expected == batch else None
+            sigma = noise_multiplier(units, expected, count, of_epsilon, delta, max_batch=of_room)
             lines.append(f"| {of_epsilon:g} | {expected} | {count} | {sigma:.4g} | {sigma / expected:.2e} |")
     return "\n".join(lines)
 
@@ -110,12 +115,13 @@ def _ledger(options: argparse.Namespace) -> str:
     if not path.exists():
         raise UserError(f"{path}: no ledger of a data set {options.subject!r}; a private run makes it.")
     ledger = Ledger(path)
+    if ledger.budget is None:
+        raise UserError(f"{path}: empty, with no budget and no run; remove it, and a private run makes another.")
     if options.budget is not None:
-        old = ledger.budget
-        assert old is not None
-        ledger.set_budget(Budget(options.budget, old.delta, old.unit))
+        if not 0 < options.budget < float("inf"):
+            raise UserError(f"--budget {options.budget}: wanted an epsilon above 0.")
+        ledger.set_budget(dataclasses.replace(ledger.budget, epsilon=options.budget))
     budget, spent = ledger.budget, ledger.spent()
-    assert budget is not None
     lines = ["| run | starts | steps | q | sigma | epsilon alone |", "|---|---|---|---|---|---|"]
     for run in ledger.runs():
         for release, steps in ledger.spent(run).items():

@@ -1,5 +1,9 @@
 """The state that a new run begins with: random, or what another run has learned."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import jax
 
 from dito_jax.command_line import opened, restored, sampled_average
@@ -7,6 +11,7 @@ from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
 from dito_jax.models.fine_tuning import check_start, started
 from dito_jax.training.program import Program
+from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState, begun_with
 
 
@@ -23,19 +28,37 @@ def first_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) 
     run, of_start = opened(config.start_from)
     check_start(of_start.model, config.model)
     if config.privacy.epsilon is not None:
-        _check_ancestors(config, config.start_from)
+        _check_ancestors(config)
     _, trained, _ = restored(run, of_start, mesh)
     average = sampled_average(trained, of_start)
     return begun_with(started(of_start.model, average, config.model, state.params), state, program.state)
 
 
-def _check_ancestors(config: TrainConfig, start: str | None) -> None:
-    """Raises UserError if a run on the way saw this one's data, and was not private."""
+def ancestors(start: str | None) -> Iterator[tuple[RunDirectory, TrainConfig]]:
+    """The run that one starts from, the one that that starts from, ..., and their configs.
+
+    Raises:
+      UserError: one of them is not there.
+    """
     while start is not None:
-        _, of_start = opened(start)
-        if of_start.privacy.epsilon is None and of_start.data == config.data:
+        run, config = opened(start)
+        yield run, config
+        start = config.start_from
+
+
+def _check_ancestors(config: TrainConfig) -> None:
+    """Raises UserError if a run on the way saw this one's data, and was not private."""
+    for run, before in ancestors(config.start_from):
+        if before.privacy.epsilon is None and _overlap(before.data, config.data):
             raise UserError(
-                f"start_from {start}: that run saw the same data without privacy, and this one would publish what it "
-                "learned. Begin with a run on public data, or a private one."
+                f"start_from {run.path}: that run saw the same data without privacy, and this one would publish what "
+                "it learned. Begin with a run on public data, or a private one."
             )
-        start = of_start.start_from
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Whether two data configs are of the same place, or one of a place in the other's; however they are read."""
+    if not (hasattr(one, "path") and hasattr(other, "path")):
+        return one == other
+    a, b = Path(one.path).resolve(), Path(other.path).resolve()
+    return a == b or a in b.parents or b in a.parents

@@ -1,7 +1,9 @@
 """How a run trains, ordinary or private: its program, and the stream of its batches."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,9 +11,10 @@ import jax
 from dito_jax.command_line import check_data
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source, batches
+from dito_jax.first_state import ancestors
 from dito_jax.privacy.canaries import planted
 from dito_jax.privacy.program import make_private_program
-from dito_jax.privacy.run import PrivateRun
+from dito_jax.privacy.run import PLAN, PrivateRun, check_history
 from dito_jax.privacy.settings import StepPlan
 from dito_jax.sharding import batch_pieces
 from dito_jax.training.guard import position
@@ -32,15 +35,19 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     """The recipe of a config; call it under `jax.set_mesh(mesh)`.
 
     Raises:
-      UserError: the data are not what the model takes, or privacy is asked for that they cannot have.
+      UserError: the data are not what the model takes, or privacy is asked for that they, or the run, cannot have.
     """
+    check_history(run, private=config.privacy.epsilon is not None)
     source = config.data.open("train")
     check_data(config, source)
     source = planted(source, config.canaries, run) if config.canaries else source
     common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
     if config.privacy.epsilon is not None:
         multiple = batch_pieces(mesh.shape) * config.train.accumulation
-        private = PrivateRun(config.privacy, config.train, source, run, multiple=multiple)
+        private = PrivateRun(
+            config.privacy, config.train, source, run,
+            multiple=multiple, data=_place(config.data), starts_from=_private_ancestors(config, run),
+        )  # fmt: skip
         program = make_private_program(*common, config.privacy, private.plan)
         return Recipe(source, program, lambda step: private.batches_after(step, *program.share()))
     program = make_program(*common)
@@ -53,6 +60,19 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
         )  # fmt: skip
 
     return Recipe(source, program, batches_after)
+
+
+def _place(data: Any) -> str:
+    """What tells these data from others, on this machine."""
+    return str(Path(data.path).resolve()) if getattr(data, "path", None) else repr(data)
+
+
+def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:
+    """The names of the private runs that a new run starts from; one that goes on has kept them."""
+    if (run.path / PLAN).exists():
+        return []
+    plans = [ancestor.path / PLAN for ancestor, _ in ancestors(config.start_from)]
+    return [json.loads(plan.read_text())["run"] for plan in plans if plan.exists()]
 
 
 def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:

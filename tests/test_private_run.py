@@ -124,6 +124,15 @@ def test_a_second_run_is_refused_by_the_first_ones_budget(killed, call, tmp_path
     done = call("train.py", *PRIVATE, "--run-dir", tmp_path / "second", code=2)
     assert re.search(r"24 steps at noise .* would exceed epsilon 8 .* \d+ remain", done.stderr)
     assert "Traceback" not in done.stderr and killed[1].read_bytes() == before
+    assert not (tmp_path / "second" / "config.json").exists()  # so nobody takes it for a run
+
+
+def test_its_directory_takes_no_steps_without_privacy(killed, call):
+    before = (killed[0] / "config.json").read_bytes()
+    public = PRIVATE[: PRIVATE.index("--privacy.epsilon")]
+    done = call("train.py", *public, "--train.steps", "30", "--run-dir", killed[0], code=2)
+    assert "a private run, and a step without privacy would break" in done.stderr and "Traceback" not in done.stderr
+    assert (killed[0] / "config.json").read_bytes() == before
 
 
 def test_the_card_is_what_the_ledger_says(killed, call):

@@ -44,7 +44,7 @@ class StepKeys:
         return np.frombuffer(self._bytes(step, purpose), np.uint32).copy()
 
     def generator(self, step: int, purpose: Purpose) -> np.random.Generator:
-        """NumPy's, seeded by all 256 bits."""
+        """NumPy's, seeded by all 256 bits, of which it keeps 128."""
         return np.random.default_rng(int.from_bytes(self._bytes(step, purpose)))
 
     def _bytes(self, step: int, purpose: Purpose) -> bytes:

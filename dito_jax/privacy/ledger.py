@@ -227,6 +227,17 @@ class Ledger:
         return None
 
 
+def charged_elsewhere(ledger: Ledger, data: str) -> Path | None:
+    """Another ledger of the same folder, if a run on these data was started with it; `data` as the starts say."""
+    for path in sorted(ledger.path.parent.glob("*.jsonl")):
+        if path.samefile(ledger.path):
+            continue
+        with contextlib.suppress(UserError):  # what is damaged is told to whoever uses it
+            if any(entry["payload"].get("data") == data for entry in Ledger(path).entries if entry["kind"] == "start"):
+                return path
+    return None
+
+
 def _canonical(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
 

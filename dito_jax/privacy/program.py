@@ -7,7 +7,7 @@ from dito_jax.diffusion.loss import LossConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.privacy.settings import PrivacyConfig, StepPlan
 from dito_jax.privacy.step import make_private_step
-from dito_jax.sharding import spec
+from dito_jax.sharding import batch_pieces, spec
 from dito_jax.training.health import GuardConfig
 from dito_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dito_jax.training.program import LoopConfig, Program, assemble
@@ -46,7 +46,7 @@ def make_private_program(
     )
     by_unit = jax.NamedSharding(mesh, spec("B", mesh))
     everywhere = jax.NamedSharding(mesh, jax.P())
-    rows = (plan.max_batch, privacy.images_per_user or 1)
+    rows = (plan.rows(batch_pieces(mesh.shape) * loop.accumulation), privacy.images_per_user or 1)
     batch = {
         "image": jax.ShapeDtypeStruct((*rows, *model.image_shape), jnp.float32, sharding=by_unit),
         "label": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_unit),

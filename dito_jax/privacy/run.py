@@ -4,8 +4,10 @@ Guarantees
   - No batch leaves `batches_after` before the ledger of its data set has its cost on disk; where that would exceed the
     budget, none leaves it again, and the run ends in one line.
   - The plan is made once, and kept with the run: a run that goes on does what it was started to do, or says what of
-    its settings has changed.
-  - A ledger that lacks what this run saw in it, or a step that it took, is refused.
+    its settings has changed. A directory is private from its first step, or never.
+  - A ledger that lacks what this run saw in it, or a step that it took, is refused; so are data that another ledger
+    has under another name.
+  - Whenever steps may be taken again, in the same process too, they have other keys, and are charged again.
   - Of several processes, the first keeps the ledger and the secret, and tells the others; the secret passes through
     the store of the run's processes, on its network.
 """
@@ -14,7 +16,7 @@ import concurrent.futures
 import dataclasses
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -24,7 +26,7 @@ from dito_jax.data import Source
 from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import Release, noise_multiplier, truncation
 from dito_jax.privacy.keys import StepKeys, run_secret
-from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.privacy.ledger import Budget, Ledger, charged_elsewhere, ledger_path
 from dito_jax.privacy.sampling import PoissonBatches, Units
 from dito_jax.privacy.settings import PrivacyConfig, StepPlan
 from dito_jax.processes import agree, index, publish, published
@@ -38,8 +40,19 @@ PLAN = "privacy.json"
 class PrivateRun:
     """One run on the units of one source."""
 
-    def __init__(self, privacy: PrivacyConfig, loop: LoopConfig, source: Source, run: RunDirectory, *, multiple: int):
-        """`multiple`: what the rows of a batch divide into.
+    def __init__(
+        self,
+        privacy: PrivacyConfig,
+        loop: LoopConfig,
+        source: Source,
+        run: RunDirectory,
+        *,
+        multiple: int,
+        data: str | None = None,
+        starts_from: Sequence[str] = (),
+    ):
+        """`multiple`: what the rows of a batch divide into. `data`: what the source is, in words that are its own.
+        `starts_from`: the names of the private runs that the first state was learned by.
 
         Raises:
           UserError: the settings cannot go together, or are not those that the run was started with.
@@ -49,7 +62,7 @@ class PrivateRun:
         wanted = _settings(privacy, loop, len(self.units))
         kept = json.loads((run.path / PLAN).read_text()) if (run.path / PLAN).exists() else None
         if kept is None:
-            kept = {"run": uuid.uuid4().hex, "settings": wanted, "plan": None}
+            kept = {"run": uuid.uuid4().hex, "settings": wanted, "plan": None, "starts_from": list(starts_from)}
         if changed := [name for name in wanted if kept["settings"].get(name) != wanted[name]]:
             raise UserError(
                 f"{run.path}: {', '.join(changed)} changed since this private run was started; its noise was chosen "
@@ -59,7 +72,7 @@ class PrivateRun:
         self.name: str = kept["run"]
         self._kept: dict[str, Any] = kept
         self._keep(plan=dataclasses.asdict(self.plan))
-        self._start: dict[str, Any] | None = None
+        self._rows, self._data, self._starts = self.plan.rows(multiple), data, 0
         self._ledger: Ledger | None = None
 
     @property
@@ -74,11 +87,12 @@ class PrivateRun:
           UserError: the budget does not have room for what is planned, or, from the iterator, for the next step.
         """
         start = self._begin(step)
-        keys = StepKeys(bytes.fromhex(start["secret"]), self.name, start["restart"])
+        keys = StepKeys(bytes.fromhex(start["secret"]), start["run"], start["restart"])
         images = self._privacy.images_per_user or 1
         batches = PoissonBatches(
-            self._source, self.units, self.plan, keys, images_per_unit=images, share=share, shares=shares
-        )
+            self._source, self.units, self.plan, keys,
+            rows=self._rows, images_per_unit=images, share=share, shares=shares,
+        )  # fmt: skip
         return self._charged(batches, step, start["restart"])
 
     def _charged(self, batches: PoissonBatches, step: int, restart: int) -> Iterator[dict[str, np.ndarray]]:
@@ -91,19 +105,17 @@ class PrivateRun:
                 yield ready
 
     def _begin(self, step: int) -> dict[str, Any]:
-        """Enters the start into the ledger, and tells all processes which it is."""
-        if self._start is None:
-            refused: UserError | None = None
-            if index() == 0:
-                try:
-                    self._publish_start(step)
-                except UserError as error:
-                    refused = error
-            if not agree(refused is None):
-                raise refused or UserError("the privacy ledger refused this run; process 0 says why.")
-            self._start = json.loads(published("private")["start"])
-        assert self._start is not None
-        return self._start
+        """Enters a start into the ledger, and tells all processes which it is."""
+        self._starts += 1
+        refused: UserError | None = None
+        if index() == 0:
+            try:
+                self._publish_start(step)
+            except UserError as error:
+                refused = error
+        if not agree(refused is None):
+            raise refused or UserError("the privacy ledger refused this run; process 0 says why.")
+        return json.loads(published("private")[str(self._starts)])
 
     def _publish_start(self, step: int) -> None:
         privacy = self._privacy
@@ -120,10 +132,17 @@ class PrivateRun:
                 f"has {privacy.delta:g} and {unit!r}: set privacy.delta and privacy.images_per_user accordingly."
             )
         self._check_ledger(ledger, step)
+        if self._data is not None and (other := charged_elsewhere(ledger, self._data)):
+            raise UserError(
+                f"privacy.dataset is {privacy.dataset!r}, and runs on {self._data} were charged to {other}: one data "
+                "set has one budget. Name that, or keep an experiment's ledgers elsewhere: DITO_LEDGERS."
+            )
         libraries = {name: version(name) for name in ("dp-accounting", "jax-privacy")}
-        restart = ledger.start(self.name, self.release, self._loop.steps - step, versions=libraries, after=step)
+        notes = {"versions": libraries, "after": step, "data": self._data}
+        restart = ledger.start(self.name, self.release, self._loop.steps - step, **notes)
         self._keep(ledger={"number": ledger.number, "head": ledger.head})
-        publish("private/start", json.dumps({"restart": restart, "secret": run_secret(self.name).hex()}))
+        start = {"run": self.name, "restart": restart, "secret": run_secret(self.name).hex()}
+        publish(f"private/{self._starts}", json.dumps(start))
 
     def _check_ledger(self, ledger: Ledger, step: int) -> None:
         noted, charged = self._kept.get("ledger"), sum(ledger.spent(self.name).values())
@@ -151,6 +170,23 @@ class PrivateRun:
                 refused = error
         if not agree(refused is None):
             raise refused or UserError(f"the privacy ledger refused step {step}; process 0 says why.")
+
+
+def check_history(run: RunDirectory, *, private: bool) -> None:
+    """Raises UserError if the steps that a run directory holds were taken with privacy and the next will not be, or the
+    other way round."""
+    planned = (run.path / PLAN).exists()
+    trained = run.checkpoints.exists() and any(path.name[:1].isdigit() for path in run.checkpoints.iterdir())
+    if private and trained and not planned:
+        raise UserError(
+            f"{run.path}: its steps so far were taken without privacy, which nothing gives them now: start the private "
+            "run elsewhere (--run-dir)."
+        )
+    if planned and not private:
+        raise UserError(
+            f"{run.path}: a private run, and a step without privacy would break what was promised of it. Start from it "
+            f"elsewhere: --start-from {run.path} --run-dir DIR."
+        )
 
 
 def units_of(source: Source, privacy: PrivacyConfig) -> Units:

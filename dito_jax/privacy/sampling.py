@@ -7,7 +7,9 @@ Guarantees
     accountant is told of.
   - The draw is jax-privacy's, from the step's own generator: any process of the run makes the same, and none needs the
     steps before. An empty batch is a batch.
-  - What is in a batch is secret, and so is how many: shapes, and so the time a step takes, do not depend on it.
+  - What is in a batch is secret, and so is how many: shapes do not depend on it, nor how much a device computes. Only
+    what was drawn is read, though, so the time that reading takes does: it passes during the step before, and shows
+    where it is the longer.
 """
 
 import concurrent.futures
@@ -59,13 +61,16 @@ class PoissonBatches:
         plan: StepPlan,
         keys: StepKeys,
         *,
+        rows: int | None = None,
         images_per_unit: int = 1,
         share: int = 0,
         shares: int = 1,
     ):
+        """`rows` of all shares together, plan.max_batch or more; None: that."""
         self._source, self._units, self._plan, self._keys = source, units, plan, keys
         self._images = images_per_unit
-        size = plan.max_batch // shares
+        self._all_rows = rows or plan.max_batch
+        size = self._all_rows // shares
         self._rows = range(share * size, (share + 1) * size)
         self._readers = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="private-batches")
 
@@ -75,7 +80,7 @@ class PoissonBatches:
         plan = self._plan
         sampling = CyclicPoissonSampling(plan.sampling_prob, 1, truncated_batch_size=plan.max_batch)
         (drawn,) = sampling.batch_iterator(len(self._units), rng=rng)
-        chosen = np.full((plan.max_batch, self._images), -1, np.int64)
+        chosen = np.full((self._all_rows, self._images), -1, np.int64)
         for row, unit in enumerate(drawn):
             examples = np.atleast_1d(self._units.of_unit[int(unit)])
             some = rng.permutation(examples)[: self._images] if examples.size > 1 else examples

@@ -11,7 +11,7 @@ class PrivacyConfig:
 
     epsilon: float | None = None  # None: not private, and nothing below counts
     delta: float = 1e-5  # below one in the number of units
-    dataset: str | None = None  # whose ledger is charged; None: what the data's config says
+    dataset: str | None = None  # whose ledger is charged; a private run names one
     clip_norm: float = 1.0
     draws: int = 1  # of time and noise for each image and step, averaged before clipping
     backend: Backend = "bookkeeping"
@@ -29,9 +29,13 @@ class StepPlan:
     noise_multiplier: float  # sigma: noise per number, in units of clip_norm
     sampling_prob: float  # q
     num_units: int  # n
-    max_batch: int  # rows that are computed
+    max_batch: int  # units that a step has room for
 
     @property
     def expected_batch(self) -> float:
         """q n."""
         return self.sampling_prob * self.num_units
+
+    def rows(self, multiple: int) -> int:
+        """The rows of a batch, of which there may be more than units, to divide into so many."""
+        return -(-self.max_batch // multiple) * multiple

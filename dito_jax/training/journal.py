@@ -36,6 +36,11 @@ class Journal:
         if first < total:
             self._metrics.write(first + 1, compiled)
 
+    @property
+    def released(self) -> dict[str, float]:
+        """`means`, without those that a private run must not release."""
+        return {name: mean for name, mean in self.means.items() if not name.startswith("internal_")}
+
     def note(self, measured: dict[str, jax.Array]) -> None:
         """Keeps what a step measured until the end of the interval."""
         self._pending.append(measured)

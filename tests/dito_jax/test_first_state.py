@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dito_jax.config import TrainConfig, to_json
-from dito_jax.data import DigitsData, LatentsData
+from dito_jax.data import DigitsData, ImageFolderData, LatentsData
 from dito_jax.errors import UserError
 from dito_jax.first_state import first_state
 from dito_jax.models.dit import DiTConfig
@@ -23,6 +23,10 @@ CONFIG = TrainConfig(
     train=LoopConfig(steps=4, batch_size=8, compute_dtype="float32", ema_decays=(0.5, 0.9)),
 )
 PRIVATE = PrivacyConfig(epsilon=1.0, dataset="digits")
+
+
+def faces(path="faces", **options):
+    return ImageFolderData(path, image_size=8, **options)
 
 
 def made(config, mesh):
@@ -68,6 +72,26 @@ def test_a_private_run_does_not_begin_with_what_saw_its_data(tmp_path, between):
     config = dataclasses.replace(CONFIG, data=DigitsData(), privacy=PRIVATE, start_from=start)
     mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
     with jax.set_mesh(mesh), pytest.raises(UserError, match="saw: that run saw the same data without privacy"):
+        first_state(config, made(config, mesh), mesh)
+
+
+@pytest.mark.parametrize(
+    ("saw", "refused"),
+    [
+        (faces(flip=False), True),
+        (faces("./faces/"), True),
+        (faces("faces/train"), True),
+        (LatentsData("faces"), True),
+        (faces("faces2"), False),
+        (DigitsData(), False),
+    ],
+)
+def test_data_read_otherwise_are_the_same_data(tmp_path, saw, refused):
+    start = a_run(tmp_path / "saw", dataclasses.replace(CONFIG, data=saw))
+    config = dataclasses.replace(CONFIG, data=faces(), privacy=PRIVATE, start_from=start)
+    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
+    wanted = "that run saw the same data without privacy" if refused else "no checkpoint yet"
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=wanted):
         first_state(config, made(config, mesh), mesh)
 
 

@@ -398,7 +398,9 @@ def test_unknown_implementation_names_the_choices(name):
 
 @every([(name, "triton", next(iter(op.cases))) for name, op in OPS.items() if "triton" in op.kernels])
 def test_what_cannot_run_says_why_and_what_can(name, kernel, case):
-    wanted = rf"{name}: implementation='triton' cannot run here: needs an NVIDIA GPU, got cpu.*choose from: (ffi, )?xla\."
+    wanted = (
+        rf"{name}: implementation='triton' cannot run here: needs an NVIDIA GPU, got cpu.*choose from: (ffi, )?xla\."
+    )
     arrays, _ = inputs(name, case)
     with (
         jax.default_device(jax.devices("cpu")[0]),

@@ -1,5 +1,6 @@
 """The secret and what is derived from it."""
 
+import hmac
 import itertools
 import os
 
@@ -40,6 +41,19 @@ def test_generators_are_the_same_for_the_same_step_alone():
     keys = StepKeys(SECRET, "run", 0)
     one, same, other = (keys.generator(step, "batch").random(3) for step in (4, 4, 5))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+def test_generators_have_all_256_bits(monkeypatch):
+    """Of 32, whoever saw a batch could try them all, and know every batch of the step."""
+    keys = StepKeys(SECRET, "run", 0)
+    seed = keys.generator(4, "batch").bit_generator.seed_seq.entropy
+    assert seed.to_bytes(32) == keys.key(4, "batch").tobytes()
+    digest = int.from_bytes(keys.key(4, "batch").tobytes())
+    drawn = set()
+    for changed in [digest, *(digest ^ (1 << bit) for bit in range(256))]:
+        monkeypatch.setattr(hmac, "digest", lambda *_, changed=changed: changed.to_bytes(32))
+        drawn.add(keys.generator(4, "batch").bytes(8))
+    assert len(drawn) == 257
 
 
 def test_a_secret_is_made_once_apart_from_the_run_and_is_its_owners(tmp_path, monkeypatch):

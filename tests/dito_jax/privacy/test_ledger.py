@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dito_jax.errors import UserError
-from dito_jax.privacy.accounting import Release, epsilon
+from dito_jax.privacy.accounting import Release, epsilon, merged
 from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
 
 
@@ -19,10 +19,12 @@ ROOT = Path(__file__).parents[3]
 RELEASE = Release(0.02, 4.0)
 
 CHARGES = """
+import signal
 import sys
 from pathlib import Path
 from dito_jax.privacy.accounting import Release
 from dito_jax.privacy.ledger import Ledger
+signal.alarm(90)  # one that waits for ever, or that nobody stops, ends itself
 ledger, done = Ledger(Path(sys.argv[1])), Path(sys.argv[2])
 release = Release(0.02, 4.0)
 restart = ledger.start(sys.argv[3], release, 1)
@@ -88,6 +90,22 @@ def test_another_runs_steps_count_against_what_remains(ledger):
         ledger.charge("a", 0, 1, Release(0.5, 2.0))
 
 
+def test_two_runs_of_different_releases_spend_the_budget_together_and_no_more(ledger):
+    """How many steps fit one run was reckoned before the other took its own, which use that up."""
+    large = Release(0.3, 3.0)
+    ledger.set_budget(Budget(3.0, 1e-4, "example"))
+    other = Ledger(ledger.path)
+    for run, writer, release in (("a", ledger, RELEASE), ("b", other, large), ("a", ledger, RELEASE)):
+        writer.charge(run, 0, 0, release)
+    for run, writer, release in (("b", other, large), ("a", ledger, RELEASE)):
+        with pytest.raises(UserError, match="0 steps remain"):
+            for step in range(1, 200):
+                writer.charge(run, 0, step, release)
+    spent = Ledger(ledger.path).spent()
+    assert set(spent) == {RELEASE, large} and epsilon(spent, 1e-4) <= 3.0
+    assert all(epsilon(merged(spent, {one: 1}), 1e-4) > 3.0 for one in spent)
+
+
 @pytest.mark.parametrize("damage", ["changed", "missing", "swapped", "inserted"])
 def test_a_line_that_is_not_as_it_was_is_named(ledger, damage):
     for step in range(5):
@@ -138,14 +156,18 @@ def test_killed_at_any_moment_the_ledger_has_every_step_that_was_taken(ledger, t
             )
             for run, file in zip(("a", "b"), done, strict=True)
         ]  # fmt: skip
-        for process in processes:
-            assert process.stdout is not None and process.stdout.readline() == "started\n"
-        while not all(file.exists() and file.stat().st_size for file in done):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.01, 0.2))
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+        try:
+            for process in processes:
+                assert process.stdout is not None and process.stdout.readline() == "started\n"
+            while not all(file.exists() and file.stat().st_size for file in done):
+                assert [process.poll() for process in processes] == [None, None], "one ended before it was killed"
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.01, 0.2))
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+        assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
         with ledger.path.open("rb") as file:
             charged = {
                 (entry["run"], entry["payload"]["restart"], entry["payload"]["step"])

@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from dito_jax import processes
 from dito_jax.data import DigitsData
 from dito_jax.errors import UserError
+from dito_jax.privacy import run as run_module
 from dito_jax.privacy.accounting import Release, epsilon
 from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
-from dito_jax.privacy.run import PLAN, PrivateRun, make_plan
+from dito_jax.privacy.run import PLAN, PrivateRun, check_history, make_plan
 from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.training.program import LoopConfig
 from dito_jax.training.run_directory import RunDirectory
@@ -33,10 +35,10 @@ def homes(tmp_path, monkeypatch):
 def begun(tmp_path):
     """Makes a run, the same one again for the same name."""
 
-    def make(name="a", privacy=PRIVACY, loop=LOOP, source=SOURCE):
+    def make(name="a", privacy=PRIVACY, loop=LOOP, source=SOURCE, multiple=8, **more):
         path = tmp_path / name
         path.mkdir(exist_ok=True)
-        return PrivateRun(privacy, loop, source, RunDirectory(path), multiple=8)
+        return PrivateRun(privacy, loop, source, RunDirectory(path), multiple=multiple, **more)
 
     return make
 
@@ -79,6 +81,65 @@ def test_a_run_goes_on_with_other_keys_and_pays_again_for_what_it_does_again(beg
     assert not np.array_equal(first[2]["padding"], again[0]["padding"]) or not np.array_equal(
         first[2]["image"], again[0]["image"]
     )
+
+
+def test_steps_taken_again_in_one_process_have_other_keys_and_are_paid_for_again(begun):
+    """As after a rollback: the update of a step must not be published twice with the same noise."""
+    run = begun(privacy=dataclasses.replace(PRIVACY, spare_steps=4))
+    first, again = taken(run, 4), taken(run, 2, after=2)
+    for name in ("noise_key", "draw_key", "padding"):
+        assert not np.array_equal(first[2][name], again[0][name]), name
+    ledger = Ledger(ledger_path("digits"))
+    assert sum(ledger.spent().values()) == 6 and ledger.restarts(run.name) == 2
+
+
+def test_other_processes_draw_by_the_name_that_the_first_has_given_the_run(begun, monkeypatch):
+    first = taken(begun("a"), 1)[0]
+    told = processes.published("private")["1"]
+    elsewhere = begun("b")  # which saw no privacy.json when it began, and made up a name
+    monkeypatch.setattr(run_module, "index", lambda: 1)
+    monkeypatch.setattr(run_module, "published", lambda prefix: {"1": told})
+    same = taken(elsewhere, 1)[0]
+    for name, value in first.items():
+        np.testing.assert_array_equal(same[name], value)
+
+
+def test_a_run_goes_on_with_devices_that_its_room_does_not_divide_into(begun):
+    of_eight = begun()
+    (whole,) = taken(of_eight, 1)
+    of_seven = begun(multiple=7)
+    (padded,) = taken(of_seven, 1, after=1)
+    assert of_eight.plan == of_seven.plan and of_eight.plan.max_batch == 2000
+    assert len(whole["padding"]) == 2000 and len(padded["padding"]) == 2002 and padded["padding"][2000:].all()
+    seventh = next(of_seven.batches_after(2, 6, 7))
+    assert len(seventh["padding"]) == 286
+
+
+def test_one_data_set_has_one_ledger_whatever_it_is_called(begun):
+    taken(begun("a", data="/faces"), 1)
+    other = dataclasses.replace(PRIVACY, dataset="other")
+    with pytest.raises(
+        UserError, match="dataset is 'other', and runs on /faces were charged to .*digits.jsonl: one data"
+    ):
+        begun("b", privacy=other, data="/faces").batches_after(0, 0, 1)
+    assert not Ledger(ledger_path("other")).spent()
+    taken(begun("c", privacy=other, data="/birds"), 1)
+    (ledger_path("other").parent / "damaged.jsonl").write_text("no ledger\n")
+    taken(begun("d", privacy=dataclasses.replace(PRIVACY, dataset="third"), data="/fish"), 1)
+
+
+def test_a_directory_is_private_from_its_first_step_or_never(begun, tmp_path):
+    begun("private")
+    with pytest.raises(UserError, match="a private run, and a step without privacy would break what was promised"):
+        check_history(RunDirectory(tmp_path / "private"), private=False)
+    check_history(RunDirectory(tmp_path / "private"), private=True)
+    (tmp_path / "public/checkpoints").mkdir(parents=True)
+    for private in (True, False):
+        check_history(RunDirectory(tmp_path / "public"), private=private)
+    (tmp_path / "public/checkpoints/4").mkdir()
+    check_history(RunDirectory(tmp_path / "public"), private=False)
+    with pytest.raises(UserError, match="its steps so far were taken without privacy"):
+        check_history(RunDirectory(tmp_path / "public"), private=True)
 
 
 def test_keys_are_of_the_run_and_of_no_config(begun):

@@ -1,6 +1,7 @@
 """Batches of private training: coins, not turns."""
 
 import numpy as np
+from jax_privacy.batch_selection import CyclicPoissonSampling
 from scipy import stats
 
 from dito_jax.data import DigitsData
@@ -39,6 +40,16 @@ def test_every_example_has_a_coin_of_its_own_in_every_step():
     again = (found[1:] & found[:-1]).mean()
     assert abs(again - q * q) < 0.004
     assert abs(np.corrcoef(found[:, 3], found[:, 4])[0, 1]) < 0.08
+
+
+def test_the_batch_is_drawn_by_its_steps_own_generator():
+    """Which has 256 secret bits (test_keys.py): one seeded by fewer of them would draw others."""
+    for step in range(3):
+        (wanted,) = CyclicPoissonSampling(0.2, 1, truncated_batch_size=24).batch_iterator(
+            40, rng=KEYS.generator(step, "batch")
+        )
+        chosen = batches().chosen(step)[:, 0]
+        np.testing.assert_array_equal(chosen[chosen >= 0], wanted)
 
 
 def test_what_does_not_fit_is_left_out_by_chance():
