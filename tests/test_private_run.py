@@ -44,9 +44,9 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def call(environment):
-    def run(*arguments, code=0):
+    def run(*arguments, code=0, **added):
         done = subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
+            [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment | added, capture_output=True, text=True,
             timeout=400,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
@@ -191,3 +191,16 @@ def test_a_refuted_claim_is_an_error_once_it_is_written(killed, environment, mon
     open_run = dataclasses.replace(command_line.opened(str(run))[1], privacy=PrivacyConfig())
     with pytest.raises(UserError, match="not a private run: say which epsilon to hold it to"):
         cli_audit._claim(RunDirectory(run), open_run, None)
+
+
+def test_two_processes_keep_alike_and_go_back_with_other_keys(call, tmp_path):
+    """Every third step their copies are compared; one gets a flipped bit, and both go back to a step before."""
+    run, ledgers = tmp_path / "run", tmp_path / "ledgers"
+    options = [
+        "--processes", "2", "--train.steps", "8", "--checkpoint.every", "2", "--guard.replicas_every", "3",
+        "--faults.inject", "bitflip-copy@5", "--run-dir", run,
+    ]  # fmt: skip
+    call("-m", "dito_jax.cli", "supervise", *PRIVATE, *options, DITO_LEDGERS=str(ledgers))
+    first, again = [(0, step) for step in range(1, 7)], [(1, step) for step in range(3, 9)]
+    assert charged(ledgers / "digits.jsonl") == first + again
+    assert "back to step 2" in (run / "events.jsonl").read_text()
