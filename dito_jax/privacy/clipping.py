@@ -15,6 +15,7 @@ Guarantees
     threshold is lower by `MARGINS`: tensor cores measure norms a little short, and `ghost` rounds anew in its second
     pass, by an estimate.
   - An example whose gradient is not finite counts as zero, and so does padding, whatever is in it.
+  - Padding is computed like an example: no loop or branch depends on which examples it is, or how many.
   - Assumes that loss_i depends on example i alone. The rounding itself may tell of an example
     (https://arxiv.org/abs/2112.05307): that is not covered.
 
@@ -98,16 +99,18 @@ def _one_by_one(problem: ClippedSum, params, frozen, examples, padding, at_a_tim
     axes: Any = tuple(axis for axis in ("data", "fsdp") if axis_size(axis) > 1)
     size = at_a_time and min(at_a_time * math.prod(map(axis_size, axes)), padding.size)
 
-    def loss(params, one):
+    def loss(params, one, padding):
         with one_example():
             network = nnx.merge(problem.graph, problem.cast(nnx.merge_state(params, frozen)))
-            return jnp.sum(problem.example_losses(network, one))
+            return jnp.sum(jnp.where(padding, 0.0, problem.example_losses(network, one)))
 
+    # Told which examples are padding, jax-privacy would leave out the last of them, and time would tell how many.
+    # So they are computed, and their gradient is zero, or zero times what is not finite, which nan_safe makes zero.
     clipped = jax_privacy.clipped_grad(
-        loss, l2_clip_norm=problem.clip_norm, batch_argnums=1, return_values=True,
-        return_grad_norms=True, microbatch_size=size, dtype=jnp.float32, spmd_axis_name=axes or None,
+        loss, l2_clip_norm=problem.clip_norm, batch_argnums=(1, 2), return_values=True, return_grad_norms=True,
+        microbatch_size=size, nan_safe=True, dtype=jnp.float32, spmd_axis_name=axes or None,
     )  # fmt: skip
-    total, told = clipped(params, examples, is_padding_example=padding)
+    total, told = clipped(params, examples, padding)
     return total, Told(told.grad_norms, told.values)
 
 

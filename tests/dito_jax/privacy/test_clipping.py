@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dito_jax.errors import UserError
 from dito_jax.layers.linear import linear
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.privacy.clipping import ClippedSum
@@ -21,6 +22,8 @@ from .conftest import EXAMPLES, MODELS, losses
 
 
 FAST = ("ghost", "bookkeeping")
+BACKENDS = ("vmap", "microbatch", *FAST)
+LONE_BIASES = [("bias",), ("bias", "label"), ("bias", "attention"), ("bias", "lora_a", "lora_b")]
 MESHES = {
     "data": dict(data=8),
     "fsdp": dict(data=1, fsdp=8),
@@ -62,7 +65,7 @@ def definition(problem):
     return of
 
 
-@pytest.mark.parametrize("backend", ["vmap", "microbatch", *FAST])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_backend_gives_the_sum_of_the_definition(problem, definition, model, backend):
     if backend == "microbatch" and model != "modern":
@@ -150,11 +153,13 @@ def test_what_is_not_finite_counts_as_zero_and_poisons_nothing(problem, backend)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
-def test_a_batch_of_padding_is_exactly_zero(problem):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_padding_is_exactly_zero(problem, backend):
+    """Whatever is in it."""
     of = problem("modern")
-    for backend in FAST:
-        total, _ = jax.jit(of.clipped_sum(backend))(of.params, of.examples, jnp.ones(EXAMPLES, bool))
-        assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(total))
+    bad = dict(of.examples, image=of.examples["image"].at[1].set(jnp.nan).at[3].set(jnp.inf))
+    total, _ = jax.jit(of.clipped_sum(backend))(of.params, bad, jnp.ones(EXAMPLES, bool))
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(total))
 
 
 @pytest.mark.parametrize("backend", ["vmap", *FAST])
@@ -168,20 +173,45 @@ def test_bfloat16_keeps_to_the_bound(problem, backend):
         assert 4.8 < length <= 5.0 * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("names", [("attention",), ("lora_a", "lora_b", "table")], ids=str)
-def test_frozen_parameters_have_no_part_in_norms_or_sum(problem, names):
-    of = problem("modern")
+@pytest.mark.parametrize("names", [("attention",), ("lora_a", "lora_b", "table"), *LONE_BIASES], ids=str)
+def test_frozen_parameters_have_no_part_in_norms_or_sum(problem, definition, names):
+    of, (_, whole) = problem("modern"), definition("modern")
     trained, frozen = divided(of.params, names)
     wanted = None
-    for backend in ("vmap", *FAST):
-        total, told = jax.jit(of.clipped_sum(backend))(trained, of.examples, of.padding, frozen)
+    for backend in BACKENDS:
+        total, told = jax.jit(of.clipped_sum(backend, 5.0, microbatch=2))(trained, of.examples, of.padding, frozen)
         assert jax.tree.structure(total) == jax.tree.structure(trained)
         if wanted is None:
             wanted = total, told.norm
-            _, whole = jax.jit(of.clipped_sum(backend))(of.params, of.examples, of.padding)
-            assert np.all(np.asarray(told.norm < whole.norm)[~of.padding])
+            assert np.all((np.asarray(told.norm) < whole)[~of.padding])
+            assert np.min(told.norm[~of.padding]) < 5 < np.max(told.norm)  # some are clipped and some are not
         assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(wanted[0])])
         np.testing.assert_allclose(told.norm[~of.padding], wanted[1][~of.padding], rtol=2e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_eight_devices_see_biases_without_their_kernels(problem, backend):
+    of = problem("modern")
+    clipped, mesh = of.clipped_sum(backend, 5.0), make_mesh(MeshConfig(**MESHES["tensor"]))
+    trained, frozen = divided(of.params, ("bias", "label"))
+    wanted, of_one = jax.jit(of.clipped_sum("vmap", 5.0))(trained, of.examples, of.padding, frozen)
+    with jax.set_mesh(mesh):
+        by_example = jax.NamedSharding(mesh, spec("B", mesh))
+        places = shardings(trained, mesh), by_example, by_example, shardings(frozen, mesh)
+        arguments = jax.device_put((trained, of.examples, of.padding, frozen), places)
+        total, told = jax.device_get(jax.jit(clipped)(*arguments))
+    assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(wanted)])
+    np.testing.assert_allclose(told.norm[~of.padding], of_one.norm[~of.padding], rtol=2e-6)
+
+
+def test_a_routers_bias_has_no_gradient(problem):
+    config = dataclasses.replace(MODELS["experts"], router="sigmoid", bias_rate=0.0, depth=1)
+    graph, _ = split_model(config)
+    params = nnx.state(config.build(nnx.Rngs(0)), nnx.Param)
+    of = dataclasses.replace(problem("experts"), graph=graph, params=jax.tree.map(lambda a: a + 0.1, params))
+    total, _ = jax.jit(of.clipped_sum("bookkeeping"))(of.params, of.examples, of.padding)
+    assert jax.tree.structure(total) == jax.tree.structure(of.params)
+    assert not np.any(total["blocks"]["moe"]["mlp"]["bias"][...])
 
 
 class Twice(nnx.Module):
@@ -195,15 +225,53 @@ class Twice(nnx.Module):
         return self.first(self.first(x)) @ self.second.kernel[...] if self.hidden else self.second(self.first(x))
 
 
+VECTORS = {"x": jax.random.normal(jax.random.key(0), (4, 1, 4)), "weight": jnp.ones((4, 1))}
+
+
+def row_losses(network, rows):
+    return jnp.sum(jnp.square(network(rows["x"])), axis=1)
+
+
 def test_a_parameter_that_is_shared_or_not_seen_is_an_error_and_right_by_microbatch():
-    examples = {"x": jax.random.normal(jax.random.key(0), (4, 1, 4)), "weight": jnp.ones((4, 1))}
     padding = jnp.zeros(4, bool)
     graph, params = nnx.split(Twice(hidden=True, rngs=nnx.Rngs(0)), nnx.Param)
-    row_losses = lambda network, rows: jnp.sum(jnp.square(network(rows["x"])), axis=1)
     with pytest.raises(ValueError, match=r"sees first.kernel 2 times.*wanted once.*'microbatch'"):
-        ClippedSum(graph, row_losses, 1.0, "bookkeeping")(params, examples, padding)
-    total, told = ClippedSum(graph, row_losses, 1.0, "microbatch")(params, examples, padding)
+        ClippedSum(graph, row_losses, 1.0, "bookkeeping")(params, VECTORS, padding)
+    total, told = ClippedSum(graph, row_losses, 1.0, "microbatch")(params, VECTORS, padding)
     assert np.all(np.asarray(told.norm) > 0) and np.any(np.asarray(total["first"]["kernel"][...]))
+
+
+def test_a_kernel_trained_without_its_bias_is_an_error_and_right_by_microbatch():
+    padding = jnp.zeros(4, bool)
+    graph, params = nnx.split(Twice(hidden=False, rngs=nnx.Rngs(0)), nnx.Param)
+    trained, frozen = divided(params, ("kernel",))
+    for backend in FAST:
+        with pytest.raises(UserError, match=r"trains first.kernel and freezes first.bias;.*'microbatch'"):
+            ClippedSum(graph, row_losses, 1.0, backend)(trained, VECTORS, padding, frozen)
+    total, told = ClippedSum(graph, row_losses, 1.0, "microbatch")(trained, VECTORS, padding, frozen)
+    wanted, by_vmap = ClippedSum(graph, row_losses, 1.0, "vmap")(trained, VECTORS, padding, frozen)
+    assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(wanted)])
+    np.testing.assert_allclose(told.norm, by_vmap.norm, rtol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_rows_are_computed_whatever_was_drawn(backend):
+    """By one compiled program, which counts them as it comes by."""
+    graph, params = nnx.split(Twice(hidden=False, rngs=nnx.Rngs(0)), nnx.Param)
+    passed = []
+
+    def counted(network, rows):
+        jax.debug.callback(lambda x: passed.append(x.shape[0]), rows["x"])
+        return row_losses(network, rows)
+
+    clipped = jax.jit(ClippedSum(graph, counted, 1.0, backend, microbatch=1))
+    run, found = clipped.lower(params, VECTORS, jnp.ones(4, bool)).compile(), []
+    for drawn in ([], [0], [0, 1, 2], [3], range(4)):
+        passed.clear()
+        jax.block_until_ready(run(params, VECTORS, jnp.ones(4, bool).at[jnp.array(drawn, int)].set(False)))
+        jax.effects_barrier()
+        found.append(sum(passed))
+    assert found[0] >= 4 and len(set(found)) == 1, found
 
 
 def test_a_fused_mlp_is_an_error_that_names_the_cure(problem):
