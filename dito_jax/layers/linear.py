@@ -19,7 +19,9 @@ class Linear(nnx.LinearGeneral):
     lora_b: Any
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = observed(self, "kernel", x, super().__call__(x), bias=self.bias is not None)
+        y = observed(self, "kernel", x, super().__call__(x))
+        if self.bias is not None:  # trained without the kernel it has a tap of its own: a matrix that meets ones
+            y = observed(self, "bias", jnp.ones(y.shape[: y.ndim - self.bias.ndim], y.dtype), y)
         if self.lora_a is None:
             return y
         a, b = self.lora_a[...], self.lora_b[...]

@@ -36,7 +36,7 @@ from kernels_pallas import clip_reduce, ghost_norm_sq, grouped_matmul
 class Seen:
     """Of one parameter: what a backward pass says of B examples; None what nobody asked for, or there is not."""
 
-    norm_sq: Any  # float32 (B,): the squared norm of each example's gradient, that of the bias beside it included
+    norm_sq: Any  # float32 (B,): the squared norm of each example's gradient, with that of a bias trained beside it
     inputs: Any = None  # (B, draws, ..., *in)
     outputs: Any = None  # (B, draws, ..., *out): gradients of the outputs
     groups: Any = None  # float32 (B, draws, n): the expert of each row, or -1; a float, for a cotangent is one
@@ -68,11 +68,10 @@ def observed(
     y: Float[Array, "rows ..."],
     *,
     groups: Array | None = None,
-    bias: bool = False,
 ) -> Float[Array, "rows ..."]:
     """y = x @ module.<name> (+ module.bias), seen; `groups` (rows, n) says which of several matrices each row has met.
 
-    Rows of a negative group have met none.
+    Rows of a negative group have met none. A bias counts where the tap says that it is trained with the kernel.
     """
     tap = getattr(module, f"{name}_tap", None)
     if tap is None:
@@ -80,7 +79,7 @@ def observed(
     dims = getattr(module, name).get_metadata()["dims"].split()[0 if groups is None else 1 :]
     num_in = (len(dims) - (y.ndim - x.ndim)) // 2
     seen: Seen = tap.get_value()
-    product = _Product(seen.norm_sq.shape[0], seen.inputs is not None, tuple(dims), num_in, bias)
+    product = _Product(seen.norm_sq.shape[0], seen.inputs is not None, tuple(dims), num_in, tap.get_metadata()["bias"])
     _record(tap, lambda: product.seen(x, y, groups, jnp.zeros(product.examples)))
     return _observe(product, y, lax.stop_gradient(x), groups, seen)
 

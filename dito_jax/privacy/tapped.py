@@ -8,7 +8,6 @@ Guarantees
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dito_jax.errors import UserError
 from dito_jax.layers.moe import RouterBias
 from dito_jax.layers.taps import Seen, Tap, bias_gradient, product_gradient, recording, weighted_sum
 
@@ -28,22 +26,14 @@ Trainable = Callable[[Path, nnx.Variable], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Tapped:
-    """A network's structure with taps, and the zeros in them.
-
-    A bias is seen by the tap of the kernel beside it. `lone` are those whose kernel is frozen, by the kernel's path.
-    """
+    """A network's structure with taps, and the zeros in them."""
 
     graph: nnx.GraphDef
     taps: nnx.State
-    lone: dict[Path, nnx.Variable]
 
     def norm_sq(self, seen: nnx.State) -> Float[Array, " B"]:
         """The squared norm of each example's whole gradient."""
-        norms = [
-            _bias_norm_sq(of_one, self.lone[path]) if path in self.lone else of_one.norm_sq
-            for path, of_one in _all_seen(seen).items()
-        ]
-        return jnp.sum(jnp.concatenate([_by_layer(norm_sq) for norm_sq in norms]), axis=0)
+        return jnp.sum(jnp.concatenate([_by_layer(of_one.norm_sq) for of_one in _all_seen(seen).values()]), axis=0)
 
     def gradient(self, seen: nnx.State, factor: Float[Array, " B"], params: nnx.State) -> nnx.State:
         """The sum of the examples' gradients, each times its factor, float32: a state as `params`, trainable ones."""
@@ -77,62 +67,49 @@ def tapped(
 ) -> Tapped:
     """Taps for the trainable parameters of a network that computes `examples`; with `keep` they have room for factors.
 
-    Those of lone biases have it always: their norms are made of the outputs' gradients. `losses` runs the network
-    once, abstractly, to find what each tap will see.
+    `losses` runs the network once, abstractly, to find what each tap will see.
 
     Raises:
       ValueError: a trainable parameter is used more than once, or where no tap sees it.
-      UserError: a kernel is trained and the bias beside it is not.
     """
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    wanted, lone = _tappable(nnx.merge(graph, shapes), trainable)
+    wanted, with_bias = _tappable(nnx.merge(graph, shapes), trainable)
     layers = {path: variable.shape[0] if _stacked(variable) else None for path, variable in wanted.items()}
     of_norms = {path: Seen(jax.ShapeDtypeStruct((examples,), jnp.float32)) for path in wanted}
-    probe, taps = _with_taps(graph, shapes, of_norms, layers)
+    probe, taps = _with_taps(graph, shapes, of_norms, layers, with_bias)
     with recording() as found:
         jax.eval_shape(lambda params, taps: losses(nnx.merge(probe, params, taps)), shapes, taps)
     paths = [path for path, _ in found]
     for path in wanted:
         if paths.count(path) != 1:
-            name = _name(_bias(path) if path in lone else path)
+            name = ".".join(map(str, path))
             raise ValueError(
                 f"private training sees {name} {paths.count(path)} times in the network; wanted once. Take the "
                 "backend 'microbatch', freeze it, or compute it by the plain definition (model.kernels.mlp None)."
             )
-    seen = {path: of_one if keep or path in lone else of_norms[path] for path, of_one in found}
-    graph, taps = _with_taps(graph, shapes, seen, layers)
-    return Tapped(graph, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), taps), lone)
+    seen = dict(found) if keep else of_norms
+    graph, taps = _with_taps(graph, shapes, seen, layers, with_bias)
+    return Tapped(graph, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), taps))
 
 
-def _tappable(model: nnx.Module, trainable: Trainable) -> tuple[dict[Path, nnx.Variable], dict[Path, nnx.Variable]]:
-    """The parameters that get a tap, which are those with a gradient but for a bias beside a kernel; lone biases."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    params = {path: variable for path, variable in flat if not isinstance(variable, RouterBias)}
-    trained = {path: variable for path, variable in params.items() if trainable(path, variable)}
-    found, lone = {}, {}
-    for path, variable in trained.items():
-        kernel, bias = _kernel(path), _bias(path)
-        if path == kernel and bias in params and bias not in trained:
-            raise UserError(
-                f"train.trainable trains {_name(path)} and freezes {_name(bias)}; privacy.backend 'ghost' and "
-                "'bookkeeping' want the two alike. Train both, or take privacy.backend 'microbatch'."
-            )
-        if path == bias and kernel in params:
-            found[kernel] = params[kernel]
-            if kernel not in trained:
-                lone[kernel] = variable
-        else:
+def _tappable(model: nnx.Module, trainable: Trainable) -> tuple[dict[Path, nnx.Variable], set[Path]]:
+    """The parameters that get a tap: those with a gradient, but for a bias whose kernel has one; and those kernels."""
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if not isinstance(variable, RouterBias) and trainable(path, variable):
             found[path] = variable
-    return found, lone
+    biases = {path for path in found if path[-1] == "bias" and _kernel(path) in found}
+    return {path: found[path] for path in found if path not in biases}, set(map(_kernel, biases))
 
 
-def _with_taps(graph, shapes, seen: dict[Path, Seen], layers: dict[Path, int | None]):
+def _with_taps(graph, shapes, seen: dict[Path, Seen], layers: dict[Path, int | None], with_bias: set[Path]):
     model = nnx.merge(graph, shapes)
     modules = dict(nnx.iter_modules(model))
     for path, of_one in seen.items():
         count = layers[path]
         stack = lambda a, n=count: a if n is None else jax.ShapeDtypeStruct((n, *a.shape), a.dtype)
-        setattr(modules[path[:-1]], f"{path[-1]}_tap", Tap(jax.tree.map(stack, of_one), path=path))
+        tap = Tap(jax.tree.map(stack, of_one), path=path, bias=path in with_bias)
+        setattr(modules[path[:-1]], f"{path[-1]}_tap", tap)
     graph, _, taps = nnx.split(model, nnx.Param, Tap)
     return graph, taps
 
@@ -142,13 +119,6 @@ def _gradient(seen: Seen, factor, dims, shape) -> Array:
         return weighted_sum(seen.gradient, factor)
     num_experts = 0 if seen.groups is None else shape[0]
     return product_gradient(seen, factor, dims, num_experts).reshape(shape)
-
-
-def _bias_norm_sq(seen: Seen, bias: nnx.Variable) -> Array:
-    """The squared norm of each example's gradient of a bias, which is the outputs' added up over its rows."""
-    of_layer = bias.shape[1:] if _stacked(bias) else bias.shape
-    d_y = seen.outputs.astype(jnp.float32).reshape(*seen.norm_sq.shape, -1, math.prod(of_layer))
-    return jnp.sum(jnp.square(jnp.sum(d_y, axis=-2)), axis=-1)
 
 
 def _all_seen(seen: nnx.State) -> dict[Path, Seen]:
@@ -162,14 +132,6 @@ def _by_layer(norm_sq: Array) -> Array:
 
 def _kernel(path: Path) -> Path:
     return (*path[:-1], "kernel")
-
-
-def _bias(path: Path) -> Path:
-    return (*path[:-1], "bias")
-
-
-def _name(path: Path) -> str:
-    return ".".join(map(str, path))
 
 
 def _stacked(variable: nnx.Variable) -> bool:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dito_jax.errors import UserError
 from dito_jax.layers.linear import linear
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.privacy.clipping import ClippedSum
@@ -23,7 +22,7 @@ from .conftest import EXAMPLES, MODELS, losses
 
 FAST = ("ghost", "bookkeeping")
 BACKENDS = ("vmap", "microbatch", *FAST)
-LONE_BIASES = [("bias",), ("bias", "label"), ("bias", "attention"), ("bias", "lora_a", "lora_b")]
+APART = [("bias", "label"), ("bias", "attention"), ("kernel",)]
 MESHES = {
     "data": dict(data=8),
     "fsdp": dict(data=1, fsdp=8),
@@ -173,27 +172,28 @@ def test_bfloat16_keeps_to_the_bound(problem, backend):
         assert 4.8 < length <= 5.0 * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("names", [("attention",), ("lora_a", "lora_b", "table"), *LONE_BIASES], ids=str)
+@pytest.mark.parametrize("names", [("attention",), ("lora_a", "lora_b", "table"), *APART], ids=str)
 def test_frozen_parameters_have_no_part_in_norms_or_sum(problem, definition, names):
     of, (_, whole) = problem("modern"), definition("modern")
     trained, frozen = divided(of.params, names)
     wanted = None
     for backend in BACKENDS:
-        total, told = jax.jit(of.clipped_sum(backend, 5.0, microbatch=2))(trained, of.examples, of.padding, frozen)
+        total, told = jax.jit(of.clipped_sum(backend, 10.0, microbatch=2))(trained, of.examples, of.padding, frozen)
         assert jax.tree.structure(total) == jax.tree.structure(trained)
         if wanted is None:
             wanted = total, told.norm
             assert np.all((np.asarray(told.norm) < whole)[~of.padding])
-            assert np.min(told.norm[~of.padding]) < 5 < np.max(told.norm)  # some are clipped and some are not
+            assert np.min(told.norm[~of.padding]) < 10 < np.max(told.norm)  # some are clipped and some are not
         assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(wanted[0])])
         np.testing.assert_allclose(told.norm[~of.padding], wanted[1][~of.padding], rtol=2e-6)
 
 
+@pytest.mark.parametrize("names", [("bias", "label"), ("kernel",)], ids=str)
 @pytest.mark.parametrize("backend", FAST)
-def test_eight_devices_see_biases_without_their_kernels(problem, backend):
+def test_eight_devices_see_biases_and_kernels_without_each_other(problem, backend, names):
     of = problem("modern")
     clipped, mesh = of.clipped_sum(backend, 5.0), make_mesh(MeshConfig(**MESHES["tensor"]))
-    trained, frozen = divided(of.params, ("bias", "label"))
+    trained, frozen = divided(of.params, names)
     wanted, of_one = jax.jit(of.clipped_sum("vmap", 5.0))(trained, of.examples, of.padding, frozen)
     with jax.set_mesh(mesh):
         by_example = jax.NamedSharding(mesh, spec("B", mesh))
@@ -239,19 +239,6 @@ def test_a_parameter_that_is_shared_or_not_seen_is_an_error_and_right_by_microba
         ClippedSum(graph, row_losses, 1.0, "bookkeeping")(params, VECTORS, padding)
     total, told = ClippedSum(graph, row_losses, 1.0, "microbatch")(params, VECTORS, padding)
     assert np.all(np.asarray(told.norm) > 0) and np.any(np.asarray(total["first"]["kernel"][...]))
-
-
-def test_a_kernel_trained_without_its_bias_is_an_error_and_right_by_microbatch():
-    padding = jnp.zeros(4, bool)
-    graph, params = nnx.split(Twice(hidden=False, rngs=nnx.Rngs(0)), nnx.Param)
-    trained, frozen = divided(params, ("kernel",))
-    for backend in FAST:
-        with pytest.raises(UserError, match=r"trains first.kernel and freezes first.bias;.*'microbatch'"):
-            ClippedSum(graph, row_losses, 1.0, backend)(trained, VECTORS, padding, frozen)
-    total, told = ClippedSum(graph, row_losses, 1.0, "microbatch")(trained, VECTORS, padding, frozen)
-    wanted, by_vmap = ClippedSum(graph, row_losses, 1.0, "vmap")(trained, VECTORS, padding, frozen)
-    assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(wanted)])
-    np.testing.assert_allclose(told.norm, by_vmap.norm, rtol=2e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
