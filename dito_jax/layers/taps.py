@@ -27,6 +27,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from dito_jax.errors import UserError
 from dito_jax.sharding import on_mesh, sharded_by, summed
 from kernels_pallas import clip_reduce, ghost_norm_sq, grouped_matmul
 
@@ -90,7 +91,11 @@ def observed_weights(
     """`out`, made of `arrays` and small parameters; gradients(arrays, d_out) has those of each example, (rows, ...)."""
     taps: list[Any] = [getattr(module, f"{name}_tap", None) for name in names]
     if None in taps:
-        assert taps.count(None) == len(taps), f"{names} are trained together or not at all"
+        if taps.count(None) < len(taps):
+            raise UserError(
+                f"train.trainable names some of {', '.join(names)} of one layer, which privacy.backend 'ghost' and "
+                "'bookkeeping' train together or not at all: name the others, or take privacy.backend 'microbatch'."
+            )
         return out
     seen = [tap.get_value() for tap in taps]
     how = gradients, seen[0].gradient is not None, seen[0].norm_sq.shape[0]

@@ -129,6 +129,7 @@ def epsilon(spent: Spent, delta: float) -> float:
     return float(functools.reduce(lambda one, other: one.compose(other), losses).get_epsilon_for_delta(delta))
 
 
+@functools.lru_cache(maxsize=64)
 def noise_multiplier(
     num_examples: int, batch_size: int, steps: int, epsilon: float, delta: float, *, max_batch: int | None = None
 ) -> float:

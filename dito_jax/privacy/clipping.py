@@ -14,7 +14,8 @@ Guarantees
     rounding, whatever the network computes in: what is summed is what was measured. Where it computes in bfloat16 the
     threshold is lower by `MARGINS`: tensor cores measure norms a little short, and `ghost` rounds anew in its second
     pass, by an estimate.
-  - An example whose gradient is not finite counts as zero, and so does padding, whatever is in it.
+  - An example whose gradient is not finite counts as zero (by `vmap` and `microbatch`, those of its numbers that are
+    not), and so does padding, whatever is in it.
   - Padding is computed like an example: no loop or branch depends on which examples it is, or how many.
   - Assumes that loss_i depends on example i alone. The rounding itself may tell of an example
     (https://arxiv.org/abs/2112.05307): that is not covered.

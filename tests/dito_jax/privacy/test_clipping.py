@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dito_jax.errors import UserError
 from dito_jax.layers.linear import linear
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.privacy.clipping import ClippedSum
@@ -267,3 +268,11 @@ def test_a_fused_mlp_is_an_error_that_names_the_cure(problem):
     of = dataclasses.replace(problem("modern"), graph=graph)
     with pytest.raises(ValueError, match=r"mlp.*kernel 0 times.*model.kernels.mlp None"):
         of.clipped_sum("ghost")(of.params, of.examples, of.padding)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_one_of_two_scales_that_are_seen_together_is_one_line(problem, backend):
+    of = problem("modern")
+    trained, frozen = divided(of.params, ("q_norm", "label"))
+    with pytest.raises(UserError, match=r"names some of q_norm, k_norm of one layer,.*'microbatch'"):
+        of.clipped_sum(backend, 5.0)(trained, of.examples, of.padding, frozen)
