@@ -47,12 +47,19 @@ def ancestors(start: str | None) -> Iterator[tuple[RunDirectory, TrainConfig]]:
 
 
 def _check_ancestors(config: TrainConfig) -> None:
-    """Raises UserError if a run on the way saw this one's data, and was not private."""
+    """Raises UserError if a run on the way saw this one's data, and was not private or was charged elsewhere."""
     for run, before in ancestors(config.start_from):
-        if before.privacy.epsilon is None and _overlap(before.data, config.data):
+        if not _overlap(before.data, config.data):
+            continue
+        if before.privacy.epsilon is None:
             raise UserError(
                 f"start_from {run.path}: that run saw the same data without privacy, and this one would publish what "
                 "it learned. Begin with a run on public data, or a private one."
+            )
+        if before.privacy.dataset != config.privacy.dataset:
+            raise UserError(
+                f"start_from {run.path}: that run saw the same data, and was charged to {before.privacy.dataset!r}, "
+                f"not to {config.privacy.dataset!r}: one data set has one budget. Set privacy.dataset to that."
             )
 
 

@@ -68,11 +68,13 @@ def _place(data: Any) -> str:
 
 
 def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:
-    """The names of the private runs that a new run starts from; one that goes on has kept them."""
+    """The names of the runs on its data set that a new run starts from; one that goes on has kept them."""
     if (run.path / PLAN).exists():
         return []
-    plans = [ancestor.path / PLAN for ancestor, _ in ancestors(config.start_from)]
-    return [json.loads(plan.read_text())["run"] for plan in plans if plan.exists()]
+    alike = [
+        at.path / PLAN for at, its in ancestors(config.start_from) if its.privacy.dataset == config.privacy.dataset
+    ]
+    return [json.loads(plan.read_text())["run"] for plan in alike if plan.exists()]
 
 
 def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:

@@ -52,7 +52,7 @@ class PrivateRun:
         starts_from: Sequence[str] = (),
     ):
         """`multiple`: what the rows of a batch divide into. `data`: what the source is, in words that are its own.
-        `starts_from`: the names of the private runs that the first state was learned by.
+        `starts_from`: the names of the runs on this data set that the first state was learned by.
 
         Raises:
           UserError: the settings cannot go together, or are not those that the run was started with.
@@ -150,6 +150,11 @@ class PrivateRun:
             raise UserError(
                 f"{ledger.path}: entry {noted['number']} is not the one that this run saw: another file, or one cut "
                 "short. Nothing can be said of what was spent: restore the ledger from a copy."
+            )
+        if lost := [name for name in self._kept.get("starts_from", []) if not ledger.restarts(name)]:
+            raise UserError(
+                f"{ledger.path}: run {lost[0][:8]}, which this one starts from, is not entered there, and it saw these "
+                "data: use the ledger that has it (DITO_LEDGERS)."
             )
         if charged < step:
             raise UserError(

@@ -1,6 +1,7 @@
 """What a new run begins with, and what it must not."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -11,10 +12,13 @@ from dito_jax.data import DigitsData, ImageFolderData, LatentsData
 from dito_jax.errors import UserError
 from dito_jax.first_state import first_state
 from dito_jax.models.dit import DiTConfig
+from dito_jax.privacy.run import PLAN
 from dito_jax.privacy.settings import PrivacyConfig
+from dito_jax.recipe import _private_ancestors
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.checkpoint import Checkpoints
 from dito_jax.training.program import LoopConfig, make_program
+from dito_jax.training.run_directory import RunDirectory
 
 
 CONFIG = TrainConfig(
@@ -93,6 +97,34 @@ def test_data_read_otherwise_are_the_same_data(tmp_path, saw, refused):
     wanted = "that run saw the same data without privacy" if refused else "no checkpoint yet"
     with jax.set_mesh(mesh), pytest.raises(UserError, match=wanted):
         first_state(config, made(config, mesh), mesh)
+
+
+def test_a_private_start_on_the_same_data_has_the_same_ledger(tmp_path):
+    other = dataclasses.replace(PRIVATE, dataset="other")
+    start = a_run(tmp_path / "saw", dataclasses.replace(CONFIG, data=DigitsData(), privacy=other))
+    config = dataclasses.replace(CONFIG, data=DigitsData(), privacy=PRIVATE, start_from=start)
+    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(UserError, match="charged to 'other', not to 'digits': one data set has one"),
+    ):
+        first_state(config, made(config, mesh), mesh)
+
+
+def test_the_runs_behind_a_private_one_are_those_on_its_data_set(tmp_path):
+    def begun(name, privacy, start=None):
+        path = a_run(tmp_path / name, dataclasses.replace(CONFIG, privacy=privacy, start_from=start))
+        if privacy.epsilon is not None:
+            (tmp_path / name / PLAN).write_text(json.dumps({"run": f"run {name}"}))
+        return path
+
+    first = begun("first", PRIVATE)
+    public = begun("public", PrivacyConfig(), first)
+    last = begun("last", dataclasses.replace(PRIVATE, dataset="other"), begun("again", PRIVATE, public))
+    config = dataclasses.replace(CONFIG, privacy=PRIVATE, start_from=last)
+    new = RunDirectory(tmp_path / "new")
+    assert _private_ancestors(config, new) == ["run again", "run first"]
+    assert _private_ancestors(config, RunDirectory(first)) == []  # it has kept its own
 
 
 def test_a_run_whose_own_start_is_gone_cannot_be_vouched_for(tmp_path):

@@ -55,12 +55,6 @@ def test_runs_behind_it_on_the_same_data_count(begun):
     assert markdown(facts).splitlines()[2].startswith(f"({facts['epsilon']:.4g}, 0.0001)-differentially private")
 
 
-def test_runs_behind_it_on_other_data_are_their_own_cards_affair(begun):
-    run, path = begun("run", starts_from=["a run that another ledger has"])
-    take(run, 4)
-    assert of(path)["epsilon"] == pytest.approx(epsilon({run.release: 4}, 1e-4))
-
-
 def test_nothing_is_promised_of_steps_that_were_not_charged(begun):
     run, path = begun("run")
     with pytest.raises(UserError, match="0 of its steps are entered in .*digits.jsonl.*nothing to promise"):

@@ -128,6 +128,11 @@ def test_one_data_set_has_one_ledger_whatever_it_is_called(begun):
     taken(begun("d", privacy=dataclasses.replace(PRIVACY, dataset="third"), data="/fish"), 1)
 
 
+def test_a_start_on_the_same_data_must_be_in_the_same_ledger(begun):
+    with pytest.raises(UserError, match="run lost, which this one starts from, is not entered there"):
+        begun("a", starts_from=["lost"]).batches_after(0, 0, 1)
+
+
 def test_a_directory_is_private_from_its_first_step_or_never(begun, tmp_path):
     begun("private")
     with pytest.raises(UserError, match="a private run, and a step without privacy would break what was promised"):
