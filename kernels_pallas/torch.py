@@ -7,7 +7,7 @@ frees it, checkpoints and offloads as usual, and a backward after a change in pl
 Both libraries take memory of one GPU: set XLA_PYTHON_CLIENT_PREALLOCATE=false before the first call. Each call waits
 for PyTorch's current stream, and that stream for the call: use one stream throughout. JAX's other work in the process
 does not wait, and may be given the memory of a result that PyTorch has dropped and still reads: synchronise first.
-A call is compiled once for each new shape; torch.compile goes around it.
+A call is compiled once for each new shape; torch.compile goes around it. There are no forward-mode derivatives.
 """
 
 import dataclasses
@@ -136,6 +136,10 @@ def _expert_mlp(x, expert_weight, w_gate_up, w_down, expert_index, **options):
 @torch.compiler.disable
 def _call(function: Callable[..., Any], tensors: tuple, constants: tuple, options: dict[str, Any]):
     """function(*tensors, *constants, **options); tensors may be None, constants have no gradient."""
+    if torch.autograd.forward_ad._current_level >= 0 and any(
+        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError("kernels_pallas.torch: no forward-mode derivatives; use backward, or PyTorch's own.")
     wanted = tuple(i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
     wanted = wanted if torch.is_grad_enabled() else ()
     program = _program(function, tuple(options.items()), wanted, backend.interpret())

@@ -183,6 +183,16 @@ def test_recomputed_activations_have_the_same_gradients():
     agree(gradients(again, inputs, torch.ones_like(inputs[0])), wanted, 0)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # of PyTorch itself, as it makes the first dual
+def test_forward_mode_is_refused_and_not_forgotten():
+    x = normal(2, 8, 32).detach()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            kernels.modulated_norm(dual)
+        kernels.modulated_norm(x)
+
+
 def test_a_tensor_between_words_is_copied(monkeypatch):
     inside = normal(1 + 2 * 24 * 32).detach()[1:].view(2, 24, 32)
     assert inside.data_ptr() % 16
