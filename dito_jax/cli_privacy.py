@@ -67,6 +67,7 @@ def _plan(options: argparse.Namespace) -> str:
     lines = [
         f"{options.subject}: {units} {unit}s{of_them}, delta {delta:g}.",
         "The mean gradient has noise sigma/batch, in clip norms.",
+        *([f"Batches of {batch} are cut at {room}, which a run rounds up to its devices."] if room else []),
         "",
         "| epsilon | batch | steps | sigma | sigma/batch |",
         "|---|---|---|---|---|",

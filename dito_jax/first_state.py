@@ -1,5 +1,6 @@
 """The state that a new run begins with: random, or what another run has learned."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from dito_jax.command_line import opened, restored, sampled_average
 from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
 from dito_jax.models.fine_tuning import check_start, started
+from dito_jax.privacy.ledger import same_data
 from dito_jax.training.program import Program
 from dito_jax.training.run_directory import RunDirectory
 from dito_jax.training.state import TrainState, begun_with
@@ -20,7 +22,7 @@ def first_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) 
 
     Raises:
       UserError: there is no such run, its model cannot become this one, or this run is private, and the other has seen
-        its data without privacy.
+        its data without privacy, or by the budget of another name.
     """
     state = program.init()
     if config.start_from is None:
@@ -49,7 +51,7 @@ def ancestors(start: str | None) -> Iterator[tuple[RunDirectory, TrainConfig]]:
 def _check_ancestors(config: TrainConfig) -> None:
     """Raises UserError if a run on the way saw this one's data, and was not private or was charged elsewhere."""
     for run, before in ancestors(config.start_from):
-        if not _overlap(before.data, config.data):
+        if not same_data(place(before.data), place(config.data)):
             continue
         if before.privacy.epsilon is None:
             raise UserError(
@@ -63,9 +65,10 @@ def _check_ancestors(config: TrainConfig) -> None:
             )
 
 
-def _overlap(one: Any, other: Any) -> bool:
-    """Whether two data configs are of the same place, or one of a place in the other's; however they are read."""
-    if not (hasattr(one, "path") and hasattr(other, "path")):
-        return one == other
-    a, b = Path(one.path).resolve(), Path(other.path).resolve()
-    return a == b or a in b.parents or b in a.parents
+def place(data: Any) -> str:
+    """What tells a config's data from others, however they are read: the path, up to what is not plain; else all."""
+    if not getattr(data, "path", None):
+        return repr(data)
+    plain = re.split(r"[{*?\[]", data.path)[0]
+    whole = plain == data.path or plain.endswith("/")
+    return str((Path(plain) if whole else Path(plain).parent).expanduser().resolve())

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +10,11 @@ import jax
 from dito_jax.command_line import check_data
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source, batches
-from dito_jax.first_state import ancestors
+from dito_jax.errors import UserError
+from dito_jax.first_state import ancestors, place
 from dito_jax.privacy.canaries import planted
 from dito_jax.privacy.program import make_private_program
-from dito_jax.privacy.run import PLAN, PrivateRun, check_history
+from dito_jax.privacy.run import PLAN, PrivateRun, check_history, trained
 from dito_jax.privacy.settings import StepPlan
 from dito_jax.sharding import batch_pieces
 from dito_jax.training.guard import position
@@ -46,7 +46,7 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
         multiple = batch_pieces(mesh.shape) * config.train.accumulation
         private = PrivateRun(
             config.privacy, config.train, source, run,
-            multiple=multiple, data=_place(config.data), starts_from=_private_ancestors(config, run),
+            multiple=multiple, data=place(config.data), starts_from=_private_ancestors(config, run),
         )  # fmt: skip
         program = make_private_program(*common, config.privacy, private.plan)
         return Recipe(source, program, lambda step: private.batches_after(step, *program.share()))
@@ -62,19 +62,22 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     return Recipe(source, program, batches_after)
 
 
-def _place(data: Any) -> str:
-    """What tells these data from others, on this machine."""
-    return str(Path(data.path).resolve()) if getattr(data, "path", None) else repr(data)
-
-
 def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:
-    """The names of the runs on its data set that a new run starts from; one that goes on has kept them."""
-    if (run.path / PLAN).exists():
+    """The names of the runs on its data set that the first state was learned by; a run that goes on has kept them.
+
+    Raises:
+      UserError: one of them has lost its name.
+    """
+    kept = run.path / PLAN
+    if trained(run) and kept.exists() and "starts_from" in json.loads(kept.read_text()):
         return []
-    alike = [
-        at.path / PLAN for at, its in ancestors(config.start_from) if its.privacy.dataset == config.privacy.dataset
-    ]
-    return [json.loads(plan.read_text())["run"] for plan in alike if plan.exists()]
+    names = []
+    for ancestor, its in ancestors(config.start_from):
+        if its.privacy.epsilon is not None and its.privacy.dataset == config.privacy.dataset:
+            if not (plan := ancestor.path / PLAN).exists():
+                raise UserError(f"start_from {ancestor.path}: a private run without its {PLAN}; restore that.")
+            names.append(json.loads(plan.read_text())["run"])
+    return names
 
 
 def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:

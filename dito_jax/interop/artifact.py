@@ -30,7 +30,7 @@ from dito_jax.interop import host
 
 
 FUNCTION, WEIGHTS, CHECK, MANIFEST = "function.bin", "weights.safetensors", "check.safetensors", "manifest.json"
-FAR = 0.05  # of an output's largest number: no rounding of another chip takes results that far
+FAR = 0.05  # of an output's largest number: what another chip's rounding may leave
 CHANGED = "not as it was written: damaged, or changed. Export the run again."
 Arrays = dict[str, np.ndarray]
 
@@ -112,9 +112,12 @@ def verify(directory: Path) -> str:
 
 
 def _apart(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The furthest two numbers are apart, as a part of the largest that was wanted; NaN where one is not finite."""
+    """The furthest that two numbers are apart, as a part of the largest wanted; infinite where one is not finite."""
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
-    furthest, largest = (float(np.max(np.abs(x), initial=0.0)) for x in (found - wanted, wanted))
+    alike = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
+    apart = np.abs(found - wanted)[~alike]
+    furthest = float(np.max(np.where(np.isfinite(apart), apart, np.inf), initial=0.0))
+    largest = float(np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0))
     return furthest / largest if largest else furthest and float("inf")
 
 
@@ -125,8 +128,11 @@ def _manifest(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{directory}: no artifact ({MANIFEST}: {error}); `dito export RUN -o DIR` makes one."
         ) from error
-    digest = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
-    if digest is None or digest != _digest(manifest):
+    if not isinstance(manifest, dict) or "sha256" not in manifest:
+        raise UserError(
+            f"{directory / MANIFEST}: without its own sha256: cut out, or of an older version. Export the run again."
+        )
+    if manifest.pop("sha256") != _digest(manifest):
         raise UserError(f"{directory / MANIFEST}: {CHANGED}")
     return manifest
 

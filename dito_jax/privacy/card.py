@@ -93,7 +93,7 @@ def card(
 
 def _spent(ledger: Ledger, kept: dict[str, Any], privacy: PrivacyConfig) -> dict[str, Any]:
     """What the run's parameters depend on cost, and what else was charged."""
-    own, behind = ledger.spent(kept["run"]), kept.get("starts_from", [])
+    own, behind = ledger.spent(kept["run"]), kept.get("starts_from", [])  # older runs have not kept them
     whole = merged(own, *(ledger.spent(name) for name in behind))
     return {
         "adjacency": adjacency(whole),
@@ -102,7 +102,7 @@ def _spent(ledger: Ledger, kept: dict[str, Any], privacy: PrivacyConfig) -> dict
         "epsilon_asked": privacy.epsilon,
         "epsilon_of_these_steps_alone": epsilon(own, privacy.delta),
         "steps_charged": sum(own.values()),
-        "private_runs_behind_it": behind,
+        "private_runs_behind_it": kept.get("starts_from", "not recorded: an older run"),
         "epsilon_of_dataset": epsilon(ledger.spent(), privacy.delta),
     }
 

@@ -227,14 +227,21 @@ class Ledger:
         return None
 
 
-def charged_elsewhere(ledger: Ledger, data: str) -> Path | None:
-    """Another ledger of the same folder, if a run on these data was started with it; `data` as the starts say."""
-    for path in sorted(ledger.path.parent.glob("*.jsonl")):
-        if path.samefile(ledger.path):
-            continue
-        with contextlib.suppress(UserError):  # what is damaged is told to whoever uses it
-            if any(entry["payload"].get("data") == data for entry in Ledger(path).entries if entry["kind"] == "start"):
-                return path
+def same_data(one: str, other: str) -> bool:
+    """Whether two descriptions are of the same data: the same words, or a path and one inside it."""
+    if one == other:
+        return True
+    a, b = Path(one), Path(other)
+    return a.is_absolute() and b.is_absolute() and (a in b.parents or b in a.parents)
+
+
+def charged_elsewhere(path: Path, data: str) -> Path | None:
+    """Another ledger in the folder of `path`, if a run on these data was started with it; none is changed."""
+    for other in sorted(path.parent.glob("*.jsonl")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not ours to judge, or to read
+            for line in other.read_bytes().splitlines() if other != path else ():
+                if b'"kind":"start"' in line and same_data(json.loads(line)["payload"].get("data") or "", data):
+                    return other
     return None
 
 

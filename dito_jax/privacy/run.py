@@ -62,7 +62,7 @@ class PrivateRun:
         wanted = _settings(privacy, loop, len(self.units))
         kept = json.loads((run.path / PLAN).read_text()) if (run.path / PLAN).exists() else None
         if kept is None:
-            kept = {"run": uuid.uuid4().hex, "settings": wanted, "plan": None, "starts_from": list(starts_from)}
+            kept = {"run": uuid.uuid4().hex, "settings": wanted, "plan": None}
         if changed := [name for name in wanted if kept["settings"].get(name) != wanted[name]]:
             raise UserError(
                 f"{run.path}: {', '.join(changed)} changed since this private run was started; its noise was chosen "
@@ -70,8 +70,8 @@ class PrivateRun:
             )
         self.plan = StepPlan(**kept["plan"]) if kept["plan"] else make_plan(privacy, loop, len(self.units), multiple)
         self.name: str = kept["run"]
-        self._kept: dict[str, Any] = kept
-        self._keep(plan=dataclasses.asdict(self.plan))
+        behind = list(dict.fromkeys([*kept.get("starts_from", []), *starts_from]))
+        self._kept: dict[str, Any] = kept | {"plan": dataclasses.asdict(self.plan), "starts_from": behind}
         self._rows, self._data, self._starts = self.plan.rows(multiple), data, 0
         self._ledger: Ledger | None = None
 
@@ -120,7 +120,13 @@ class PrivateRun:
     def _publish_start(self, step: int) -> None:
         privacy = self._privacy
         assert privacy.epsilon is not None and privacy.dataset is not None
-        self._ledger = ledger = Ledger(ledger_path(privacy.dataset))
+        path = ledger_path(privacy.dataset)
+        if self._data is not None and (other := charged_elsewhere(path, self._data)):
+            raise UserError(
+                f"privacy.dataset is {privacy.dataset!r}, and runs on {self._data} were charged to {other}: one data "
+                "set has one budget. Name that, or keep an experiment's ledgers elsewhere: DITO_LEDGERS."
+            )
+        self._ledger = ledger = Ledger(path)
         unit = "example" if privacy.images_per_user is None else "user"
         if ledger.budget is None:
             ledger.set_budget(Budget(privacy.epsilon, privacy.delta, unit))
@@ -132,15 +138,11 @@ class PrivateRun:
                 f"has {privacy.delta:g} and {unit!r}: set privacy.delta and privacy.images_per_user accordingly."
             )
         self._check_ledger(ledger, step)
-        if self._data is not None and (other := charged_elsewhere(ledger, self._data)):
-            raise UserError(
-                f"privacy.dataset is {privacy.dataset!r}, and runs on {self._data} were charged to {other}: one data "
-                "set has one budget. Name that, or keep an experiment's ledgers elsewhere: DITO_LEDGERS."
-            )
         libraries = {name: version(name) for name in ("dp-accounting", "jax-privacy")}
         notes = {"versions": libraries, "after": step, "data": self._data}
         restart = ledger.start(self.name, self.release, self._loop.steps - step, **notes)
-        self._keep(ledger={"number": ledger.number, "head": ledger.head})
+        self._kept["ledger"] = {"number": ledger.number, "head": ledger.head}
+        self._run.write_json(PLAN, self._kept)  # from here on the run is private
         start = {"run": self.name, "restart": restart, "secret": run_secret(self.name).hex()}
         publish(f"private/{self._starts}", json.dumps(start))
 
@@ -162,10 +164,6 @@ class PrivateRun:
                 "missing at the end. Restore the ledger from a copy."
             )
 
-    def _keep(self, **facts: Any) -> None:
-        self._kept |= facts
-        self._run.write_json(PLAN, self._kept)
-
     def _charge(self, restart: int, step: int) -> None:
         refused: UserError | None = None
         if self._ledger is not None:
@@ -177,12 +175,16 @@ class PrivateRun:
             raise refused or UserError(f"the privacy ledger refused step {step}; process 0 says why.")
 
 
+def trained(run: RunDirectory) -> bool:
+    """Whether it holds a checkpoint, and so what it began with is settled."""
+    return run.checkpoints.exists() and any(path.name[:1].isdigit() for path in run.checkpoints.iterdir())
+
+
 def check_history(run: RunDirectory, *, private: bool) -> None:
     """Raises UserError if the steps that a run directory holds were taken with privacy and the next will not be, or the
     other way round."""
     planned = (run.path / PLAN).exists()
-    trained = run.checkpoints.exists() and any(path.name[:1].isdigit() for path in run.checkpoints.iterdir())
-    if private and trained and not planned:
+    if private and trained(run) and not planned:
         raise UserError(
             f"{run.path}: its steps so far were taken without privacy, which nothing gives them now: start the private "
             "run elsewhere (--run-dir)."

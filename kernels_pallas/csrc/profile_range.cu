@@ -14,7 +14,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 // The arrays themselves; where XLA did not let both have the same memory, copies. The last argument, and the result
-// that takes its place, order the calls and hold nothing, nor does the token after them.
+// that takes its place, order the calls and hold nothing.
 ffi::Error Pass(cudaStream_t stream, ffi::RemainingArgs arrays, ffi::RemainingRets out) {
   for (size_t i = 0; i + 1 < arrays.size(); ++i) {
     const auto from = arrays.get<ffi::AnyBuffer>(i);

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from dito_jax.config import TrainConfig, to_json
 from dito_jax.data import DigitsData, ImageFolderData, LatentsData
 from dito_jax.errors import UserError
-from dito_jax.first_state import first_state
+from dito_jax.first_state import first_state, place
 from dito_jax.models.dit import DiTConfig
 from dito_jax.privacy.run import PLAN
 from dito_jax.privacy.settings import PrivacyConfig
@@ -21,16 +22,16 @@ from dito_jax.training.program import LoopConfig, make_program
 from dito_jax.training.run_directory import RunDirectory
 
 
+def faces(path="faces", **options):
+    return ImageFolderData(path, image_size=8, **options)
+
+
 CONFIG = TrainConfig(
     model=DiTConfig((8, 8, 1), num_classes=10, patch=4, depth=1, width=32, num_heads=4),
     data=LatentsData(path="public.npz"),
     train=LoopConfig(steps=4, batch_size=8, compute_dtype="float32", ema_decays=(0.5, 0.9)),
 )
 PRIVATE = PrivacyConfig(epsilon=1.0, dataset="digits")
-
-
-def faces(path="faces", **options):
-    return ImageFolderData(path, image_size=8, **options)
 
 
 def made(config, mesh):
@@ -86,6 +87,9 @@ def test_a_private_run_does_not_begin_with_what_saw_its_data(tmp_path, between):
         (faces("./faces/"), True),
         (faces("faces/train"), True),
         (LatentsData("faces"), True),
+        (LatentsData("faces/{split}.npz"), True),
+        (LatentsData("faces/train-*.arrayrecord"), True),
+        (faces("~/faces"), False),
         (faces("faces2"), False),
         (DigitsData(), False),
     ],
@@ -118,13 +122,22 @@ def test_the_runs_behind_a_private_one_are_those_on_its_data_set(tmp_path):
             (tmp_path / name / PLAN).write_text(json.dumps({"run": f"run {name}"}))
         return path
 
+    def trained_further(path):
+        (path / "checkpoints/4").mkdir(parents=True)
+        (path / PLAN).write_text(json.dumps({"run": "it", "starts_from": []}))
+        return RunDirectory(path)
+
     first = begun("first", PRIVATE)
     public = begun("public", PrivacyConfig(), first)
     last = begun("last", dataclasses.replace(PRIVATE, dataset="other"), begun("again", PRIVATE, public))
     config = dataclasses.replace(CONFIG, privacy=PRIVATE, start_from=last)
     new = RunDirectory(tmp_path / "new")
     assert _private_ancestors(config, new) == ["run again", "run first"]
-    assert _private_ancestors(config, RunDirectory(first)) == []  # it has kept its own
+    assert _private_ancestors(config, trained_further(tmp_path / "new")) == []  # it has kept its own
+    (tmp_path / "first" / PLAN).unlink()
+    with pytest.raises(UserError, match="first: a private run without its privacy.json; restore that"):
+        _private_ancestors(config, RunDirectory(tmp_path / "newer"))
+    assert place(LatentsData("~/lat/{split}.npz")) == str(Path.home().resolve() / "lat")
 
 
 def test_a_run_whose_own_start_is_gone_cannot_be_vouched_for(tmp_path):

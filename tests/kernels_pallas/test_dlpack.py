@@ -11,6 +11,7 @@ from kernels_pallas import dlpack
 
 
 CPU_ONLY = pytest.mark.skipif(jax.default_backend() != "cpu", reason="NumPy's arrays are on a CPU")
+KNOWN = pytest.mark.skipif(not dlpack.KNOWN, reason="another jaxlib than is known here")
 DTYPES = [np.float32, np.float16, np.int8, np.int32, np.uint32, np.int64, np.complex64]
 
 
@@ -59,6 +60,7 @@ def test_the_memory_is_shared(inner, monkeypatch):
 
 
 @CPU_ONLY
+@KNOWN
 def test_jaxlib_is_known_here_and_the_public_function_is_not_called(monkeypatch):
     monkeypatch.setattr(dlpack.jnp, "from_dlpack", None)
     (array,) = dlpack.from_dlpack([aligned((4,), np.float32)])
@@ -83,6 +85,7 @@ class Gpu:
         return next(self.streams)
 
 
+@KNOWN
 def test_a_stream_that_has_waited_is_every_tensors_once_each_gpu(monkeypatch):
     gpus, handed = {0: Gpu(70), 1: Gpu(80)}, []
     monkeypatch.setattr(dlpack, "_device", lambda platform, index: gpus[index])

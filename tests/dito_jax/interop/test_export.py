@@ -171,6 +171,32 @@ def test_results_of_another_machine_may_be_as_far_as_rounding(sampler, rewritten
         assert "intact; results are 1" in artifact.verify(sampler)
 
 
+def test_how_far_apart_results_are():
+    nan, inf = np.nan, np.inf
+    for found, wanted, apart in [
+        ([1.0, 2.0], [1.0, 4.0], 0.5), ([nan, 4.0], [nan, 4.0], 0.0), ([nan, 3.0], [nan, 4.0], 0.25),
+        ([nan, 4.0], [1.0, 4.0], inf), ([1.0, 4.0], [nan, 4.0], inf), ([inf, 4.0], [inf, 4.0], 0.0),
+        ([inf, 4.0], [1.0, 4.0], inf), ([1e-9], [0.0], inf), ([], [], 0.0), ([3], [4], 0.25),
+    ]:  # fmt: skip
+        assert artifact._apart(np.array(found), np.array(wanted)) == apart, (found, wanted)
+
+
+def test_every_output_is_compared(artifact_of, tmp_path):
+    """Not the first alone, nor those before one that is no number."""
+    step = Path(shutil.copytree(artifact_of("train_step"), tmp_path / "step"))
+    held = load_file(step / artifact.CHECK)
+    last = max((name for name in held if name.startswith("output")), key=lambda name: int(name[6:]))
+    held["output0"] = held["output0"] + np.asarray(1e-6, held["output0"].dtype)
+    held[last] = np.full_like(held[last], np.nan)
+    (step / artifact.CHECK).write_bytes(save(held))
+    told = json.loads((step / artifact.MANIFEST).read_text())
+    told.pop("sha256")
+    told["files"][artifact.CHECK] = artifact._sha256(step / artifact.CHECK)
+    (step / artifact.MANIFEST).write_text(json.dumps(told | {"sha256": artifact._digest(told)}))
+    with pytest.raises(UserError, match="gives results inf of the largest"):
+        artifact.verify(step)
+
+
 def test_an_export_that_fails_leaves_what_was_there(sampler, config, trained):
     program, state = trained
     before = {path: path.read_bytes() for path in sampler.rglob("*") if path.is_file()}

@@ -57,6 +57,9 @@ def test_runs_behind_it_on_the_same_data_count(begun):
 
 def test_nothing_is_promised_of_steps_that_were_not_charged(begun):
     run, path = begun("run")
+    with pytest.raises(UserError, match=r"not a private run \(no privacy.json\)"):
+        of(path)
+    run.batches_after(0, 0, 1)
     with pytest.raises(UserError, match="0 of its steps are entered in .*digits.jsonl.*nothing to promise"):
         of(path)
     take(run, 4)

@@ -133,8 +133,20 @@ def test_a_start_on_the_same_data_must_be_in_the_same_ledger(begun):
         begun("a", starts_from=["lost"]).batches_after(0, 0, 1)
 
 
+def test_whatever_it_was_started_from_until_a_checkpoint_counts(begun, tmp_path):
+    first, second = begun("first"), begun("second")
+    Ledger(ledger_path("digits")).set_budget(Budget(20.0, 1e-4, "example"))
+    taken(first, 1)
+    taken(second, 1)
+    taken(begun("run", starts_from=[first.name]), 1)
+    taken(begun("run", starts_from=[second.name]), 1)
+    assert json.loads((tmp_path / "run" / PLAN).read_text())["starts_from"] == [first.name, second.name]
+
+
 def test_a_directory_is_private_from_its_first_step_or_never(begun, tmp_path):
-    begun("private")
+    run = begun("private")
+    check_history(RunDirectory(tmp_path / "private"), private=False)  # nothing was promised yet
+    taken(run, 1)
     with pytest.raises(UserError, match="a private run, and a step without privacy would break what was promised"):
         check_history(RunDirectory(tmp_path / "private"), private=False)
     check_history(RunDirectory(tmp_path / "private"), private=True)
@@ -145,6 +157,29 @@ def test_a_directory_is_private_from_its_first_step_or_never(begun, tmp_path):
     check_history(RunDirectory(tmp_path / "public"), private=False)
     with pytest.raises(UserError, match="its steps so far were taken without privacy"):
         check_history(RunDirectory(tmp_path / "public"), private=True)
+
+
+def test_a_run_that_its_ledger_refuses_leaves_nothing_in_its_directory(begun, tmp_path):
+    taken(begun(), 6)
+    with pytest.raises(UserError, match="0 remain"):
+        begun("b").batches_after(0, 0, 1)
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_ledgers_of_others_are_neither_changed_nor_needed(begun, tmp_path):
+    folder = ledger_path("digits").parent
+    taken(begun(data="/faces"), 1)
+    torn = folder / "torn.jsonl"
+    torn.write_bytes(ledger_path("digits").read_bytes().replace(b"/faces", b"/birds") + b'{"half')
+    before = torn.read_bytes()
+    (folder / "folder.jsonl").mkdir()
+    (folder / "dangling.jsonl").symlink_to(folder / "nowhere")
+    other = dataclasses.replace(PRIVACY, dataset="other")
+    for data in ("/faces/train", "/birds"):
+        with pytest.raises(UserError, match=f"runs on {data} were charged to"):
+            begun("b", privacy=other, data=data).batches_after(0, 0, 1)
+    taken(begun("b", privacy=other, data="/fish"), 1)
+    assert torn.read_bytes() == before
 
 
 def test_keys_are_of_the_run_and_of_no_config(begun):
@@ -175,7 +210,7 @@ def test_a_second_run_on_the_data_finds_what_the_first_has_left(begun):
 
 
 def test_settings_that_the_noise_was_chosen_for_cannot_change_on_the_way(begun):
-    begun()
+    taken(begun(), 1)
     for changed in ({"clip_norm": 2.0}, {"epsilon": 4.0}):
         with pytest.raises(UserError, match=f"privacy.{next(iter(changed))} changed since this private run was st"):
             begun(privacy=dataclasses.replace(PRIVACY, **changed))
