@@ -115,7 +115,7 @@ def _apart(found: np.ndarray, wanted: np.ndarray) -> float:
     """The furthest that two numbers are apart, as a part of the largest wanted; infinite where one is not finite."""
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     alike = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
-    apart = np.abs(found - wanted)[~alike]
+    apart = np.abs(found[~alike] - wanted[~alike])
     furthest = float(np.max(np.where(np.isfinite(apart), apart, np.inf), initial=0.0))
     largest = float(np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0))
     return furthest / largest if largest else furthest and float("inf")
