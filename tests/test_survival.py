@@ -230,7 +230,9 @@ def test_a_burst_of_spikes_leads_back_and_past_its_data(train, digest, tmp_path)
 
 def test_a_flipped_bit_in_one_devices_memory_is_found_and_the_run_goes_back(environment, tmp_path):
     """Two devices hold the parameters alike; one's copy changes, in silence, and trains on."""
-    run, two = tmp_path / "run", environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    # With as many threads as devices, XLA's CPU devices were seen to wait for each other for ever.
+    two = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "32"}
+    run = tmp_path / "run"
     drill = (*SHORT, "--guard.replicas_every", "10", "--faults.inject", "bitflip-copy@24")
     Program(two, ["train.py"], (*SMALL, "--run-dir", run, *drill)).ends(0)
     (row,) = events(run, "divergence")
