@@ -29,8 +29,8 @@ def profile_range[**P, Out](name: str, function: Callable[P, Out]) -> Callable[P
     The range opens when the first array among the arguments is there, and closes when the results are: those are kept
     in memory, not fused across, and what depends on neither may run elsewhere. Arrays stay sharded as they are. Give
     ranges of the same array names of their own. A range is of the thread that launches kernels, so steps inside are
-    kept out of CUDA graphs. There is no forward-mode derivative, and no second one. On anything but an NVIDIA GPU, and
-    where the custom calls are not built, this is `function`.
+    kept out of CUDA graphs. There is no forward-mode derivative, no second one, and no vmap over an explicitly sharded
+    axis. On anything but an NVIDIA GPU, and where the custom calls are not built, this is `function`.
     """
 
     @functools.wraps(function)
