@@ -8,7 +8,7 @@ The run directory (default runs/<config name>) holds config.json, metrics.jsonl,
 tensorboard/, checkpoints/, samples/, and at the end eval.json and report.md. Where it holds a checkpoint the run goes
 on from there, bit for bit; options other than before are taken over and change what follows.
 
-Several processes train one run where the environment says so (dito_jax/processes.py); `dito supervise` starts them.
+Several processes train one run where the environment says so (dito_jax/distributed.py); `dito supervise` starts them.
 Exit code 0: done. 2: the user's mistake, in one line. 75: asked to stop (SIGTERM, SIGUSR1, SIGINT) and saved. 86: hung.
 Anything else is a bug.
 """
@@ -17,27 +17,27 @@ import sys
 
 import jax
 
-from dito_jax import command_line
+from dito_jax.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
+from dito_jax.checkpointing.retention import SaveClock
 from dito_jax.config import TrainConfig, check, to_json
+from dito_jax.distributed import agree, index, join
 from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
-from dito_jax.evaluation.judge import judge
+from dito_jax.evaluation.final_evaluation import final_evaluation
 from dito_jax.evaluation.sample import make_sampler
-from dito_jax.first_state import first_state
-from dito_jax.processes import agree, index, join
-from dito_jax.recipe import Recipe, make_recipe
+from dito_jax.resilience.guard import Guard, step_back
+from dito_jax.resilience.services import Services, run_services
+from dito_jax.run import command_line
+from dito_jax.run.initialization import initial_state
+from dito_jax.run.recipe import Recipe, make_recipe
 from dito_jax.sharding import make_mesh
-from dito_jax.training.attendance import Attendance, attended
-from dito_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from dito_jax.telemetry.logger import MetricsLogger
+from dito_jax.telemetry.run_directory import FollowedDirectory, RunDirectory
+from dito_jax.telemetry.throughput import Throughput
 from dito_jax.training.compiling import compile_step, enable_compilation_cache
-from dito_jax.training.guard import Guard, step_back
-from dito_jax.training.journal import Journal
 from dito_jax.training.optimizer import learning_rate
 from dito_jax.training.program import Program
-from dito_jax.training.retention import SaveClock
-from dito_jax.training.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.training.state import TrainState
-from dito_jax.training.throughput import Throughput
 
 
 def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
@@ -47,16 +47,16 @@ def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
     enable_compilation_cache(command_line.cache_directory())
     mesh = make_mesh(config.mesh)
     run = run if index() == 0 else FollowedDirectory(run.path)
-    with run.hold(), jax.set_mesh(mesh), attended(run, config.watchdog, config.faults) as attendance:
+    with run.hold(), jax.set_mesh(mesh), run_services(run, config.watchdog, config.faults) as services:
         recipe = make_recipe(config, run, mesh)
-        state = train(config, run, recipe, attendance)
-        with attendance.ledger.phase("eval"):
+        state = train(config, run, recipe, services)
+        with services.ledger.phase("eval"):
             finish(config, run, recipe.program, state)
 
 
-def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: Attendance) -> TrainState:
+def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Services) -> TrainState:
     program, source, batches_after = recipe.program, recipe.source, recipe.batches_after
-    ledger, events, faults = attendance.ledger, attendance.events, attendance.faults
+    ledger, events, faults = services.ledger, services.events, services.faults
 
     # ----------------------------------------------------------------------------------------------- state, or restore
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, on_disk=faults.after_save)
@@ -68,7 +68,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
     with ledger.phase("restore"):
         restored = checkpoints.restore_newest(program.state, quarantine)
     mesh = jax.sharding.get_mesh()
-    first, state = restored or (0, first_state(config, program, mesh))
+    first, state = restored or (0, initial_state(config, program, mesh))
     ledger.resumed(first)
     stream = batches_after(first)  # if a private run's ledger refuses it, nothing of it is written
     events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
@@ -88,7 +88,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
         flops_per_step=3 * config.model.flops() * config.train.batch_size,  # the backward is two forwards
         dtype=config.train.compute_dtype,
     )
-    journal = Journal(
+    logger = MetricsLogger(
         run, total=config.train.steps, first=first, throughput=throughput,
         rate=learning_rate(config.optimizer, config.train.steps), compiled=compiled.asdict(),
     )  # fmt: skip
@@ -96,7 +96,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
     number = first
-    with journal, attendance.preemption.deferred():
+    with logger, services.preemption.deferred():
         while number < config.train.steps:
             number += 1
             ledger.step(number)
@@ -111,18 +111,18 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
                 state, measured = step(step_back(state), program.place(faults.poisoned(number, rows)))
                 guard.compare(number, before, measured)
             guard.watch(number, measured)
-            if config.guard.replicas_every and number % config.guard.replicas_every == 0:
+            if config.guard.check_replicas_every and number % config.guard.check_replicas_every == 0:
                 guard.compare_replicas(number, state)
-            journal.note(measured)
+            logger.note(measured)
 
-            last, stop = number == config.train.steps, attendance.preemption.requested(number)
+            last, stop = number == config.train.steps, services.preemption.requested(number)
             if number % config.train.log_every == 0 or last or stop:
                 guard.settle()
-                journal.tell(number)
+                logger.tell(number)
             if clock.due(number) or last or stop:
                 with ledger.phase("save"):
                     faults.before_save(number)
-                    checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": journal.released})
+                    checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": logger.released})
                 clock.saved()
                 ledger.flush()
             if stop and not last:
@@ -133,7 +133,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
                 with ledger.phase("restore"):
                     number, state = guard.roll_back(number, checkpoints, program.state, quarantine)
                 ledger.resumed(number)
-                journal.rewind(number)
+                logger.rewind(number)
                 stream = batches_after(number)
         with ledger.phase("save"):
             checkpoints.close()
@@ -143,15 +143,15 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, attendance: At
 def finish(config: TrainConfig, run: RunDirectory, program: Program, state: TrainState) -> None:
     # --------------------------------------------------------------------------------------------- samples, evaluation
     draw = make_sampler(program.graph, config.model, config.sample, config.loss.prediction)
-    figures = judge(
-        run, draw, command_line.sampled_average(state, config), config.data.open("train"), config.data.open("heldout"),
+    figures = final_evaluation(
+        run, draw, command_line.sampled_ema(state, config), config.data.open("train"), config.data.open("validation"),
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
         load=make_load_meter(program.graph, config.model, seed=config.train.seed),
         private=config.privacy.epsilon is not None,
     )  # fmt: skip
     if figures is not None:
-        agreement, of_heldout = figures["class_agreement"], figures["class_agreement_of_heldout"]
-        print(f"class agreement {agreement:.3f} (held-out data {of_heldout:.3f})")
+        agreement, of_validation = figures["class_agreement"], figures["class_agreement_of_validation"]
+        print(f"class agreement {agreement:.3f} (held-out data {of_validation:.3f})")
     if run.writes:
         print(f"done: look at {run.samples / 'final.png'}")
 

@@ -6,6 +6,7 @@ Hardware: eight H200s. Not trained yet: `dito hlo configs/moe_dit_xl2_imagenet25
 one.
 """
 
+from dito_jax.checkpointing.retention import CheckpointConfig
 from dito_jax.config import TrainConfig
 from dito_jax.data import LatentsData
 from dito_jax.diffusion.loss import LossConfig
@@ -14,7 +15,6 @@ from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.sharding import MeshConfig
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig
-from dito_jax.training.retention import CheckpointConfig
 
 
 def config() -> TrainConfig:
@@ -22,7 +22,7 @@ def config() -> TrainConfig:
         model=MoEDiTConfig.preset("DiT-MoE-XL/2-8E2A", (32, 32, 4), 1000, learn_sigma=True, remat=True),
         data=LatentsData(path="data/imagenet256_latents"),
         train=LoopConfig(steps=400_000, batch_size=256, compute_dtype="bfloat16", ema_decays=(0.9999,)),
-        loss=LossConfig(prediction="v", space="v", times="uniform"),
+        loss=LossConfig(prediction="v", loss_type="v", timestep_sampling="uniform"),
         optimizer=OptimizerConfig(learning_rate=1e-4, beta2=0.999, warmup_steps=0, final_fraction=1.0),
         mesh=MeshConfig(data=1, expert=8),
         checkpoint=CheckpointConfig(every=10_000),

@@ -18,6 +18,7 @@ from typing import Any
 
 import tyro
 
+from dito_jax.checkpointing.retention import CheckpointConfig
 from dito_jax.data import DigitsData, ImageFolderData, LatentsData, StrokesData
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
@@ -28,13 +29,12 @@ from dito_jax.models.kernels import KernelsConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.privacy.coupling import private_rules
 from dito_jax.privacy.settings import PrivacyConfig
+from dito_jax.resilience.faults import FaultsConfig
+from dito_jax.resilience.watchdog import WatchdogConfig
 from dito_jax.sharding import MeshConfig, batch_pieces
-from dito_jax.training.faults import FaultsConfig
 from dito_jax.training.health import GuardConfig
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig
-from dito_jax.training.retention import CheckpointConfig
-from dito_jax.training.watchdog import WatchdogConfig
 
 
 DataConfig = DigitsData | StrokesData | ImageFolderData | LatentsData
@@ -57,7 +57,7 @@ class TrainConfig:
     privacy: PrivacyConfig = PrivacyConfig()
     sample: SampleConfig = SampleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    start_from: str | None = None  # a run directory: a new run begins as that one; experts begin as a dense one's MLPs
+    init_from: str | None = None  # a run directory: a new run begins as that one; experts begin as a dense one's MLPs
     canaries: int = 0  # random pictures, each put into the training data by the toss of a coin, for an audit
 
 
@@ -85,6 +85,7 @@ def override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     for name, values in _grouped(arguments):
         if name not in fields:
             leaf = name.split(".")[-1]
+            leaf = next((names[leaf] for names in RENAMED.values() if leaf in names), leaf)
             near = difflib.get_close_matches(name, fields, n=1) or [
                 f for f in fields if difflib.get_close_matches(leaf, [f.split(".")[-1]], n=1)
             ]
@@ -122,8 +123,8 @@ def check(config: TrainConfig, num_devices: int) -> None:
     """Raises UserError, in one line, if the parts of the config cannot go together on this many devices."""
     model, train, private = config.model, config.train, config.privacy.epsilon is not None
     axes = config.mesh.resolve(num_devices)
-    part = batch_pieces(axes) * train.accumulation
-    pieces = "mesh.data x mesh.fsdp x mesh.expert x train.accumulation"
+    part = batch_pieces(axes) * train.gradient_accumulation_steps
+    pieces = "mesh.data x mesh.fsdp x mesh.expert x train.gradient_accumulation_steps"
     rules = {
         f"train.batch_size {train.batch_size} is not a multiple of {pieces} = {part}": (
             train.batch_size % part > 0 and not private  # which pads
@@ -131,7 +132,8 @@ def check(config: TrainConfig, num_devices: int) -> None:
         **model.run_rules(axes, images=train.batch_size // part),
         **(private_rules(model, config.privacy, config.checkpoint) if private else {}),
         f"canaries {config.canaries} is negative": config.canaries < 0,
-        f"guard.replicas_every {config.guard.replicas_every} is negative": config.guard.replicas_every < 0,
+        f"guard.check_replicas_every {config.guard.check_replicas_every} is negative": config.guard.check_replicas_every
+        < 0,
         "canaries belong to no user: set canaries to 0, or privacy.images_per_user to None": (
             config.canaries > 0 and config.privacy.images_per_user is not None
         ),
@@ -145,12 +147,13 @@ def check(config: TrainConfig, num_devices: int) -> None:
         f"checkpoint.keep_every is {config.checkpoint.keep_every}; wanted a number of steps, or None": (
             config.checkpoint.keep_every is not None and config.checkpoint.keep_every < 1
         ),
-        f"sample.guidance_scale {config.sample.guidance_scale} needs loss.label_dropout > 0": (
-            config.sample.guidance_scale != 1 and config.loss.label_dropout == 0
+        f"sample.guidance_scale {config.sample.guidance_scale} needs loss.class_dropout_prob > 0": (
+            config.sample.guidance_scale != 1 and config.loss.class_dropout_prob == 0
         ),
     }
-    for name in ("train.steps", "train.batch_size", "train.accumulation", "train.log_every", "checkpoint.every",
-                 "checkpoint.keep", "guard.window", "guard.burst", "sample.steps", "sample.batch_size"):  # fmt: skip
+    for name in ("train.steps", "train.batch_size", "train.gradient_accumulation_steps", "train.log_every",
+                 "checkpoint.every", "checkpoint.keep", "guard.window", "guard.burst", "sample.steps",
+                 "sample.batch_size"):  # fmt: skip
         rules[f"{name} is {values(config)[name]}; it must be at least 1"] = values(config)[name] < 1
     problems = [f"model: {p}" for p in model.problems()] + [p for p, broken in rules.items() if broken]
     if problems:
@@ -178,13 +181,28 @@ def from_json(text: str) -> TrainConfig:
             return tuple(node)
         if not isinstance(node, dict):
             return node
-        return _CLASSES[node["kind"]](**{name: built(value) for name, value in node.items() if name != "kind"})
+        renamed = RENAMED.get(node["kind"], {})
+        fields: dict[str, Any] = {
+            renamed.get(name, name): built(value) for name, value in node.items() if name != "kind"
+        }
+        return _CLASSES[node["kind"]](**fields)
 
     try:
         return built(json.loads(text))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"config.json is not of this version of dito_jax: {error}.") from error
 
+
+# Fields by the names that earlier versions wrote into config.json: class -> {old: new}.
+RENAMED: dict[str, dict[str, str]] = {
+    "TrainConfig": {"start_from": "init_from"},
+    "LoopConfig": {"accumulation": "gradient_accumulation_steps"},
+    "LossConfig": {"space": "loss_type", "times": "timestep_sampling", "label_dropout": "class_dropout_prob"},
+    "SampleConfig": {"solver": "sampler"},
+    "PrivacyConfig": {"draws": "noise_multiplicity"},
+    "WatchdogConfig": {"other_seconds": "phase_timeout_seconds"},
+    "GuardConfig": {"replicas_every": "check_replicas_every"},
+}
 
 _CLASSES: dict[str, Any] = {
     cls.__name__: cls

@@ -40,6 +40,7 @@ from .experts import (
     update_bias as update_bias,
     z_loss as z_loss,
 )
+from .ffi.ranges import profile_range as profile_range
 from .integrity import STATE_DIGEST as STATE_DIGEST, state_digest as state_digest
 from .losses import LINEAR_CROSS_ENTROPY as LINEAR_CROSS_ENTROPY, linear_cross_entropy as linear_cross_entropy
 from .mlp import (
@@ -61,7 +62,6 @@ from .privacy import (
     ghost_norm_sq as ghost_norm_sq,
 )
 from .randomness import SECURE_NORMAL as SECURE_NORMAL, secure_normal as secure_normal
-from .ranges import profile_range as profile_range
 from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_rope as qk_norm_rope
 
 

@@ -44,7 +44,7 @@ def digest(op) -> str:
     """
     family = Path(str(sys.modules[op.reference.__module__].__file__)).parent
     package, text = Path(__file__).parent, hashlib.sha256()
-    shared = [path for road in ("triton", "mosaic") for path in sorted(package.glob(f"{road}_*.py"))]
+    shared = sorted((package / "pallas").glob("*.py"))
     for road, folder in SOURCES_OF_CALLS.items():
         if (family / road).exists():
             shared += sorted(path for path in (package / folder).iterdir() if path.is_file())

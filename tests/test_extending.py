@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels_pallas import libraries
+from kernels_pallas.ffi import libraries
 
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +62,7 @@ def test_the_op_passes_the_tests_of_all_ops(copy):
 
 @pytest.mark.skipif(libraries.compiler("cpu") is None, reason="needs a C++ compiler")
 def test_the_custom_call_gives_the_definitions_answer(copy):
-    calls, api = copy / "kernels_pallas" / "custom_calls.py", copy / "kernels_pallas" / "energy" / "api.py"
+    calls, api = copy / "kernels_pallas" / "ffi" / "custom_calls.py", copy / "kernels_pallas" / "energy" / "api.py"
     text = calls.read_text()
     assert '"cpu": (' in text and LINE is not None
     calls.write_text(text.replace('"cpu": (', '"cpu": ("token_energy", ', 1))

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from dito_jax import cli_audit, command_line
+from dito_jax.cli import audit as cli_audit
 from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import epsilon
 from dito_jax.privacy.ledger import Ledger
 from dito_jax.privacy.settings import PrivacyConfig
-from dito_jax.training.heartbeat import read_beat
-from dito_jax.training.run_directory import RunDirectory
+from dito_jax.run import command_line
+from dito_jax.telemetry.heartbeat import read_beat
+from dito_jax.telemetry.run_directory import RunDirectory
 
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,7 @@ def test_its_directory_takes_no_steps_without_privacy(killed, call):
 
 def test_the_card_is_what_the_ledger_says(killed, call):
     run, path = killed
-    said = call("-m", "dito_jax.cli", "privacy", "card", run).stdout
+    said = call("-m", "dito_jax", "privacy", "card", run).stdout
     card = json.loads((run / "privacy_card.json").read_text())
     ledger = Ledger(path)
     assert card["epsilon"] == epsilon(ledger.spent(), 1e-4) and card["steps_charged"] == len(charged(path))
@@ -150,20 +151,20 @@ def test_the_card_is_what_the_ledger_says(killed, call):
 
 
 def test_the_ledger_and_the_plan_are_shown(killed, call):
-    said = call("-m", "dito_jax.cli", "privacy", "ledger", "digits").stdout
+    said = call("-m", "dito_jax", "privacy", "ledger", "digits").stdout
     assert "| 3 |" in said and " of 8 at delta 0.0001" in said and "chain intact" in said
-    plan = call("-m", "dito_jax.cli", "privacy", "plan", *PRIVATE, "--epsilon", "3").stdout
+    plan = call("-m", "dito_jax", "privacy", "plan", *PRIVATE, "--epsilon", "3").stdout
     assert "1492 images, with half of 100 canaries" in plan
     sigmas = {row.split("|")[1].strip(): float(row.split("|")[4]) for row in plan.splitlines()[4:] if "| 64 |" in row}
     assert sigmas["1"] > sigmas["3"] > sigmas["10"]
-    call("-m", "dito_jax.cli", "privacy", "ledger", "nobody", code=2)
-    refused = call("-m", "dito_jax.cli", "privacy", "card", killed[0].parent, code=2).stderr
+    call("-m", "dito_jax", "privacy", "ledger", "nobody", code=2)
+    refused = call("-m", "dito_jax", "privacy", "card", killed[0].parent, code=2).stderr
     assert "no run here" in refused
 
 
 def test_an_audit_is_shown_and_the_card_has_what_may_be_released(killed, call):
     run, _ = killed
-    said = call("-m", "dito_jax.cli", "privacy", "audit", run).stdout
+    said = call("-m", "dito_jax", "privacy", "audit", run).stdout
     found = json.loads((run / "audit.json").read_text())
     assert (
         found["verdict"] == "not refuted" and found["step"] == STEPS and (run / "audit.md").read_text() in said + "\n"
@@ -172,7 +173,7 @@ def test_an_audit_is_shown_and_the_card_has_what_may_be_released(killed, call):
     assert canaries == 100 and found["attacks"]["loss"]["members"] == 1442
     for picture in ("roc", "nearest"):
         assert (run / "audit" / f"{picture}.png").stat().st_size > 1000
-    call("-m", "dito_jax.cli", "privacy", "card", run)
+    call("-m", "dito_jax", "privacy", "card", run)
     card = json.loads((run / "privacy_card.json").read_text())
     assert card["audit"]["canaries"] == found["canaries"] and card["canaries"] == 100
     assert card["epsilon"] == found["claimed_epsilon"] and "attacks" not in card["audit"]
@@ -198,10 +199,10 @@ def test_two_processes_keep_alike_and_go_back_with_other_keys(call, tmp_path):
     """Every third step their copies are compared; one gets a flipped bit, and both go back to a step before."""
     run, ledgers = tmp_path / "run", tmp_path / "ledgers"
     options = [
-        "--processes", "2", "--train.steps", "8", "--checkpoint.every", "2", "--guard.replicas_every", "3",
+        "--processes", "2", "--train.steps", "8", "--checkpoint.every", "2", "--guard.check_replicas_every", "3",
         "--faults.inject", "bitflip-copy@5", "--run-dir", run,
     ]  # fmt: skip
-    call("-m", "dito_jax.cli", "supervise", *PRIVATE, *options, DITO_LEDGERS=str(ledgers))
+    call("-m", "dito_jax", "supervise", *PRIVATE, *options, DITO_LEDGERS=str(ledgers))
     first, again = [(0, step) for step in range(1, 7)], [(1, step) for step in range(3, 9)]
     assert charged(ledgers / "digits.jsonl") == first + again
     assert "back to step 2" in (run / "events.jsonl").read_text()

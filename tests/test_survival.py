@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dito_jax.training.goodput_report import read_accounts
-from dito_jax.training.heartbeat import read_beat
-from dito_jax.training.run_directory import RunDirectory
+from dito_jax.telemetry.goodput_report import read_accounts
+from dito_jax.telemetry.heartbeat import read_beat
+from dito_jax.telemetry.run_directory import RunDirectory
 
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def train(environment):
 @pytest.fixture(scope="module")
 def dito(environment):
     """Starts a dito verb."""
-    return lambda verb, *arguments: Program(environment, ["-m", "dito_jax.cli", verb], arguments)
+    return lambda verb, *arguments: Program(environment, ["-m", "dito_jax", verb], arguments)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_a_flipped_bit_in_one_devices_memory_is_found_and_the_run_goes_back(envi
     # With as many threads as devices, XLA's CPU devices were seen to wait for each other for ever.
     two = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "32"}
     run = tmp_path / "run"
-    drill = (*SHORT, "--guard.replicas_every", "10", "--faults.inject", "bitflip-copy@24")
+    drill = (*SHORT, "--guard.check_replicas_every", "10", "--faults.inject", "bitflip-copy@24")
     Program(two, ["train.py"], (*SMALL, "--run-dir", run, *drill)).ends(0)
     (row,) = events(run, "divergence")
     assert row["step"] == 30 and "after step 20" in row["said"] and len(row["devices"]) == 1
@@ -278,7 +278,7 @@ def test_one_of_four_dies_for_good_and_the_run_goes_on_with_three(dito, tmp_path
     starts = events(run, "start")
     assert [row["processes"] for row in starts] == [4, 3] and starts[-1]["step"] in (7, 14)
     config = json.loads((run / "config.json").read_text())
-    assert (config["mesh"]["data"], config["train"]["accumulation"]) == (3, 2)
+    assert (config["mesh"]["data"], config["train"]["gradient_accumulation_steps"]) == (3, 2)
     assert saved(run)[-1] == 30
 
 

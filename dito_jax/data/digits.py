@@ -10,7 +10,7 @@ from dito_jax.data.sources import Example, Split
 
 
 NUM_CLASSES = 10
-HELDOUT_ONE_IN = 5  # a fifth: a tenth of so few scans would measure little
+VALIDATION_ONE_IN = 5  # a fifth: a tenth of so few scans would measure little
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Digits:
 
     def __init__(self, split: Split):
         pixels, labels = load_digits(return_X_y=True)  # 0 to 16: how many of 4x4 bits are ink
-        chosen = _heldout(labels) == (split == "heldout")
+        chosen = _validation(labels) == (split == "validation")
         images = pixels[chosen].reshape(-1, *self.image_shape)
         self.images: Float32[np.ndarray, "B 8 8 1"] = (images / 8 - 1).astype(np.float32)
         self.labels: Int32[np.ndarray, " B"] = labels[chosen].astype(np.int32)
@@ -43,10 +43,10 @@ class Digits:
         return Example(image=self.images[index], label=self.labels[index])
 
 
-def _heldout(labels: Integer[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+def _validation(labels: Integer[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
     """Every fifth scan of each class, in the order they are shipped: stratified, with no generator to pin."""
     rank = np.empty_like(labels)
     for label in range(NUM_CLASSES):
         of_class = labels == label
         rank[of_class] = np.arange(of_class.sum())
-    return rank % HELDOUT_ONE_IN == HELDOUT_ONE_IN - 1
+    return rank % VALIDATION_ONE_IN == VALIDATION_ONE_IN - 1

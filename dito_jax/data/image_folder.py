@@ -1,7 +1,7 @@
 """Images in folders named after their classes.
 
     path/<class>/*.{png,jpg,jpeg,webp}                     no split: one image in twenty is held out
-    path/train/<class>/*   path/heldout/<class>/*          a split of your own
+    path/train/<class>/*   path/validation/<class>/*       a split of your own; val/ and test/ serve too
 
 Classes are numbered in the order of their names; names that start with a dot are passed over.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dito_jax.data.sources import HELDOUT_ONE_IN, Augment, DataError, Example, Split
+from dito_jax.data.sources import SPLIT_NAMES, VALIDATION_ONE_IN, Augment, DataError, Example, Split
 from dito_jax.data.transforms import centre_crop, random_flip
 
 
@@ -76,8 +76,14 @@ def _decode(path: str, mode: str) -> Image.Image:
 
 def _scan(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:
     """The names of the classes, and each file of the split with its class's number."""
-    own_split = not {"train", "heldout"}.isdisjoint(_listed(root, folders=True))
-    train, folder = (root / "train", root / split) if own_split else (root, root)
+    folders = {part: [n for n in names if (root / n).is_dir()] for part, names in SPLIT_NAMES.items()}
+    own_split = any(folders.values())
+    if own_split and not folders[split]:
+        raise DataError(
+            f"{root / split}: no such folder, but {root} has one for the other split; name the folders "
+            "train and validation (or val, or test), or put all classes into one folder without splits."
+        )
+    train, folder = (root / (*folders["train"], "train")[0], root / folders[split][0]) if own_split else (root, root)
     classes, present = _listed(train, folders=True), _listed(folder, folders=True)
     if not classes:
         raise DataError(f"{train}: no folders in it; give each class a folder with its images inside.")
@@ -93,7 +99,7 @@ def _scan(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:
     if not files:
         raise DataError(
             f"{folder}: no {'/'.join(SUFFIXES)} files for the {split} split in its class folders; "
-            f"add images, or split them yourself into {root / 'train'} and {root / 'heldout'}."
+            f"add images, or split them yourself into {root / 'train'} and {root / 'validation'}."
         )
     return classes, files
 
@@ -110,7 +116,7 @@ def _listed(folder: Path, *, folders: bool) -> list[str]:
 def _drawn(name: str, file: str) -> Split:
     """The split of an image by a hash of its name, so that no image changes sides when others are added."""
     digest = hashlib.sha256(os.fsencode(f"{name}/{file}")).digest()
-    return "heldout" if int.from_bytes(digest[:8]) % HELDOUT_ONE_IN == 0 else "train"
+    return "validation" if int.from_bytes(digest[:8]) % VALIDATION_ONE_IN == 0 else "train"
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dito_jax.data.array_record import ArrayRecords
-from dito_jax.data.sources import HELDOUT_ONE_IN, DataError, Example, Split
+from dito_jax.data.sources import SPLIT_NAMES, VALIDATION_ONE_IN, DataError, Example, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class LatentsData:
     """Which files, and what is done to their numbers.
 
     `path` is one .npz with `latents` (N, h, w, c) and `labels` (N,), a folder of .arrayrecord files, or a
-    glob of them. Where it contains "{split}", that becomes train or heldout: "latents/{split}.npz".
+    glob of them. Where it contains "{split}", that becomes train, and validation, val or test, whichever exists:
+    "latents/{split}.npz".
     Otherwise the examples numbered 19, 39, 59 ... are held out.
     """
 
@@ -41,7 +42,8 @@ class Latents:
     augment = None  # a mirrored latent is not the latent of the mirrored image
 
     def __init__(self, config: LatentsData, split: Split):
-        path = os.path.expanduser(config.path.replace("{split}", split))
+        names = [os.path.expanduser(config.path.replace("{split}", name)) for name in SPLIT_NAMES[split]]
+        path = next((name for name in names if os.path.exists(name) or glob.glob(name)), names[0])
         self._path, self._scale = path, np.float32(config.scaling_factor)
         self.num_classes = config.num_classes
         if path.endswith(".npz"):
@@ -58,10 +60,10 @@ class Latents:
         self.image_shape = self._stored.shape
         self._numbers = np.arange(len(self._stored))
         if "{split}" not in config.path:
-            heldout = self._numbers % HELDOUT_ONE_IN == HELDOUT_ONE_IN - 1
-            self._numbers = self._numbers[heldout if split == "heldout" else ~heldout]
+            validation = self._numbers % VALIDATION_ONE_IN == VALIDATION_ONE_IN - 1
+            self._numbers = self._numbers[validation if split == "validation" else ~validation]
         if not len(self._numbers):
-            raise DataError(f"{path}: no examples in the {split} split; give at least {HELDOUT_ONE_IN} examples.")
+            raise DataError(f"{path}: no examples in the {split} split; give at least {VALIDATION_ONE_IN} examples.")
 
     def __len__(self) -> int:
         return len(self._numbers)

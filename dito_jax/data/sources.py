@@ -9,9 +9,14 @@ from jaxtyping import Float32, Int32
 from dito_jax.errors import UserError
 
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "validation"]
 
-HELDOUT_ONE_IN = 20  # where a folder or a file comes without a split of its own
+# Names that a folder or a file of each split may have; the first that exists is taken.
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "val", "test", "heldout"),
+}
+VALIDATION_ONE_IN = 20  # where a folder or a file comes without a split of its own
 
 
 class DataError(UserError):

@@ -13,7 +13,7 @@ from dito_jax.data.sources import DataError, Example, Split
 
 NUM_CLASSES = 10
 FINE = 4  # pixels a side that each pixel is the mean of
-HELDOUT_ONE_IN = 5
+VALIDATION_ONE_IN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StrokesData:
         """The pictures of one split, drawn anew: some 0.5 ms each."""
         if self.num < NUM_CLASSES or self.size < 4:
             raise DataError(f"strokes: num {self.num}, size {self.size}: wanted at least 10 pictures of 4 x 4 pixels.")
-        num = self.num if split == "train" else max(self.num // HELDOUT_ONE_IN, NUM_CLASSES)
+        num = self.num if split == "train" else max(self.num // VALIDATION_ONE_IN, NUM_CLASSES)
         return Strokes(num, self.size, self.seed, split)
 
 
@@ -41,7 +41,7 @@ class Strokes:
     def __init__(self, num: int, size: int, seed: int, split: Split):
         self.image_shape = (size, size, 1)
         self.labels: Int32[np.ndarray, " B"] = (np.arange(num) % NUM_CLASSES).astype(np.int32)
-        chances = [np.random.default_rng([seed, split == "heldout", i]) for i in range(num)]
+        chances = [np.random.default_rng([seed, split == "validation", i]) for i in range(num)]
         pictures = [_drawn(int(label), size, rng) for label, rng in zip(self.labels, chances, strict=True)]
         self.images: Float32[np.ndarray, "B h w 1"] = np.stack(pictures)[..., None]
 

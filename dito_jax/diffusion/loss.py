@@ -20,15 +20,15 @@ class LossConfig:
     """
 
     prediction: Quantity = "x"
-    space: Quantity = "v"
-    times: Literal["logit_normal", "uniform"] = "logit_normal"
+    loss_type: Quantity = "v"
+    timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     time_mean: float = -0.8  # of logit_normal
     time_std: float = 0.8
     time_shift: float = 1.0  # > 1: more noise
-    label_dropout: float = 0.1  # share of examples trained without their class, for guidance
+    class_dropout_prob: float = 0.1  # share of examples trained without their class, for guidance
 
     def draw_times(self, key: Key[Array, ""], num: int) -> Float[Array, " num"]:
-        if self.times == "uniform":
+        if self.timestep_sampling == "uniform":
             t = time.uniform(key, num)
         else:
             t = time.logit_normal(key, num, mean=self.time_mean, std=self.time_std)
@@ -43,7 +43,7 @@ def flow_matching_loss(
     noise: Float[Array, "B h w c"],
     *,
     prediction: Quantity,
-    space: Quantity,
+    loss_type: Quantity,
 ) -> Float[Array, " B"]:
     """|convert(network(z_t, t, label)) - convert(truth)|^2, averaged over each image, in float32.
 
@@ -51,7 +51,7 @@ def flow_matching_loss(
     beyond the image's (learn_sigma) are ignored.
     """
     z = path.interpolate(image, noise, t)
-    return flow_matching_error(network(z, t, label), z, image, t, noise, prediction=prediction, space=space)
+    return flow_matching_error(network(z, t, label), z, image, t, noise, prediction=prediction, loss_type=loss_type)
 
 
 def flow_matching_error(
@@ -62,13 +62,13 @@ def flow_matching_error(
     noise: Float[Array, "B h w c"],
     *,
     prediction: Quantity,
-    space: Quantity,
+    loss_type: Quantity,
 ) -> Float[Array, " B"]:
     """The loss of what a network said of z."""
     said = said[..., : image.shape[-1]].astype(jnp.float32)
     truth = path.quantity(image, noise, prediction)
-    error = path.convert(said, z, t, source=prediction, target=space) - path.convert(
-        truth, z, t, source=prediction, target=space
+    error = path.convert(said, z, t, source=prediction, target=loss_type) - path.convert(
+        truth, z, t, source=prediction, target=loss_type
     )
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 

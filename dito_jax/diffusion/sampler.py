@@ -33,4 +33,4 @@ def heun(velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array,
     return euler(velocity, z, times[-2:])
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+SAMPLERS = {"euler": euler, "heun": heun}

@@ -24,7 +24,7 @@ def evaluate(
     images: Float[np.ndarray, "B h w c"],
     labels: Integer[np.ndarray, " B"],
     train: Source,
-    heldout: Source,
+    validation: Source,
     *,
     max_reference: int,
 ) -> dict[str, Any]:
@@ -33,20 +33,20 @@ def evaluate(
     Fréchet distances are between sets of one size, the largest that samples and both splits allow, for they fall with
     it.
     """
-    real, others = drawn(train, max_reference), drawn(heldout, max_reference)
-    train_images, heldout_images = real["image"], others["image"]
+    real, others = drawn(train, max_reference), drawn(validation, max_reference)
+    train_images, validation_images = real["image"], others["image"]
     images = np.clip(images, train_images.min(), train_images.max())  # as an image file would
     agreement = ClassAgreement(train_images, real["label"])
-    size = min(len(images), len(train_images), len(heldout_images))
-    memorised = memorisation_ratio(images, train_images, heldout_images)
+    size = min(len(images), len(train_images), len(validation_images))
+    memorised = memorisation_ratio(images, train_images, validation_images)
     return {
         "num_samples": len(images),
         "class_agreement": agreement(images, labels),
-        "class_agreement_of_heldout": agreement(heldout_images, others["label"]),
-        "utility": utility(images, labels, heldout_images, others["label"]),
-        "utility_of_train": utility(train_images, real["label"], heldout_images, others["label"]),
-        "frechet_distance": frechet_distance(images[:size], heldout_images[:size]),
-        "frechet_distance_of_train": frechet_distance(train_images[:size], heldout_images[:size]),
+        "class_agreement_of_validation": agreement(validation_images, others["label"]),
+        "utility": utility(images, labels, validation_images, others["label"]),
+        "utility_of_train": utility(train_images, real["label"], validation_images, others["label"]),
+        "frechet_distance": frechet_distance(images[:size], validation_images[:size]),
+        "frechet_distance_of_train": frechet_distance(train_images[:size], validation_images[:size]),
         "frechet_distance_set_size": size,
         "memorisation": dataclasses.asdict(memorised),
     }
@@ -59,7 +59,7 @@ def report(title: str, figures: dict[str, Any], settings: dict[str, Any]) -> str
         (
             "class agreement",
             figures["class_agreement"],
-            figures["class_agreement_of_heldout"],
+            figures["class_agreement_of_validation"],
             "held-out data",
         ),
         (
@@ -77,13 +77,13 @@ def report(title: str, figures: dict[str, Any], settings: dict[str, Any]) -> str
         (
             "distance to nearest training image / to nearest held-out image, median",
             memorised["median"],
-            memorised["heldout_median"],
+            memorised["validation_median"],
             "held-out data",
         ),
         (
             f"share of images with that ratio below {memorised['threshold']}",
             memorised["share_below"],
-            memorised["heldout_share_below"],
+            memorised["validation_share_below"],
             "held-out data",
         ),
     ]

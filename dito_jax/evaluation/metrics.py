@@ -33,17 +33,17 @@ class ClassAgreement:
 def utility(
     images: Float[np.ndarray, "B h w c"],
     labels: Integer[np.ndarray, " B"],
-    heldout: Float[np.ndarray, "heldout h w c"],
-    heldout_labels: Integer[np.ndarray, " heldout"],
+    validation: Float[np.ndarray, "validation h w c"],
+    validation_labels: Integer[np.ndarray, " validation"],
 ) -> float:
     """What the images are worth to somebody who has no others: held-out accuracy of a classifier trained on them alone.
 
     The classifier is logistic regression on pixels; with images of one class it would know that one only.
     """
     if len(np.unique(labels)) < 2:
-        return float(np.mean(heldout_labels == labels[0]))
+        return float(np.mean(validation_labels == labels[0]))
     classifier = LogisticRegression(max_iter=2000).fit(_rows(images), labels)
-    return float(classifier.score(_rows(heldout), heldout_labels))
+    return float(classifier.score(_rows(validation), validation_labels))
 
 
 def frechet_distance(a: Float[np.ndarray, "B h w c"], b: Float[np.ndarray, "S h w c"]) -> float:
@@ -78,21 +78,21 @@ class Memorisation:
 
     median: float
     share_below: float
-    heldout_median: float
-    heldout_share_below: float
+    validation_median: float
+    validation_share_below: float
     threshold: float
 
 
 def memorisation_ratio(
     samples: Float[np.ndarray, "samples h w c"],
     train: Float[np.ndarray, "train h w c"],
-    heldout: Float[np.ndarray, "heldout h w c"],
+    validation: Float[np.ndarray, "validation h w c"],
     *,
     threshold: float = 0.5,
 ) -> Memorisation:
     """Whether samples lie nearer to the training images than images that the model cannot know do.
 
-    ratio(x) = min_t |x - t| / min_h |x - h|, t over `train` and h over `heldout`; 0 is a copy of a training
+    ratio(x) = min_t |x - t| / min_h |x - h|, t over `train` and h over `validation`; 0 is a copy of a training
     image. Reported are its median and the share of it below `threshold`, over the samples; and, as the
     yardstick, over the held-out images, each measured against the other held-out ones. The larger set has
     something near anything, so without memorisation the ratio is below 1 where there are more training
@@ -102,16 +102,16 @@ def memorisation_ratio(
     Raises:
       UserError: fewer than two held-out images, of which none has another to be measured against.
     """
-    samples, train, heldout = _rows(samples), _rows(train), _rows(heldout)
-    if len(heldout) < 2:
-        raise UserError(f"{len(heldout)} held-out images: give at least 2, to measure one against another.")
-    of_samples = _ratio(_nearest(train, samples), _nearest(heldout, samples))
-    of_heldout = _ratio(_nearest(train, heldout), _nearest(heldout))
+    samples, train, validation = _rows(samples), _rows(train), _rows(validation)
+    if len(validation) < 2:
+        raise UserError(f"{len(validation)} held-out images: give at least 2, to measure one against another.")
+    of_samples = _ratio(_nearest(train, samples), _nearest(validation, samples))
+    of_validation = _ratio(_nearest(train, validation), _nearest(validation))
     return Memorisation(
         median=float(np.median(of_samples)),
         share_below=float(np.mean(of_samples < threshold)),
-        heldout_median=float(np.median(of_heldout)),
-        heldout_share_below=float(np.mean(of_heldout < threshold)),
+        validation_median=float(np.median(of_validation)),
+        validation_share_below=float(np.mean(of_validation < threshold)),
         threshold=threshold,
     )
 

@@ -1,16 +1,16 @@
 """Pictures for a person to look at: a PNG each, written whole or not at all."""
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_curve
+
+from dito_jax.telemetry.run_directory import atomic_path
 
 
 SIDE = 64  # pixels that a tiny image is enlarged to, about
@@ -39,7 +39,7 @@ def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *,
         row, column = divmod(number, columns)
         top, left = GAP + row * down, GAP + column * across
         canvas[top : top + height * zoom, left : left + width * zoom] = image
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas).save(partial, "PNG")
 
 
@@ -55,7 +55,7 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.Pat
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
 
@@ -73,12 +73,13 @@ def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
     axes.set_xlabel("expert")
     axes.set_ylabel("layer with experts")
     figure.colorbar(squares, label="rows over an even share")
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
 
 def roc_curves(
-    scores: Mapping[str, tuple[Float[np.ndarray, " members"], Float[np.ndarray, " heldout"]]], path: str | os.PathLike
+    scores: Mapping[str, tuple[Float[np.ndarray, " members"], Float[np.ndarray, " validation"]]],
+    path: str | os.PathLike,
 ) -> None:
     """Draws the ROC of each attack from its scores of members and hold-outs, on logarithmic axes: what counts is left.
 
@@ -87,27 +88,14 @@ def roc_curves(
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
     least = 1.0
-    for name, (members, heldout) in scores.items():
-        is_member = np.repeat([True, False], [len(members), len(heldout)])
-        false_rates, true_rates, _ = roc_curve(is_member, np.concatenate([members, heldout]))
-        least = min(least, 1 / len(heldout), 1 / len(members))
+    for name, (members, validation) in scores.items():
+        is_member = np.repeat([True, False], [len(members), len(validation)])
+        false_rates, true_rates, _ = roc_curve(is_member, np.concatenate([members, validation]))
+        least = min(least, 1 / len(validation), 1 / len(members))
         axes.plot(false_rates, true_rates, drawstyle="steps-post", label=name)
     axes.plot([least, 1], [least, 1], color="0.6", linestyle=":", label="nothing told")
     axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.02))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
     axes.legend(loc="lower right")
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-
-
-@contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once all is written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from dito_jax.diffusion import path
 from dito_jax.diffusion.guidance import guided
 from dito_jax.diffusion.path import Quantity
-from dito_jax.diffusion.sampler import SOLVERS
+from dito_jax.diffusion.sampler import SAMPLERS
 from dito_jax.diffusion.time import schedule
 from dito_jax.models.dit import DiTConfig
 from dito_jax.sharding import constrain, whole_batch
@@ -22,7 +22,7 @@ from dito_jax.sharding import constrain, whole_batch
 class SampleConfig:
     """How images are drawn."""
 
-    solver: Literal["euler", "heun"] = "heun"
+    sampler: Literal["euler", "heun"] = "heun"
     steps: int = 50
     time_shift: float = 1.0  # > 1: more steps near the noise
     guidance_scale: float = 1.5  # 1: none
@@ -54,7 +54,7 @@ def make_draw(
         )
         times = schedule(sample.steps, shift=sample.time_shift)
         # Whole on every device, so that each process of several can look at it.
-        return constrain(SOLVERS[sample.solver](guided_velocity, noise, times), ". h w c")
+        return constrain(SAMPLERS[sample.sampler](guided_velocity, noise, times), ". h w c")
 
     return draw
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dito_jax.layers.gradient_hooks import observed_weights
 from dito_jax.layers.linear import linear
-from dito_jax.layers.taps import observed_weights
 from dito_jax.sharding import axis_size, on_mesh
 from kernels_pallas import Rotation, flash_attention, qk_norm_rope
 

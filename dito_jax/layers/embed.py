@@ -6,8 +6,8 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
+from dito_jax.layers.gradient_hooks import observed
 from dito_jax.layers.linear import linear
-from dito_jax.layers.taps import observed
 
 
 NUM_FREQUENCIES = 256

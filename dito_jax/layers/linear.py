@@ -9,7 +9,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, variance_scaling, xavier_uniform, zeros
 from jaxtyping import Array, Float
 
-from dito_jax.layers.taps import observed
+from dito_jax.layers.gradient_hooks import observed
 
 
 class Linear(nnx.LinearGeneral):

@@ -14,8 +14,8 @@ from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array, Float, Int
 
 from dito_jax.layers.expert_parallel import AXIS, EXCHANGES, ExchangeName, default_exchange, local
+from dito_jax.layers.gradient_hooks import observed
 from dito_jax.layers.mlp import SwiGLU
-from dito_jax.layers.taps import observed
 from dito_jax.sharding import axis_size, batch_pieces, on_mesh
 from kernels_pallas import Assignments, Load, backend, combine, dispatch, expert_load, grouped_matmul
 

@@ -14,11 +14,11 @@ def check_start(old: DiTConfig, model: DiTConfig) -> None:
         assert isinstance(model, MoEDiTConfig)
         return check_upcycling(old, model)
     if isinstance(old, MoEDiTConfig) and not isinstance(model, MoEDiTConfig):
-        raise UserError("start_from: that run has experts, and this model has none.")
+        raise UserError("init_from: that run has experts, and this model has none.")
     if differ := differences(old, model, but=("adapter_rank",)):
-        raise UserError(f"start_from: that run's model differs from this one: {differ}.")
+        raise UserError(f"init_from: that run's model differs from this one: {differ}.")
     if old.adapter_rank not in (0, model.adapter_rank):
-        raise UserError(f"start_from: that run has adapters of rank {old.adapter_rank}: set model.adapter_rank to it.")
+        raise UserError(f"init_from: that run has adapters of rank {old.adapter_rank}: set model.adapter_rank to it.")
 
 
 def started(old: DiTConfig, params: nnx.State, model: DiTConfig, fresh: nnx.State) -> nnx.State:

@@ -16,7 +16,7 @@ from dito_jax.models.dit import DiTConfig, Rotation
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.planning.hlo import ITEM_BYTES
 from dito_jax.planning.lowering import without_payloads
-from kernels_pallas import timing
+from kernels_pallas.bench import timing
 
 
 ROUNDS = 20

@@ -65,7 +65,7 @@ class AttackReport:
     best_accuracy: float  # of the best threshold, counted where it was chosen, as papers do: above 1/2 by chance alone
     tpr_at_fpr: dict[str, Estimate]  # by FPR, "0.01"
     members: int
-    heldout: int
+    validation: int
     confidence: float
 
 
@@ -80,7 +80,7 @@ class SplitCheck:
 
 def attack_report(
     members: Float[np.ndarray, " members"],
-    heldout: Float[np.ndarray, " heldout"],
+    validation: Float[np.ndarray, " validation"],
     *,
     confidence: float = 0.95,
     seed: int = 0,
@@ -90,27 +90,27 @@ def attack_report(
     Raises:
       UserError: fewer than two scores of a kind.
     """
-    if min(len(members), len(heldout)) < 2:
-        raise UserError(f"scores of {len(members)} members and {len(heldout)} hold-outs: give at least 2 of each.")
-    is_member = np.repeat([True, False], [len(members), len(heldout)])
-    false_rates, true_rates, _ = roc_curve(is_member, np.concatenate([members, heldout]), drop_intermediate=False)
+    if min(len(members), len(validation)) < 2:
+        raise UserError(f"scores of {len(members)} members and {len(validation)} hold-outs: give at least 2 of each.")
+    is_member = np.repeat([True, False], [len(members), len(validation)])
+    false_rates, true_rates, _ = roc_curve(is_member, np.concatenate([members, validation]), drop_intermediate=False)
     return AttackReport(
-        auc=auc(members, heldout, confidence=confidence, seed=seed),
-        accuracy=_accuracy(members, heldout, confidence=confidence, seed=seed),
+        auc=auc(members, validation, confidence=confidence, seed=seed),
+        accuracy=_accuracy(members, validation, confidence=confidence, seed=seed),
         best_accuracy=float(np.max(true_rates + 1 - false_rates) / 2),
         tpr_at_fpr={
-            str(rate): _tpr(true_rates, false_rates, rate, len(members), len(heldout), confidence)
+            str(rate): _tpr(true_rates, false_rates, rate, len(members), len(validation), confidence)
             for rate in FALSE_POSITIVE_RATES
         },
         members=len(members),
-        heldout=len(heldout),
+        validation=len(validation),
         confidence=confidence,
     )
 
 
 def auc(
     members: Float[np.ndarray, " members"],
-    heldout: Float[np.ndarray, " heldout"],
+    validation: Float[np.ndarray, " validation"],
     *,
     confidence: float,
     seed: int = 0,
@@ -121,13 +121,13 @@ def auc(
     certainty. Then the interval is the exact one of as many pairs as there are of the rarer kind: pairs that share no
     image are independent, and all of them are ordered one way.
     """
-    is_member = np.repeat([1, 0], [len(members), len(heldout)])
-    value = float(roc_auc_score(is_member, np.concatenate([members, heldout])))
+    is_member = np.repeat([1, 0], [len(members), len(validation)])
+    value = float(roc_auc_score(is_member, np.concatenate([members, validation])))
     if value in (0.0, 1.0):
-        pairs = min(len(members), len(heldout))
+        pairs = min(len(members), len(validation))
         return _share(int(value) * pairs, pairs, confidence)
     found = scipy.stats.bootstrap(
-        (members, heldout), _auc_by_ranks, n_resamples=RESAMPLES, batch=50, vectorized=True, method="percentile",
+        (members, validation), _auc_by_ranks, n_resamples=RESAMPLES, batch=50, vectorized=True, method="percentile",
         confidence_level=confidence, rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return Estimate(value, float(found.low), float(found.high))
@@ -135,7 +135,7 @@ def auc(
 
 def split_check(
     members: Float[np.ndarray, "members h w c"],
-    heldout: Float[np.ndarray, "heldout h w c"],
+    validation: Float[np.ndarray, "validation h w c"],
     *,
     confidence: float = 0.99,
     seed: int = 0,
@@ -149,10 +149,10 @@ def split_check(
     Raises:
       UserError: fewer than FOLDS images of a kind.
     """
-    if min(len(members), len(heldout)) < FOLDS:
-        raise UserError(f"{len(members)} members and {len(heldout)} hold-outs: give at least {FOLDS} of each.")
-    images = np.concatenate([members, heldout])
-    is_member = np.repeat([True, False], [len(members), len(heldout)])
+    if min(len(members), len(validation)) < FOLDS:
+        raise UserError(f"{len(members)} members and {len(validation)} hold-outs: give at least {FOLDS} of each.")
+    images = np.concatenate([members, validation])
+    is_member = np.repeat([True, False], [len(members), len(validation)])
     step = max(1, -(-max(images.shape[1:3]) // MOST_SIDE))
     pixels = images[:, ::step, ::step].reshape(len(images), -1)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
@@ -176,38 +176,38 @@ def _share(successes: int, trials: int, confidence: float) -> Estimate:
     return Estimate(successes / trials, float(found.low), float(found.high))
 
 
-def _auc_by_ranks(members, heldout, axis):
+def _auc_by_ranks(members, validation, axis):
     """Mann-Whitney's U over the number of pairs, along the last axis."""
     assert axis in (-1, members.ndim - 1)
-    count, others = members.shape[-1], heldout.shape[-1]
-    ranks = scipy.stats.rankdata(np.concatenate([members, heldout], axis=-1), axis=-1)
+    count, others = members.shape[-1], validation.shape[-1]
+    ranks = scipy.stats.rankdata(np.concatenate([members, validation], axis=-1), axis=-1)
     return (ranks[..., :count].sum(axis=-1) - count * (count + 1) / 2) / (count * others)
 
 
-def _accuracy(members, heldout, *, confidence: float, seed: int) -> Estimate:
+def _accuracy(members, validation, *, confidence: float, seed: int) -> Estimate:
     """Balanced accuracy of a threshold chosen on one half of each kind and counted on the other half.
 
     Its interval joins those of TPR and TNR, each at (1 + confidence) / 2, so that both hold together.
     """
     rng = np.random.default_rng(seed)
-    members, heldout = rng.permutation(members), rng.permutation(heldout)
-    half, others = len(members) // 2, len(heldout) // 2
+    members, validation = rng.permutation(members), rng.permutation(validation)
+    half, others = len(members) // 2, len(validation) // 2
     is_member = np.repeat([True, False], [half, others])
-    false_rates, true_rates, thresholds = roc_curve(is_member, np.concatenate([members[:half], heldout[:others]]))
+    false_rates, true_rates, thresholds = roc_curve(is_member, np.concatenate([members[:half], validation[:others]]))
     threshold = thresholds[np.argmax(true_rates - false_rates)]
     each = (1 + confidence) / 2
     found, spared = (
         share(members[half:] >= threshold, confidence=each),
-        share(heldout[others:] < threshold, confidence=each),
+        share(validation[others:] < threshold, confidence=each),
     )
     middle = lambda name: (getattr(found, name) + getattr(spared, name)) / 2
     return Estimate(middle("value"), middle("low"), middle("high"))
 
 
-def _tpr(true_rates, false_rates, rate: float, members: int, heldout: int, confidence: float) -> Estimate:
+def _tpr(true_rates, false_rates, rate: float, members: int, validation: int, confidence: float) -> Estimate:
     """The largest TPR whose FPR is at most `rate`."""
-    if heldout * rate < 1:
-        reason = f"{heldout} hold-outs cannot resolve a false positive rate of {rate}; it takes {round(1 / rate)}"
+    if validation * rate < 1:
+        reason = f"{validation} hold-outs cannot resolve a false positive rate of {rate}; it takes {round(1 / rate)}"
         return Estimate(None, reason=reason)
     best = float(np.max(true_rates[false_rates <= rate]))
     return _share(round(best * members), members, confidence)

@@ -52,7 +52,7 @@ def loss_score(
     *,
     key: Key[Array, ""],
     prediction: Quantity,
-    space: Quantity = "v",
+    loss_type: Quantity = "v",
     times: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8),
     draws: int = 4,
 ) -> Float[Array, " B"]:
@@ -67,7 +67,7 @@ def loss_score(
         t, noise = draw
         at = _times(image, t)
         loss = flow_matching_loss(
-            network, image, label, at, jnp.broadcast_to(noise, image.shape), prediction=prediction, space=space
+            network, image, label, at, jnp.broadcast_to(noise, image.shape), prediction=prediction, loss_type=loss_type
         )
         return total + loss, None
 

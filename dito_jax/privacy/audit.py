@@ -33,12 +33,12 @@ from dito_jax.privacy.mechanism_audit import Check
 FOR_THE_CARD = ("verdict", "claimed_epsilon", "delta", "step", "canaries", "mechanism")
 BATCH = 100
 Scorer = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
-Scores = dict[str, tuple[Float[np.ndarray, " members"], Float[np.ndarray, " heldout"]]]
+Scores = dict[str, tuple[Float[np.ndarray, " members"], Float[np.ndarray, " validation"]]]
 
 
 def make_scorers(build: Callable[[Any], Any], loss: LossConfig, *, seed: int, together: int) -> dict[str, Scorer]:
     """The three attacks on networks that `build(params)` makes; `together`: images that one computes together."""
-    of_loss = functools.partial(loss_score, key=jax.random.key(seed), space=loss.space)
+    of_loss = functools.partial(loss_score, key=jax.random.key(seed), loss_type=loss.loss_type)
     scores = {"loss": of_loss, "secmi": secmi_score, "pia": pia_score}
     return {
         name: make_scorer(
@@ -48,16 +48,16 @@ def make_scorers(build: Callable[[Any], Any], loss: LossConfig, *, seed: int, to
     }
 
 
-def attacked(scorers: dict[str, Scorer], params: Any, members: Batch, heldout: Batch) -> Scores:
+def attacked(scorers: dict[str, Scorer], params: Any, members: Batch, validation: Batch) -> Scores:
     """Each attack's scores of members and of hold-outs."""
     of = lambda scorer, batch: scorer(params, batch["image"], batch["label"])
-    return {name: (of(scorer, members), of(scorer, heldout)) for name, scorer in scorers.items()}
+    return {name: (of(scorer, members), of(scorer, validation)) for name, scorer in scorers.items()}
 
 
 def findings(
     scores: Scores,
     members: Batch,
-    heldout: Batch,
+    validation: Batch,
     samples: Float[np.ndarray, "samples h w c"],
     *,
     canaries: tuple[Canaries, Float[np.ndarray, " num"]] | None,
@@ -70,10 +70,10 @@ def findings(
         "claimed_epsilon": claimed_epsilon,
         "delta": delta,
         "attacks": {name: dataclasses.asdict(attack_report(*pair)) for name, pair in scores.items()},
-        "split": dataclasses.asdict(split_check(members["image"], heldout["image"])),
+        "split": dataclasses.asdict(split_check(members["image"], validation["image"])),
         "canaries": None,
         "mechanism": {name: dataclasses.asdict(check) | {"passed": check.passed} for name, check in mechanism.items()},
-        "memorisation": dataclasses.asdict(memorisation_ratio(samples, members["image"], heldout["image"])),
+        "memorisation": dataclasses.asdict(memorisation_ratio(samples, members["image"], validation["image"])),
     }
     refuted = any(not check.passed and check.wanted == "not refuted" for check in mechanism.values())
     blind = any(not check.passed and check.wanted == "refuted" for check in mechanism.values())
@@ -127,7 +127,8 @@ def _of_attacks(attacks: dict[str, Any], split: dict[str, Any]) -> list[str]:
     lines = [
         "## Attacks",
         "",
-        f"{one['members']} members, {one['heldout']} hold-outs, {one['confidence']:.0%} intervals. Not to be released.",
+        f"{one['members']} members, {one['validation']} hold-outs, {one['confidence']:.0%} intervals. "
+        "Not to be released.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
@@ -146,9 +147,9 @@ def _of_memorisation(memorised: dict[str, Any]) -> list[str]:
         "## Memorisation",
         "",
         "Distance to the nearest training image over that to the nearest hold-out: median "
-        f"{memorised['median']:.3f} of samples, {memorised['heldout_median']:.3f} of hold-outs; below "
+        f"{memorised['median']:.3f} of samples, {memorised['validation_median']:.3f} of hold-outs; below "
         f"{memorised['threshold']:g} for {memorised['share_below']:.1%} of samples, "
-        f"{memorised['heldout_share_below']:.1%} of hold-outs. Samples that are nearest, left, beside what they are "
+        f"{memorised['validation_share_below']:.1%} of hold-outs. Samples that are nearest, left, beside what they are "
         "near to. Not to be released.",
         "",
         "![samples beside training images](audit/nearest.png)",

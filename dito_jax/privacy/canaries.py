@@ -44,10 +44,10 @@ from jax_privacy.auditing import CanaryScoreAuditor
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from dito_jax.data import Example, Source
+from dito_jax.distributed import agree, index, publish, published
 from dito_jax.errors import UserError
 from dito_jax.privacy.keys import run_secret, secret_path
-from dito_jax.processes import agree, index, publish, published
-from dito_jax.training.run_directory import RunDirectory
+from dito_jax.telemetry.run_directory import RunDirectory
 
 
 PrivateSum = Callable[

@@ -19,7 +19,7 @@ from dito_jax.privacy.audit import FOR_THE_CARD
 from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.run import PLAN
 from dito_jax.privacy.settings import PrivacyConfig
-from dito_jax.training.run_directory import RunDirectory
+from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.trainable import Names
 
 
@@ -47,7 +47,7 @@ LIMITS = (
 
 
 def card(
-    run: RunDirectory, privacy: PrivacyConfig, *, start_from: str | None, trainable: Names, canaries: int
+    run: RunDirectory, privacy: PrivacyConfig, *, init_from: str | None, trainable: Names, canaries: int
 ) -> dict[str, Any]:
     """What there is to say of a private run, ready for JSON: of its privacy, and of the fields of its config so named.
 
@@ -78,8 +78,8 @@ def card(
         "noise_multiplier": plan["noise_multiplier"],
         "clip_norm": privacy.clip_norm,
         "starts": ledger.restarts(kept["run"]),
-        "draws": privacy.draws,
-        "start_from": start_from,
+        "noise_multiplicity": privacy.noise_multiplicity,
+        "init_from": init_from,
         "trainable": trainable or "all",
         "canaries": canaries,
         "backend": privacy.backend,

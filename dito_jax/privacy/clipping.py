@@ -36,7 +36,7 @@ import jax_privacy
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dito_jax.privacy.tapped import Trainable, tapped
+from dito_jax.privacy.ghost_clipping import Trainable, tapped
 from dito_jax.sharding import axis_size, one_example
 
 

@@ -5,10 +5,10 @@ steps of this repository go. A network of somebody else's is not looked into, bu
 (`tapped` and the tests of sensitivity are what shows more).
 """
 
+from dito_jax.checkpointing.retention import CheckpointConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.privacy.settings import PrivacyConfig
-from dito_jax.training.retention import CheckpointConfig
 
 
 def private_rules(model: DiTConfig, privacy: PrivacyConfig, checkpoint: CheckpointConfig) -> dict[str, bool]:
@@ -16,7 +16,7 @@ def private_rules(model: DiTConfig, privacy: PrivacyConfig, checkpoint: Checkpoi
     rules = {
         f"privacy.dataset is {privacy.dataset!r}: name the data set whose ledger is charged": not privacy.dataset,
         f"privacy.clip_norm {privacy.clip_norm} is not positive": privacy.clip_norm <= 0,
-        f"privacy.draws {privacy.draws} is not positive": privacy.draws < 1,
+        f"privacy.noise_multiplicity {privacy.noise_multiplicity} is not positive": privacy.noise_multiplicity < 1,
         f"privacy.microbatch {privacy.microbatch} is not positive": privacy.microbatch < 1,
         f"privacy.spare_steps {privacy.spare_steps} is negative": privacy.spare_steps < 0,
         f"model.kernels.mlp {model.kernels.mlp!r} hides what is inside the MLP from privacy.backend "

@@ -34,11 +34,11 @@ def make_private_program(
         null_label=model.num_classes,
         decays=loop.ema_decays,
         compute_dtype=loop.compute_dtype,
-        accumulation=loop.accumulation,
+        gradient_accumulation_steps=loop.gradient_accumulation_steps,
         clip_norm=privacy.clip_norm,
         noise_multiplier=plan.noise_multiplier,
         expected_batch=plan.expected_batch,
-        draws=privacy.draws,
+        noise_multiplicity=privacy.noise_multiplicity,
         backend=privacy.backend,
         microbatch=privacy.microbatch,
         internal=privacy.internal,
@@ -46,7 +46,7 @@ def make_private_program(
     )
     by_unit = jax.NamedSharding(mesh, spec("B", mesh))
     everywhere = jax.NamedSharding(mesh, jax.P())
-    rows = (plan.rows(batch_pieces(mesh.shape) * loop.accumulation), privacy.images_per_user or 1)
+    rows = (plan.rows(batch_pieces(mesh.shape) * loop.gradient_accumulation_steps), privacy.images_per_user or 1)
     batch = {
         "image": jax.ShapeDtypeStruct((*rows, *model.image_shape), jnp.float32, sharding=by_unit),
         "label": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_unit),

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 
 from dito_jax.data import Source
+from dito_jax.distributed import agree, index, publish, published
 from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import Release, noise_multiplier, truncation
 from dito_jax.privacy.keys import StepKeys, run_secret
 from dito_jax.privacy.ledger import Budget, Ledger, charged_elsewhere, ledger_path
 from dito_jax.privacy.sampling import PoissonBatches, Units
 from dito_jax.privacy.settings import PrivacyConfig, StepPlan
-from dito_jax.processes import agree, index, publish, published
+from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import LoopConfig
-from dito_jax.training.run_directory import RunDirectory
 
 
 PLAN = "privacy.json"
@@ -192,7 +192,7 @@ def check_history(run: RunDirectory, *, private: bool) -> None:
     if planned and not private:
         raise UserError(
             f"{run.path}: a private run, and a step without privacy would break what was promised of it. Start from it "
-            f"elsewhere: --start-from {run.path} --run-dir DIR."
+            f"elsewhere: --init-from {run.path} --run-dir DIR."
         )
 
 

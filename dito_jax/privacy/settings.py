@@ -13,7 +13,7 @@ class PrivacyConfig:
     delta: float = 1e-5  # below one in the number of units
     dataset: str | None = None  # whose ledger is charged; a private run names one
     clip_norm: float = 1.0
-    draws: int = 1  # of time and noise for each image and step, averaged before clipping
+    noise_multiplicity: int = 1  # of time and noise for each image and step, averaged before clipping
     backend: Backend = "bookkeeping"
     microbatch: int = 1  # units at a time on a device, of the backend "microbatch"
     max_batch: int | None = None  # units that a step has room for; None: so many that none is turned away

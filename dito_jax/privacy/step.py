@@ -40,11 +40,11 @@ def make_private_step(
     null_label: int,
     decays: tuple[float, ...],
     compute_dtype: ComputeDtype,
-    accumulation: int,
+    gradient_accumulation_steps: int,
     clip_norm: float,
     noise_multiplier: float,
     expected_batch: float,
-    draws: int,
+    noise_multiplicity: int,
     backend: Backend,
     microbatch: int,
     internal: bool,
@@ -53,8 +53,9 @@ def make_private_step(
     """The step for this model and recipe.
 
     Its batch has units, each with `m` images: "image" (B, m, h, w, c), "label" (B, m), "padding" bool (B, m), and the
-    raw data of two keys, "draw_key" and "noise_key". A unit's loss is the mean over its images, and over `draws` of
-    time and noise for each (noise multiplicity, https://arxiv.org/abs/2210.09929); one without images is padding.
+    raw data of two keys, "draw_key" and "noise_key". A unit's loss is the mean over its images, and over
+    `noise_multiplicity` draws of time and noise for each (https://arxiv.org/abs/2210.09929); a unit without images is
+    padding.
     Parameters that are not `trainable` stay: they count in no norm, and get no noise.
     With `accumulation` > 1 the units go through in that many parts; noise is added once, to the sum.
     """
@@ -65,9 +66,9 @@ def make_private_step(
     )  # fmt: skip
 
     def step(state: TrainState, batch: Batch):
-        examples, padding = _drawn(batch, loss, null_label, draws)
+        examples, padding = _drawn(batch, loss, null_label, noise_multiplicity)
         trained, frozen = divided(state.params, trainable)
-        total, told = _accumulated(clipped_sum, trained, frozen, examples, padding, accumulation)
+        total, told = _accumulated(clipped_sum, trained, frozen, examples, padding, gradient_accumulation_steps)
         noised = add_noise(total, batch["noise_key"], noise_multiplier * clipped_sum.sensitivity())
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch, noised)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
@@ -85,23 +86,26 @@ def _losses(network, rows: Examples, *, config: LossConfig) -> Array:
     z = path.interpolate(rows["image"], rows["noise"], rows["t"])
     said, report = network.with_report(z, rows["t"], rows["label"])
     error = flow_matching_error(
-        said, z, rows["image"], rows["t"], rows["noise"], prediction=config.prediction, space=config.space
+        said, z, rows["image"], rows["t"], rows["noise"], prediction=config.prediction, loss_type=config.loss_type
     )
     return error + report.losses
 
 
-def _drawn(batch: Batch, loss: LossConfig, null_label: int, draws: int) -> tuple[Examples, Array]:
-    """Each unit's rows, (B, m draws, ...), and which units are padding."""
+def _drawn(batch: Batch, loss: LossConfig, null_label: int, noise_multiplicity: int) -> tuple[Examples, Array]:
+    """Each unit's rows, (B, m noise_multiplicity, ...), and which units are padding."""
     absent = batch["padding"]  # (B, m)
     units, images = absent.shape
     rows = {
-        name: jnp.repeat(batch[name].reshape(-1, *batch[name].shape[2:]), draws, axis=0) for name in ("image", "label")
+        name: jnp.repeat(batch[name].reshape(-1, *batch[name].shape[2:]), noise_multiplicity, axis=0)
+        for name in ("image", "label")
     }
     rows = draw(jax.random.wrap_key_data(batch["draw_key"][:2]), rows, loss, null_label)
-    examples = jax.tree.map(lambda a: a.reshape(units, images * draws, *a.shape[1:]), rows)
+    examples = jax.tree.map(lambda a: a.reshape(units, images * noise_multiplicity, *a.shape[1:]), rows)
     present = jnp.where(absent, 0.0, 1.0)
     weight = present / jnp.maximum(jnp.sum(present, axis=1, keepdims=True), 1)
-    return examples | {"weight": jnp.repeat(weight / draws, draws, axis=1)}, jnp.all(absent, axis=1)
+    return examples | {"weight": jnp.repeat(weight / noise_multiplicity, noise_multiplicity, axis=1)}, jnp.all(
+        absent, axis=1
+    )
 
 
 def _accumulated(clipped_sum: ClippedSum, params, frozen, examples: Examples, padding, parts: int) -> tuple[Any, Told]:

@@ -25,7 +25,7 @@ class GuardConfig:
     burst: int = 5  # so many bad steps,
     burst_window: int = 50  # of so many, lead back to the last checkpoint before them, past the data of the time
     rollbacks: int = 3  # to one checkpoint; then the run stops
-    replicas_every: int = 0  # steps between two comparisons of what devices hold alike; 0: none
+    check_replicas_every: int = 0  # steps between two comparisons of what devices hold alike; 0: none
     rerun: bool = False  # run a bad step again, to tell a passing fault of the hardware; waits for every step
 
 

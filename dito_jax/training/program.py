@@ -32,7 +32,7 @@ class LoopConfig:
 
     steps: int
     batch_size: int  # images a step, over all devices
-    accumulation: int = 1  # parts that a batch is cut into, to fit memory
+    gradient_accumulation_steps: int = 1  # parts that a batch is cut into, to fit memory
     trainable: Names = ()  # names on the way to the parameters that are trained (trainable.py); none: all
     compute_dtype: ComputeDtype = "bfloat16"
     ema_decays: tuple[float, ...] = (0.9999,)
@@ -85,7 +85,7 @@ def make_program(
         null_label=model.num_classes,
         decays=loop.ema_decays,
         compute_dtype=loop.compute_dtype,
-        accumulation=loop.accumulation,
+        gradient_accumulation_steps=loop.gradient_accumulation_steps,
         rebalance=model.rebalance,
         spike_deviations=guard.spike_deviations,
         trainable=loop.trainable,

@@ -31,7 +31,7 @@ def make_step(
     null_label: int,
     decays: tuple[float, ...],
     compute_dtype: ComputeDtype,
-    accumulation: int,
+    gradient_accumulation_steps: int,
     rebalance: Callable[[Any, Report], Any],
     spike_deviations: float | None,
     trainable: Names = (),
@@ -50,7 +50,7 @@ def make_step(
         z = path.interpolate(part["image"], part["noise"], part["t"])
         said, report = network.with_report(z, part["t"], part["label"])
         losses = flow_matching_error(
-            said, z, part["image"], part["t"], part["noise"], prediction=loss.prediction, space=loss.space
+            said, z, part["image"], part["t"], part["noise"], prediction=loss.prediction, loss_type=loss.loss_type
         )
         return jnp.mean(losses + report.losses), report
 
@@ -59,7 +59,7 @@ def make_step(
         drawn = draw(key, batch, loss, null_label)
         trained, frozen = divided(state.params, trainable)
         value_and_grad = lambda params, part: jax.value_and_grad(loss_of_part, has_aux=True)(params, frozen, part)
-        (value, report), gradient = _accumulate(value_and_grad, trained, drawn, accumulation)
+        (value, report), gradient = _accumulate(value_and_grad, trained, drawn, gradient_accumulation_steps)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
         params = rebalance(joined(jax.tree.map(jnp.add, trained, updates), frozen), report)
         params = joined(divided(params, trainable)[0], frozen)  # what is frozen is not rebalanced
@@ -89,7 +89,7 @@ def draw(key, batch: Batch, loss: LossConfig, null_label: int) -> Batch:
     image, label = batch["image"].astype(jnp.float32), batch["label"]
     return {
         "image": image,
-        "label": drop_labels(key_drop, label, rate=loss.label_dropout, null_label=null_label),
+        "label": drop_labels(key_drop, label, rate=loss.class_dropout_prob, null_label=null_label),
         "t": loss.draw_times(key_time, image.shape[0]),
         "noise": jax.random.normal(key_noise, image.shape),
     }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..triton_road import dot
+from ..pallas.triton import dot
 
 
 def pieces(width: int) -> list[tuple[int, int]]:

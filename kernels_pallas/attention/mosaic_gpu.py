@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import backend
-from ..mosaic_road import (
+from ..pallas.mosaic_gpu import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     Stream,

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..mosaic_road import (
+from ..pallas.mosaic_gpu import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     Stream,

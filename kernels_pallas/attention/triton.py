@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .. import backend
-from ..triton_road import dot, run
+from ..pallas.triton import dot, run
 from . import cost, tiles
 from .blocks import blocks_for
 from .heads import load, load_row, product, store, store_row, zeros

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..triton_road import dot, run
+from ..pallas.triton import dot, run
 from . import cost, triton
 from .blocks import blocks_for
 from .heads import load, load_row, product, store, zeros

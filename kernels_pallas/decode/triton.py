@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
 from ..hardware import by_device_kind
-from ..triton_road import dot, run
+from ..pallas.triton import dot, run
 from . import cost
 
 

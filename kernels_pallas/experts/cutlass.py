@@ -8,7 +8,8 @@ Source: CUTLASS 4.2, GemmUniversal with KernelPtrArrayTmaWarpSpecializedCooperat
 
 import jax
 
-from .. import backend, custom_calls
+from .. import backend
+from ..ffi import custom_calls
 from . import triton
 
 

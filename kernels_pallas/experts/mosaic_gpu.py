@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import backend, tuning
-from ..mosaic_road import (
+from ..pallas.mosaic_gpu import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     DEPTH,
@@ -37,7 +37,7 @@ from ..mosaic_road import (
     round_up,
     run_kernel,
 )
-from ..triton_tiles import tile_of_program
+from ..pallas.triton_tiles import tile_of_program
 from . import triton
 from .blocks import NAMES
 from .tiles import row_tiles

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..triton_tiles import Columns, Rows, tile_of_program
+from ..pallas.triton_tiles import Columns, Rows, tile_of_program
 
 
 def place(tiles, num_experts: int, width: int, blocks):

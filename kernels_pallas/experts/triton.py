@@ -17,8 +17,17 @@ from jax.experimental import pallas as pl
 
 from .. import backend
 from ..hardware import by_device_kind
-from ..triton_road import dot, run
-from ..triton_tiles import Columns, Rows, load_matrix, load_places, store_matrix, store_rows, tile_of_program, walk
+from ..pallas.triton import dot, run
+from ..pallas.triton_tiles import (
+    Columns,
+    Rows,
+    load_matrix,
+    load_places,
+    store_matrix,
+    store_rows,
+    tile_of_program,
+    walk,
+)
 from . import cost
 from .blocks import NAMES, blocks_for
 from .programs import place

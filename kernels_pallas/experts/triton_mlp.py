@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..triton_road import dot, run
-from ..triton_tiles import load_matrix, load_places, load_rows, store_rows, walk
+from ..pallas.triton import dot, run
+from ..pallas.triton_tiles import load_matrix, load_places, load_rows, store_rows, walk
 from . import cost, triton
 from .blocks import NAMES, blocks_for
 from .programs import place

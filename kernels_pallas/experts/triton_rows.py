@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
-from ..triton_road import run
-from ..triton_tiles import Columns, Rows, load_places, load_rows, store_rows
+from ..pallas.triton import run
+from ..pallas.triton_tiles import Columns, Rows, load_places, load_rows, store_rows
 from . import cost
 from .routing import Routing, starts
 

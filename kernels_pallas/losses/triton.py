@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
-from ..triton_road import dot, run
-from ..triton_tiles import Columns, Rows, load_matrix, load_rows, store_rows, tile_of_program, walk
+from ..pallas.triton import dot, run
+from ..pallas.triton_tiles import Columns, Rows, load_matrix, load_rows, store_rows, tile_of_program, walk
 from . import cost
 from .blocks import BACKWARD, FORWARD, blocks_for
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import backend, tuning
-from ..mosaic_road import (
+from ..pallas.mosaic_gpu import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     DEPTH,
@@ -35,7 +35,7 @@ from ..mosaic_road import (
     round_up,
     run_kernel,
 )  # fmt: skip
-from ..triton_tiles import tile_of_program
+from ..pallas.triton_tiles import tile_of_program
 from .activations import activated, value_and_derivative
 from .triton import product
 

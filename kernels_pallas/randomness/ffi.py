@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import custom_calls
+from ..ffi import custom_calls
 from .segments import segments
 
 

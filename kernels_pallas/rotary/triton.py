@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from .. import backend
-from ..triton_road import run
+from ..pallas.triton import run
 from . import cost
 
 

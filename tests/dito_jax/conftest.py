@@ -1,6 +1,8 @@
-"""What these tests share: the processes of one run, as real processes."""
+"""What these tests share: the processes of one run, as real processes, and a full disk for one process."""
 
+import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -57,6 +59,22 @@ def finish() -> Callable[[subprocess.Popen[str], int], tuple[str, str]]:
         return said
 
     return wait
+
+
+@pytest.fixture
+def files_at_most():
+    """`with files_at_most(1000):` no file of this process grows beyond 1000 bytes."""
+
+    @contextlib.contextmanager
+    def limit(num_bytes: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 def _free_port() -> int:

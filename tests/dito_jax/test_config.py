@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dito_jax import command_line
-from dito_jax.config import check, from_json, leaves, load, override, to_json
+from dito_jax.config import RENAMED, check, from_json, leaves, load, override, to_json
 from dito_jax.data import DigitsData, LatentsData
 from dito_jax.errors import UserError
+from dito_jax.run import command_line
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,6 +29,25 @@ def test_every_config_can_be_built_and_survives_its_json(path):
     check(config, num_devices=math.prod(size for size in axes if size != -1))
     assert from_json(to_json(config)) == config
     assert config.model.num_parameters() > 0
+
+
+def test_fields_of_earlier_versions_are_read_by_their_new_names(digits):
+    changes = {
+        "init_from": "runs/a", "train.gradient_accumulation_steps": "2", "loss.loss_type": "x",
+        "loss.timestep_sampling": "uniform", "loss.class_dropout_prob": "0.2", "sample.sampler": "euler",
+        "privacy.noise_multiplicity": "3", "watchdog.phase_timeout_seconds": "7", "guard.check_replicas_every": "9",
+    }  # fmt: skip
+    config = override(digits, [word for name, value in changes.items() for word in (f"--{name}", value)])
+    text, old = to_json(config), [(old, new) for names in RENAMED.values() for old, new in names.items()]
+    for before, now in old:
+        assert text.count(f'"{now}":') == 1
+        text = text.replace(f'"{now}":', f'"{before}":')
+    assert len(old) == len(changes) and from_json(text) == config
+
+
+def test_an_option_of_an_earlier_version_is_answered_with_its_new_name(digits):
+    with pytest.raises(UserError, match="did you mean --train.gradient_accumulation_steps"):
+        override(digits, ["--train.accumulation", "2"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -80,7 +99,7 @@ def test_a_wrong_option_is_one_line_that_names_the_right_one(digits, arguments, 
     ("arguments", "devices", "words"),
     [
         (["--train.batch_size", "30"], 8, r"train.batch_size 30 is not a multiple of .* = 8"),
-        (["--train.accumulation", "3"], 1, r"train.batch_size 128 is not a multiple .* = 3"),
+        (["--train.gradient_accumulation_steps", "3"], 1, r"train.batch_size 128 is not a multiple .* = 3"),
         (
             ["--mesh.data", "1", "--mesh.tensor", "8"],
             8,
@@ -89,7 +108,7 @@ def test_a_wrong_option_is_one_line_that_names_the_right_one(digits, arguments, 
         (["--mesh.data", "2", "--mesh.fsdp", "5"], 10, r"model.width 64 is not a multiple of mesh.fsdp 5"),
         (["--model.patch", "3"], 1, r"model: patch 3 does not divide"),
         (["--sample.ema_decay", "0.5"], 1, r"sample.ema_decay 0.5 is not in train.ema_decays"),
-        (["--loss.label_dropout", "0"], 1, r"guidance_scale 1.5 needs loss.label_dropout > 0"),
+        (["--loss.class_dropout_prob", "0"], 1, r"guidance_scale 1.5 needs loss.class_dropout_prob > 0"),
         (["--train.steps", "0"], 1, r"train.steps is 0; it must be at least 1"),
         (["--guard.burst", "9", "--guard.burst_window", "8"], 1, r"guard.burst 9 cannot come among .* 8 steps"),
         (["--checkpoint.keep_every", "0"], 1, r"checkpoint.keep_every is 0; wanted a number of steps, or None"),

@@ -72,10 +72,14 @@ def test_a_function_on_the_mesh_gets_its_own_piece_and_gathers_nothing():
 MODEL = DiTConfig((8, 8, 1), num_classes=10, patch=2, depth=2, width=64, num_heads=4)
 
 
-def losses(num_devices: int, steps: int = 20, accumulation: int = 1, **sizes: int) -> list[float]:
+def losses(num_devices: int, steps: int = 20, gradient_accumulation_steps: int = 1, **sizes: int) -> list[float]:
     """Of the first steps of training on digits, in float32."""
     loop = LoopConfig(
-        steps=steps, batch_size=32, accumulation=accumulation, compute_dtype="float32", ema_decays=(0.99,)
+        steps=steps,
+        batch_size=32,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        compute_dtype="float32",
+        ema_decays=(0.99,),
     )
     devices = mesh(num_devices, **sizes)
     stream = batches(DigitsData().open("train"), batch_size=32, seed=0, threads=0)
@@ -107,4 +111,4 @@ def test_eight_devices_train_to_the_losses_of_one(sizes, losses_on_one_device):
 
 
 def test_accumulation_changes_memory_and_not_the_result(losses_on_one_device):
-    np.testing.assert_allclose(losses(1, data=1, accumulation=4), losses_on_one_device, rtol=1e-5)
+    np.testing.assert_allclose(losses(1, data=1, gradient_accumulation_steps=4), losses_on_one_device, rtol=1e-5)

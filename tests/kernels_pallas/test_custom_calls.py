@@ -17,12 +17,11 @@ from kernels_pallas import (
     SECURE_NORMAL,
     STATE_DIGEST,
     backend,
-    custom_calls,
     deviceless,
-    libraries,
     secure_normal,
     state_digest,
 )
+from kernels_pallas.ffi import custom_calls, libraries
 from kernels_pallas.randomness import reference, segments as segments_
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import dlpack
+from kernels_pallas.torch import dlpack
 
 
 CPU_ONLY = pytest.mark.skipif(jax.default_backend() != "cpu", reason="NumPy's arrays are on a CPU")

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels_pallas.build as build_command
-from kernels_pallas import custom_calls, libraries, state_digest
+from kernels_pallas import state_digest
+from kernels_pallas.ffi import build as build_command, custom_calls, libraries
 
 
 @pytest.mark.parametrize("content", [b"\x7fELF cut short", b"no library at all"])

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import FLASH_ATTENTION, OPS, AttentionMask, bench, peers, timing
+from kernels_pallas import FLASH_ATTENTION, OPS, AttentionMask
 from kernels_pallas.backend import Target
+from kernels_pallas.bench import main as bench, peers, timing
+from kernels_pallas.bench.peers import attention as attention_peers
 
 
 OPTIONS = {"scale": None, "softcap": None, "return_lse": False}
@@ -152,7 +154,7 @@ def test_installed_peers_are_right_on_a_gpu(pass_):
 def test_pytorch_gives_the_definitions_answer(mask, pass_):
     pytest.importorskip("torch")
     arrays = attention(mask)
-    call = peers.torch_call(pass_, timing.copies(arrays), **OPTIONS, backend_name="MATH")
+    call = attention_peers.torch_call(pass_, timing.copies(arrays), **OPTIONS, backend_name="MATH")
     want = {"forward": slice(1), "backward": slice(1, 4), "both": slice(4)}[pass_]
     assert error(floating(call.answer()), reference(arrays)[want]) < 1e-5
 
@@ -249,7 +251,7 @@ def test_pytorch_without_a_gpu_says_so(stand_in, monkeypatch):
     assert why(q, *rest, **OPTIONS) == "PyTorch's kernels need bfloat16 or float16, got float32"
     q = q.astype(jnp.bfloat16)
     assert why(q, *rest, **OPTIONS) == "PyTorch is timed on an NVIDIA GPU, got cpu"
-    monkeypatch.setattr(peers.backend, "target", lambda: Target("gpu", "NVIDIA H200", 9.0))
+    monkeypatch.setattr(attention_peers.backend, "target", lambda: Target("gpu", "NVIDIA H200", 9.0))
     assert why(q, *rest, **OPTIONS) == "PyTorch 0 sees no CUDA device"
     stand_in.torch.cuda.is_available = lambda: True
     assert why(q, *rest, **OPTIONS) is None
@@ -257,11 +259,11 @@ def test_pytorch_without_a_gpu_says_so(stand_in, monkeypatch):
 
 def test_a_query_that_sees_nothing_gets_a_key_and_the_mask_is_else_the_same():
     mask = MASKS["packed"][0]()
-    sighted, blind = peers._sighted(mask)
+    sighted, blind = attention_peers._sighted(mask)
     assert np.flatnonzero(np.asarray(blind)[0]).tolist() == list(range(19, 24))
     assert bool(jnp.all(jnp.any(sighted.dense(), axis=-1)))
     assert bool(jnp.all(jnp.where(blind[:, :, None], mask.dense(), sighted.dense()) == mask.dense()))
-    assert peers._sighted(dataclasses.replace(mask, end=mask.start + 1))[1] is None
-    sighted, blind = peers._sighted(MASKS["unified"][0]())  # where the key that it would get is private
+    assert attention_peers._sighted(dataclasses.replace(mask, end=mask.start + 1))[1] is None
+    sighted, blind = attention_peers._sighted(MASKS["unified"][0]())  # where the key that it would get is private
     assert not bool(jnp.all(jnp.any(sighted.dense(), axis=-1)))
-    assert bool(jnp.all(jnp.any(peers._dense(sighted, blind), axis=-1)))
+    assert bool(jnp.all(jnp.any(attention_peers._dense(sighted, blind), axis=-1)))

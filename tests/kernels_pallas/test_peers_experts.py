@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from kernels_pallas import OPS, backend, bench, peers, peers_experts, timing
+from kernels_pallas import OPS, backend
 from kernels_pallas.backend import Target
+from kernels_pallas.bench import main as bench, peers, timing
+from kernels_pallas.bench.peers import experts as peers_experts
 
 
 OF = {op.name: op for op in OPS if op.name in ("grouped_matmul", "expert_mlp")}

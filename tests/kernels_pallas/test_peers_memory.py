@@ -6,8 +6,9 @@ import itertools
 import jax
 import pytest
 
-from kernels_pallas import OPS, bench, peers_memory, peers_torch, timing
-from kernels_pallas.peers import PEERS
+from kernels_pallas import OPS
+from kernels_pallas.bench import main as bench, timing
+from kernels_pallas.bench.peers import PEERS, memory as peers_memory, torch as peers_torch
 
 
 NAMES = list(peers_torch.FUNCTIONS)
@@ -31,7 +32,7 @@ def definition(name, case, pass_):
 def test_xla_gives_the_definitions_answer(name, case, pass_):
     static, arrays = OURS[name].cases[case].static, inputs(name, case)
     got = PEERS[name]["xla_default"].call(pass_, timing.copies(arrays), **static).answer()
-    assert bench.judge(got, definition(name, case, pass_), arrays) == "ok"
+    assert bench.final_evaluation(got, definition(name, case, pass_), arrays) == "ok"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,7 +41,7 @@ def test_pytorch_gives_the_definitions_answer(name):
     for case, pass_ in itertools.product([case for n, case in TINY if n == name], PASSES):
         static, arrays = OURS[name].cases[case].static, inputs(name, case)
         got = peers_torch.call(name, pass_, timing.copies(arrays), compiled=False, **static).answer()
-        assert bench.judge(got, definition(name, case, pass_), arrays) == "ok", (case, pass_)
+        assert bench.final_evaluation(got, definition(name, case, pass_), arrays) == "ok", (case, pass_)
 
 
 TOKAMAX = {"modulated_norm": peers_memory.tokamax_norm, "gated_residual_norm": peers_memory.tokamax_residual_norm,
@@ -57,7 +58,7 @@ def test_tokamax_gives_the_definitions_answer(name, monkeypatch):
     for case in [case for n, case in TINY if n == name]:
         static, arrays = OURS[name].cases[case].static, inputs(name, case)
         got = TOKAMAX[name](*arrays, **static)
-        assert bench.judge(got, definition(name, case, "forward"), arrays) == "ok", case
+        assert bench.final_evaluation(got, definition(name, case, "forward"), arrays) == "ok", case
 
 
 @pytest.mark.parametrize("name", NAMES)

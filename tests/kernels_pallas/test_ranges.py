@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels_pallas import backend, custom_calls, deviceless, libraries, profile_range, ranges
+from kernels_pallas import backend, deviceless, profile_range
+from kernels_pallas.ffi import custom_calls, libraries, ranges
 
 
 @pytest.fixture(scope="module")

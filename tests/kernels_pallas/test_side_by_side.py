@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kernels_pallas import bench, side_by_side
+from kernels_pallas.bench import main as bench, side_by_side
 
 
 TIMES = ("median_us", "p20_us", "p80_us", "tflops", "gbps", "of_roofline", "date")

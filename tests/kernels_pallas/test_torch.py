@@ -20,7 +20,7 @@ from kernels_pallas import FLASH_ATTENTION, AttentionMask, backend, flash_attent
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
-from kernels_pallas import torch as kernels  # noqa: E402
+from kernels_pallas.torch import functions as kernels  # noqa: E402
 
 
 DEVICE = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]

@@ -14,7 +14,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas import backend, bench, deviceless, measured, timing, tune, tuning
+from kernels_pallas import backend, deviceless, measured, tuning
+from kernels_pallas.bench import main as bench, timing, tune
 from kernels_pallas.op import Case, Cost, Kernel, Op
 
 

@@ -47,15 +47,23 @@ def test_every_format_is_read_in_grey_and_colour(tmp_path, suffix, channels, mod
     np.testing.assert_array_equal(as_uint8(image), wanted)
 
 
-def test_heldout_folder_shares_the_numbers_of_the_training_classes(tmp_path):
+def test_validation_folder_shares_the_numbers_of_the_training_classes(tmp_path):
     write_images(tmp_path / "train" / "ant", 1)
     write_images(tmp_path / "train" / "bee", 1)
-    bees = write_images(tmp_path / "heldout" / "bee", 2, seed=3)
-    source = ImageFolderData(str(tmp_path), 8).open("heldout")
+    bees = write_images(tmp_path / "validation" / "bee", 2, seed=3)
+    source = ImageFolderData(str(tmp_path), 8).open("validation")
     batch = arrays(source)
     assert source.num_classes == 2
     np.testing.assert_array_equal(batch["label"], [1, 1])
     np.testing.assert_array_equal(as_uint8(batch["image"]), np.stack(bees))
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "test", "heldout"])
+def test_validation_folder_has_any_of_the_usual_names(tmp_path, name):
+    write_images(tmp_path / "train" / "ant", 3)
+    write_images(tmp_path / name / "ant", 2, seed=1)
+    splits = {split: ImageFolderData(str(tmp_path), 8).open(split) for split in ("train", "validation")}
+    assert {split: len(source) for split, source in splits.items()} == {"train": 3, "validation": 2}
 
 
 def test_split_without_folders_is_complete_and_never_changes_sides(tmp_path):
@@ -63,20 +71,20 @@ def test_split_without_folders_is_complete_and_never_changes_sides(tmp_path):
         return {image.tobytes() for image in arrays(ImageFolderData(str(tmp_path), 8).open(split))["image"]}
 
     write_images(tmp_path / "ant", 60)
-    train, heldout = images("train"), images("heldout")
-    assert not train & heldout and len(train | heldout) == 60
+    train, validation = images("train"), images("validation")
+    assert not train & validation and len(train | validation) == 60
     write_images(tmp_path / "ant" / "more", 60, seed=1)
     for path in (tmp_path / "ant" / "more").iterdir():
         path.rename(tmp_path / "ant" / f"a{path.name}")
-    assert train < images("train") and heldout <= images("heldout")
+    assert train < images("train") and validation <= images("validation")
 
 
 def test_only_training_images_are_flipped(tmp_path):
     write_images(tmp_path / "train" / "ant", 1)
-    write_images(tmp_path / "heldout" / "ant", 1)
+    write_images(tmp_path / "validation" / "ant", 1)
     data = ImageFolderData(str(tmp_path), 8)
     assert data.open("train").augment is random_flip
-    assert data.open("heldout").augment is None
+    assert data.open("validation").augment is None
     assert ImageFolderData(str(tmp_path), 8, flip=False).open("train").augment is None
 
 
@@ -130,24 +138,24 @@ def no_images(path):
     return path, path
 
 
-def no_heldout_folder(path):
+def no_validation_folder(path):
     write_images(path / "train" / "ant", 1)
-    return path, path / "heldout"
+    return path, path / "validation"
 
 
-def an_unknown_heldout_class(path):
+def an_unknown_validation_class(path):
     write_images(path / "train" / "ant", 1)
-    write_images(path / "heldout" / "bee", 1)
-    return path, path / "heldout" / "bee"
+    write_images(path / "validation" / "bee", 1)
+    return path, path / "validation" / "bee"
 
 
 @pytest.mark.parametrize(
-    "make", [no_folder, a_file, no_classes, no_images, no_heldout_folder, an_unknown_heldout_class]
+    "make", [no_folder, a_file, no_classes, no_images, no_validation_folder, an_unknown_validation_class]
 )
 def test_unusable_folder_is_named_in_one_line(tmp_path, make):
     path, culprit = make(tmp_path)
     with pytest.raises(DataError) as error:
-        ImageFolderData(str(path), 8).open("heldout")
+        ImageFolderData(str(path), 8).open("validation")
     assert str(error.value).startswith(f"{culprit}: ") and "\n" not in str(error.value)
 
 

@@ -33,8 +33,8 @@ def record_glob(folder):
 @pytest.mark.parametrize("make", [npz, compressed, records, record_glob])
 def test_latents_come_back_scaled_and_every_twentieth_is_held_out(tmp_path, make):
     data = LatentsData(make(tmp_path), scaling_factor=0.5)
-    heldout = np.arange(COUNT) % 20 == 19
-    for split, chosen in (("heldout", heldout), ("train", ~heldout)):
+    validation = np.arange(COUNT) % 20 == 19
+    for split, chosen in (("validation", validation), ("train", ~validation)):
         source = data.open(split)
         batch = arrays(source)
         assert source.image_shape == SHAPE
@@ -44,10 +44,10 @@ def test_latents_come_back_scaled_and_every_twentieth_is_held_out(tmp_path, make
 
 def test_split_in_the_path_names_the_files_of_a_split(tmp_path):
     npz(tmp_path, "train.npz", latents=LATENTS[:3], labels=LABELS[:3])
-    npz(tmp_path, "heldout.npz", latents=LATENTS[3:5], labels=LABELS[3:5])
+    npz(tmp_path, "validation.npz", latents=LATENTS[3:5], labels=LABELS[3:5])
     data = LatentsData(f"{tmp_path}/{{split}}.npz")
     np.testing.assert_array_equal(arrays(data.open("train"))["label"], LABELS[:3])
-    np.testing.assert_array_equal(arrays(data.open("heldout"))["label"], LABELS[3:5])
+    np.testing.assert_array_equal(arrays(data.open("validation"))["label"], LABELS[3:5])
 
 
 def test_npz_is_not_read_until_asked_for(tmp_path):

@@ -15,12 +15,12 @@ SMALL = StrokesData(num=60)
 
 def test_a_picture_is_a_function_of_seed_split_and_number():
     first, longer = SMALL.open("train"), dataclasses.replace(SMALL, num=80).open("train")
-    assert len(first) == 60 and len(longer) == 80 and len(SMALL.open("heldout")) == 12
+    assert len(first) == 60 and len(longer) == 80 and len(SMALL.open("validation")) == 12
     np.testing.assert_array_equal(first.images, longer.images[:60])
     np.testing.assert_array_equal(first[7]["image"], first.images[7])
     for other in (
         dataclasses.replace(SMALL, seed=1).open("train"),
-        dataclasses.replace(SMALL, num=300).open("heldout"),
+        dataclasses.replace(SMALL, num=300).open("validation"),
     ):
         assert all((one != another).any() for one, another in zip(first.images, other.images, strict=True))
 
@@ -36,9 +36,13 @@ def test_pictures_are_grey_in_range_and_of_all_classes():
 
 def test_classes_can_be_told_apart_also_those_of_scans():
     rows = lambda source: source.images.reshape(len(source), -1)
-    train, heldout, scans = StrokesData(num=1000).open("train"), SMALL.open("heldout"), DigitsData().open("heldout")
+    train, validation, scans = (
+        StrokesData(num=1000).open("train"),
+        SMALL.open("validation"),
+        DigitsData().open("validation"),
+    )
     classifier = LogisticRegression(max_iter=1000).fit(rows(train), train.labels)
-    assert classifier.score(rows(heldout), heldout.labels) > 0.9
+    assert classifier.score(rows(validation), validation.labels) > 0.9
     assert 0.4 < classifier.score(rows(scans), scans.labels) < 0.9  # digits they are, and other ones
 
 

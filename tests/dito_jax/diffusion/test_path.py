@@ -42,8 +42,8 @@ def test_conversions_are_finite_at_both_ends(source, target, t):
     assert jnp.isfinite(path.convert(wrong, z, times, source=source, target=target)).all()
 
 
-@pytest.mark.parametrize(("prediction", "space"), list(itertools.product(KINDS, KINDS)))
-def test_a_perfect_network_has_no_loss_and_a_wrong_one_has(prediction, space):
+@pytest.mark.parametrize(("prediction", "loss_type"), list(itertools.product(KINDS, KINDS)))
+def test_a_perfect_network_has_no_loss_and_a_wrong_one_has(prediction, loss_type):
     def network_off_by(offset):
         return lambda z, t, label: path.quantity(X, NOISE, prediction) + offset
 
@@ -55,7 +55,7 @@ def test_a_perfect_network_has_no_loss_and_a_wrong_one_has(prediction, space):
             times,
             NOISE,
             prediction=prediction,
-            space=space,
+            loss_type=loss_type,
         )
 
     for times in (T, jnp.linspace(0.0, 1.0, 6)):
@@ -67,13 +67,13 @@ def test_counting_velocity_errors_of_a_data_prediction_weights_them_by_the_gap()
     """|v - v'|^2 = |x - x'|^2 / (1 - t)^2."""
     off = lambda z, t, label: X + 0.1
     labels = jnp.zeros(6, jnp.int32)
-    in_v = flow_matching_loss(off, X, labels, T, NOISE, prediction="x", space="v")
+    in_v = flow_matching_loss(off, X, labels, T, NOISE, prediction="x", loss_type="v")
     np.testing.assert_allclose(in_v, 0.01 / (1 - T) ** 2, rtol=1e-3)
 
 
 def test_channels_beyond_the_images_are_ignored():
     with_sigma = lambda z, t, label: jnp.concatenate([X, jnp.full_like(X, jnp.nan)], axis=-1)
-    loss = flow_matching_loss(with_sigma, X, jnp.zeros(6, jnp.int32), T, NOISE, prediction="x", space="x")
+    loss = flow_matching_loss(with_sigma, X, jnp.zeros(6, jnp.int32), T, NOISE, prediction="x", loss_type="x")
     np.testing.assert_array_equal(loss, 0)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dito_jax.diffusion import time
 from dito_jax.diffusion.guidance import guided
-from dito_jax.diffusion.sampler import SOLVERS
+from dito_jax.diffusion.sampler import SAMPLERS
 
 
 MEAN, STD = 2.0, 0.5
@@ -23,7 +23,7 @@ NOISE = jax.random.normal(jax.random.key(0), (16, 2, 2, 1))
 
 
 def error(solver: str, steps: int) -> float:
-    drawn = SOLVERS[solver](gaussian_velocity, NOISE, time.schedule(steps))
+    drawn = SAMPLERS[solver](gaussian_velocity, NOISE, time.schedule(steps))
     return float(jnp.abs(drawn - (MEAN + STD * NOISE)).max())
 
 
@@ -33,14 +33,14 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(solver, order):
     assert 2**order * 0.8 < ratio < 2**order * 1.3
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SAMPLERS)
 def test_samples_of_a_known_gaussian_are_right(solver):
     assert error(solver, 500) < {"euler": 5e-3, "heun": 5e-5}[solver]
 
 
 def test_heun_never_asks_for_the_velocity_at_the_data_end():
     poisoned = lambda z, t: jnp.where(t == 1.0, jnp.nan, gaussian_velocity(z, t))
-    assert jnp.isfinite(SOLVERS["heun"](poisoned, NOISE, time.schedule(5))).all()
+    assert jnp.isfinite(SAMPLERS["heun"](poisoned, NOISE, time.schedule(5))).all()
 
 
 @pytest.mark.parametrize(("t", "inside"), [(0.05, False), (0.1, True), (0.5, True), (0.9, True), (0.95, False)])

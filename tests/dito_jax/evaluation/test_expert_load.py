@@ -35,7 +35,7 @@ def load(few: bool = False, devices: int = 1, **make) -> np.ndarray:
     assert measure is not None
     mesh = make_mesh(MeshConfig(data=1, expert=-1), np.array(jax.devices()[:devices]))
     with jax.set_mesh(mesh) if devices > 1 else contextlib.nullcontext():
-        return measure(params, (Few if few else Digits)("heldout"))
+        return measure(params, (Few if few else Digits)("validation"))
 
 
 def test_one_expert_may_have_all():

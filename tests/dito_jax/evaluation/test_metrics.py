@@ -6,7 +6,7 @@ from dito_jax.errors import UserError
 from dito_jax.evaluation.metrics import ClassAgreement, closest_pairs, frechet_distance, memorisation_ratio, utility
 
 
-TRAIN, HELDOUT = (arrays(DigitsData().open(split)) for split in ("train", "heldout"))
+TRAIN, VALIDATION = (arrays(DigitsData().open(split)) for split in ("train", "validation"))
 ROUNDING = np.finfo(np.float64).eps
 
 
@@ -19,8 +19,8 @@ def gaussian_rows(mean, factor, count, seed):
 
 def test_classifier_knows_held_out_digits_and_refuses_wrong_names():
     agreement = ClassAgreement(TRAIN["image"], TRAIN["label"])
-    right = agreement(HELDOUT["image"], HELDOUT["label"])
-    wrong = agreement(HELDOUT["image"], (HELDOUT["label"] + 1) % 10)
+    right = agreement(VALIDATION["image"], VALIDATION["label"])
+    wrong = agreement(VALIDATION["image"], (VALIDATION["label"] + 1) % 10)
     assert right > 0.95 and wrong <= 1 - right
 
 
@@ -72,21 +72,21 @@ def line(*points):
 
 
 def test_memorisation_ratio_is_the_one_worked_by_hand_on_a_line():
-    found = memorisation_ratio(line(0, 0.5, 2), train=line(0, 10), heldout=line(1, 4))
+    found = memorisation_ratio(line(0, 0.5, 2), train=line(0, 10), validation=line(1, 4))
     assert found.median == 1  # of 0/1, 0.5/0.5, 2/1
     assert found.share_below == 1 / 3
-    np.testing.assert_allclose(found.heldout_median, (1 / 3 + 4 / 3) / 2, rtol=2 * ROUNDING)
-    assert found.heldout_share_below == 0.5  # of 1/3, 4/3
+    np.testing.assert_allclose(found.validation_median, (1 / 3 + 4 / 3) / 2, rtol=2 * ROUNDING)
+    assert found.validation_share_below == 0.5  # of 1/3, 4/3
 
 
 def test_copies_of_training_images_are_all_found():
-    copies = memorisation_ratio(TRAIN["image"], TRAIN["image"], HELDOUT["image"])
+    copies = memorisation_ratio(TRAIN["image"], TRAIN["image"], VALIDATION["image"])
     assert (copies.median, copies.share_below) == (0, 1)
-    assert copies.heldout_median > 0.5 > copies.heldout_share_below
+    assert copies.validation_median > 0.5 > copies.validation_share_below
 
 
 def test_image_that_both_sets_hold_is_no_copy_and_a_held_out_one_is_none():
-    found = memorisation_ratio(line(7, 7, 1), train=line(0, 7), heldout=line(7, 1, 3))
+    found = memorisation_ratio(line(7, 7, 1), train=line(0, 7), validation=line(7, 1, 3))
     assert (found.median, found.share_below) == (1, 0)
 
 

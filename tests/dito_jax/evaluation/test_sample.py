@@ -22,7 +22,7 @@ def drawn(config: DiTConfig, batch_size: int, labels=LABELS) -> np.ndarray:
     graph, shapes = split_model(config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), shapes)
-    sample = SampleConfig(solver="euler", steps=2, batch_size=batch_size)
+    sample = SampleConfig(sampler="euler", steps=2, batch_size=batch_size)
     return make_sampler(graph, config, sample, "x")(params, labels, 0)
 
 

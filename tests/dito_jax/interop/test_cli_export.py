@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from dito_jax import cli, command_line
+from dito_jax.cli import main as cli
 from dito_jax.config import to_json
-from dito_jax.training.run_directory import RunDirectory
+from dito_jax.run import command_line
+from dito_jax.telemetry.run_directory import RunDirectory
 
 
 @pytest.fixture

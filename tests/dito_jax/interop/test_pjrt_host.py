@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import libraries
 from kernels_pallas.backend import gpu_present
+from kernels_pallas.ffi import libraries
 from kernels_pallas.hardware import GPUS
 
 

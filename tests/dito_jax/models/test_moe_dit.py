@@ -202,12 +202,12 @@ def test_biases_fall_for_experts_with_too_much_and_rise_for_those_with_too_littl
     assert not any(leaf.any() for leaf in jax.tree.leaves(difference))
 
 
-@pytest.mark.parametrize("change", [dict(remat=True), dict(accumulation=4)], ids=str)
+@pytest.mark.parametrize("change", [dict(remat=True), dict(gradient_accumulation_steps=4)], ids=str)
 def test_neither_remat_nor_accumulation_changes_what_is_counted(change):
     """Counts are a step's output: a second forward pass does not double them, and parts add up."""
     config = dataclasses.replace(DIGITS, router="sigmoid", bias_rate=0.125, balance_weight=0.0)
     model = dataclasses.replace(config, remat=change.get("remat", False))
-    losses, _, params = steps(model, accumulation=change.get("accumulation", 1))
+    losses, _, params = steps(model, gradient_accumulation_steps=change.get("gradient_accumulation_steps", 1))
     want_losses, _, want = steps(config)
     np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
     biases = lambda params: np.asarray(params["blocks"]["moe"]["mlp"]["bias"][...])

@@ -59,7 +59,7 @@ def dito_hlo(tmp_path: Path, *arguments: str) -> tuple[str, str]:
     """The text and the page of a compiled step."""
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     subprocess.run(
-        [sys.executable, "-m", "dito_jax.cli", "hlo", *arguments, "--out", str(tmp_path)],
+        [sys.executable, "-m", "dito_jax", "hlo", *arguments, "--out", str(tmp_path)],
         cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900,
     )  # fmt: skip
     return (tmp_path / "train_step.optimized.txt").read_text(), (tmp_path / "report.md").read_text()
@@ -93,7 +93,7 @@ def test_xl2_compiles_for_one_h200_with_our_kernels_and_fits(xl2):
 @pytest.mark.deviceless
 def test_a_private_step_of_xl2_takes_little_more_memory_by_our_kernels(xl2, tmp_path):
     private = ("--privacy.epsilon", "8", "--privacy.dataset", "imagenet", "--privacy.delta", "1e-7")
-    text, page = dito_hlo(tmp_path, *XL2, *private, "--train.accumulation", "8")
+    text, page = dito_hlo(tmp_path, *XL2, *private, "--train.gradient_accumulation_steps", "8")
     kernels = contents(text).kernels
     for name in ("ghost_norm_sq_forward_pairs", "ghost_norm_sq_forward_matrix", "clip_reduce_forward"):
         assert kernels.get(name, 0) >= 1, (name, kernels)
@@ -138,7 +138,7 @@ def test_the_step_is_printed_at_every_stage(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     for stage, words in [("jaxpr", "let"), ("stablehlo", "stablehlo.dot_general")]:
         subprocess.run(
-            [sys.executable, "-m", "dito_jax.cli", "hlo", "configs/digits.py", "--stage", stage, "--out", tmp_path],
+            [sys.executable, "-m", "dito_jax", "hlo", "configs/digits.py", "--stage", stage, "--out", tmp_path],
             cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
         assert words in (tmp_path / f"train_step.{stage}.txt").read_text()
@@ -197,7 +197,7 @@ def test_a_block_is_timed_under_each_choice_of_kernels():
 
 @pytest.mark.deviceless
 def test_fusions_move_less_memory_in_a_compiled_block():
-    command = [sys.executable, "-m", "dito_jax.cli", "block", "configs/digits.py", "--gpus", "1xh200"]
+    command = [sys.executable, "-m", "dito_jax", "block", "configs/digits.py", "--gpus", "1xh200"]
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
@@ -209,7 +209,10 @@ def test_fusions_move_less_memory_in_a_compiled_block():
 
 def test_a_block_needs_a_gpu_or_the_name_of_one():
     done = subprocess.run(
-        [sys.executable, "-m", "dito_jax.cli", "block", "configs/digits.py"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "dito_jax", "block", "configs/digits.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert "kernels need an NVIDIA GPU" in done.stderr.splitlines()[-1]

@@ -26,7 +26,7 @@ QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=
 
 def test_private_steps_are_compared_with_the_one_that_is_not():
     done = subprocess.run(
-        [sys.executable, "-m", "dito_jax.cli", "privacy", "cost", "configs/digits.py", *SMALL],
+        [sys.executable, "-m", "dito_jax", "privacy", "cost", "configs/digits.py", *SMALL],
         cwd=ROOT, env=os.environ | QUICK, check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
@@ -52,13 +52,13 @@ def test_what_is_refused_or_has_no_memory_says_so_in_its_row(monkeypatch):
     monkeypatch.setattr(step_cost, "prepare", lambda program, mesh: short)
     monkeypatch.setattr(step_cost, "milliseconds", lambda _: failing(jax.errors.JaxRuntimeError("RESOURCE: so much"))())
     recipes = {
-        "refused": failing(UserError("privacy.draws 0 is not positive.")),
+        "refused": failing(UserError("privacy.noise_multiplicity 0 is not positive.")),
         "absent": failing(NotImplementedError("triton: needs a GPU\nand a page more")),
         "large": failing(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 400 GiB\nAllocations: ...")),
         "when run": lambda: None,
     }
     assert [*table(costs(recipes, mesh))][1:] == [
-        "| refused | - | - | - | - | privacy.draws 0 is not positive. |",
+        "| refused | - | - | - | - | privacy.noise_multiplicity 0 is not positive. |",
         "| absent | - | - | - | - | triton: needs a GPU |",
         "| large | - | - | - | - | RESOURCE_EXHAUSTED: 400 GiB |",
         "| when run | 3 | - | - | - | RESOURCE: so much |",

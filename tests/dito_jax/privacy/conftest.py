@@ -31,7 +31,7 @@ def losses(network, rows):
     """Of a denoiser, one for each row, and of its router."""
     z = path.interpolate(rows["image"], rows["noise"], rows["t"])
     said, report = network.with_report(z, rows["t"], rows["label"])
-    error = flow_matching_error(said, z, rows["image"], rows["t"], rows["noise"], prediction="x", space="v")
+    error = flow_matching_error(said, z, rows["image"], rows["t"], rows["noise"], prediction="x", loss_type="v")
     return error + report.losses
 
 

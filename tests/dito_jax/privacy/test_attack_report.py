@@ -13,21 +13,21 @@ def normal(seed, shift, num):
 
 
 def test_auc_and_tpr_are_their_definitions():
-    members, heldout = normal(0, 1, 150).round(1), normal(1, 0, 1200).round(1)  # rounded: many ties
-    found = attack_report(members, heldout)
-    pairs = members[:, None] - heldout[None]
+    members, validation = normal(0, 1, 150).round(1), normal(1, 0, 1200).round(1)  # rounded: many ties
+    found = attack_report(members, validation)
+    pairs = members[:, None] - validation[None]
     assert found.auc.value == pytest.approx(np.mean((pairs > 0) + 0.5 * (pairs == 0)), abs=1e-12)
     for rate in (0.01, 0.001):
-        allowed = [np.mean(members >= t) for t in np.unique(members) if np.mean(heldout >= t) <= rate]
+        allowed = [np.mean(members >= t) for t in np.unique(members) if np.mean(validation >= t) <= rate]
         estimate = found.tpr_at_fpr[str(rate)]
         assert estimate.value == pytest.approx(max(allowed, default=0.0), abs=1e-12)
         hits = round(estimate.value * 150)
         low = scipy.stats.beta.ppf(0.025, hits, 151 - hits) if hits else 0
         high = scipy.stats.beta.ppf(0.975, hits + 1, 150 - hits)
         assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-9)
-    best = max((np.mean(members >= t) + np.mean(heldout < t)) / 2 for t in np.concatenate([members, heldout]))
+    best = max((np.mean(members >= t) + np.mean(validation < t)) / 2 for t in np.concatenate([members, validation]))
     assert found.best_accuracy == pytest.approx(best, abs=1e-12) and found.accuracy.value <= best + 0.1
-    assert (found.members, found.heldout) == (150, 1200)
+    assert (found.members, found.validation) == (150, 1200)
 
 
 def test_a_rate_that_the_holdouts_cannot_resolve_is_no_figure():

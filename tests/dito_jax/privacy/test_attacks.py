@@ -48,10 +48,10 @@ def knows_the_distribution(_):
 
 @pytest.mark.parametrize("name", SCORES)
 def test_a_network_that_remembers_is_told_and_one_that_does_not_is_not(name):
-    members, heldout, label = pictures(0), pictures(1), jnp.zeros(60, jnp.int32)
+    members, validation, label = pictures(0), pictures(1), jnp.zeros(60, jnp.int32)
     for build, low, high in ((knows, 0.95, 1.0), (knows_the_distribution, 0.3, 0.7)):
         scores = make_scorer(build, SCORES[name], batch_size=16)
-        found = attack_report(scores(members, members, label), scores(members, heldout, label)).auc
+        found = attack_report(scores(members, members, label), scores(members, validation, label)).auc
         assert low <= found.value <= high, (name, build, found)
 
 
@@ -71,7 +71,7 @@ def test_the_loss_score_is_minus_the_mean_loss_over_the_times_and_noises():
     image, label = pictures(3, 2), jnp.zeros(2, jnp.int32)
     said = 0.25  # of every network input: the loss in the space of the data is then |0.25 - x|^2, whatever the noise
     score = loss_score(
-        lambda z, t, label: jnp.full_like(z, said), image, label, key=jax.random.key(0), prediction="x", space="x"
+        lambda z, t, label: jnp.full_like(z, said), image, label, key=jax.random.key(0), prediction="x", loss_type="x"
     )
     np.testing.assert_allclose(score, -np.mean((image - said) ** 2, axis=(1, 2, 3)), rtol=1e-6)
 

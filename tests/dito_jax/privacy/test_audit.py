@@ -53,7 +53,7 @@ def images(num, seed):
     return np.clip(np.random.default_rng(seed).normal(size=(num, 8, 8, 1)), -1, 1).astype(np.float32)
 
 
-MEMBERS, HELDOUT, SAMPLES = batch(images(300, 0)), batch(images(200, 1)), images(50, 2)
+MEMBERS, VALIDATION, SAMPLES = batch(images(300, 0)), batch(images(200, 1)), images(50, 2)
 CANARIES = make_canaries(400, (8, 8, 1), 10, secret=b"audit")
 
 
@@ -62,7 +62,7 @@ def found(mechanism, *, shift=0.0, told=0.0, claimed=1.0):
     scores = {"loss": (rng.normal(shift, 1, 300), rng.normal(0, 1, 200))}
     of_canaries = rng.normal(size=400) + told * CANARIES.included
     return findings(
-        scores, MEMBERS, HELDOUT, SAMPLES, canaries=(CANARIES, of_canaries), mechanism=mechanism,
+        scores, MEMBERS, VALIDATION, SAMPLES, canaries=(CANARIES, of_canaries), mechanism=mechanism,
         claimed_epsilon=claimed, delta=1e-5,
     )  # fmt: skip
 
@@ -98,10 +98,10 @@ def test_attacks_see_what_a_network_has_by_heart():
         return network
 
     scorers = make_scorers(build, LossConfig(prediction="x"), seed=0, together=1)
-    scores = attacked(scorers, known, MEMBERS, HELDOUT)
+    scores = attacked(scorers, known, MEMBERS, VALIDATION)
     assert set(scores) == {"loss", "secmi", "pia"}
     found = findings(
-        scores, MEMBERS, HELDOUT, MEMBERS["image"][:50], canaries=None, mechanism={}, claimed_epsilon=1.0, delta=1e-5
+        scores, MEMBERS, VALIDATION, MEMBERS["image"][:50], canaries=None, mechanism={}, claimed_epsilon=1.0, delta=1e-5
     )
     assert found["attacks"]["loss"]["auc"]["value"] > 0.95 and found["verdict"] == "not refuted"
     assert found["memorisation"]["share_below"] == 1.0 and found["canaries"] is None

@@ -8,7 +8,7 @@ from dito_jax.privacy import baseline
 from dito_jax.privacy.baseline import gaussian_samples, sums
 
 
-TRAIN, HELDOUT = (arrays(DigitsData().open(split)) for split in ("train", "heldout"))
+TRAIN, VALIDATION = (arrays(DigitsData().open(split)) for split in ("train", "validation"))
 
 
 def samples(epsilon, seed=0, data=TRAIN):
@@ -16,8 +16,8 @@ def samples(epsilon, seed=0, data=TRAIN):
 
 
 def test_more_budget_is_worth_more_and_nothing_is_worth_as_much_as_the_data():
-    worth = [utility(*samples(epsilon), HELDOUT["image"], HELDOUT["label"]) for epsilon in (0.05, 1.0, 100.0)]
-    real = utility(TRAIN["image"], TRAIN["label"], HELDOUT["image"], HELDOUT["label"])
+    worth = [utility(*samples(epsilon), VALIDATION["image"], VALIDATION["label"]) for epsilon in (0.05, 1.0, 100.0)]
+    real = utility(TRAIN["image"], TRAIN["label"], VALIDATION["image"], VALIDATION["label"])
     assert worth[0] < worth[1] - 0.1 and 0.75 < worth[1] < worth[2] < real and real > 0.95
     images, labels = samples(1.0)
     assert images.shape == (1000, 8, 8, 1) and np.abs(images).max() <= 1 and np.bincount(labels).tolist() == [100] * 10

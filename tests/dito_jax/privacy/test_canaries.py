@@ -19,7 +19,7 @@ from dito_jax.privacy.canaries import (
     verdict,
 )
 from dito_jax.privacy.keys import secret_path
-from dito_jax.training.run_directory import RunDirectory
+from dito_jax.telemetry.run_directory import RunDirectory
 
 
 DELTA, MANY = 1e-5, 5000

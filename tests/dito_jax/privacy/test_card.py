@@ -11,8 +11,8 @@ from dito_jax.privacy.card import card, markdown
 from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
 from dito_jax.privacy.run import PrivateRun
 from dito_jax.privacy.settings import PrivacyConfig
+from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import LoopConfig
-from dito_jax.training.run_directory import RunDirectory
 
 
 PRIVACY = PrivacyConfig(epsilon=3.0, delta=1e-4, dataset="digits", max_batch=2000)  # with room for all
@@ -40,7 +40,7 @@ def take(run, steps):
 
 
 def of(path):
-    return card(path, PRIVACY, start_from=None, trainable=(), canaries=0)
+    return card(path, PRIVACY, init_from=None, trainable=(), canaries=0)
 
 
 def test_runs_behind_it_on_the_same_data_count(begun):

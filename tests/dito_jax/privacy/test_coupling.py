@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from dito_jax import config as configs
+from dito_jax.checkpointing.retention import CheckpointConfig
 from dito_jax.errors import UserError
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.privacy.settings import PrivacyConfig
-from dito_jax.training.retention import CheckpointConfig
 
 
 PRIVATE = PrivacyConfig(epsilon=8.0, delta=1e-4, dataset="digits")
@@ -54,7 +54,7 @@ def test_routers_by_which_examples_meet_are_refused(model, reason):
     [
         ({"dataset": None}, "name the data set whose ledger is charged"),
         ({"clip_norm": 0.0}, "clip_norm 0.0 is not positive"),
-        ({"draws": 0}, "draws 0 is not positive"),
+        ({"noise_multiplicity": 0}, "noise_multiplicity 0 is not positive"),
         ({"microbatch": 0}, "microbatch 0 is not positive"),
         ({"spare_steps": -1}, "spare_steps -1 is negative"),
     ],

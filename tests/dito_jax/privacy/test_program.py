@@ -16,12 +16,12 @@ from dito_jax.privacy.keys import StepKeys
 from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.settings import PrivacyConfig, StepPlan
-from dito_jax.recipe import make_recipe
+from dito_jax.run.recipe import make_recipe
 from dito_jax.sharding import MeshConfig, make_mesh
+from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.health import GuardConfig
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig
-from dito_jax.training.run_directory import RunDirectory
 
 
 MODEL = DiTConfig(image_shape=(4, 4, 1), num_classes=10, patch=2, depth=1, width=32, num_heads=4)
@@ -69,8 +69,12 @@ def check_noise(values, stddev):
     [
         ({}, {}),
         (
-            dict(accumulation=2, ema_decays=(0.5, 0.9), compute_dtype="float32", steps=900, batch_size=64),
-            dict(draws=3, images_per_user=2, backend="microbatch", internal=True, epsilon=1.0, spare_steps=7),
+            dict(
+                gradient_accumulation_steps=2, ema_decays=(0.5, 0.9), compute_dtype="float32", steps=900, batch_size=64
+            ),
+            dict(
+                noise_multiplicity=3, images_per_user=2, backend="microbatch", internal=True, epsilon=1.0, spare_steps=7
+            ),
         ),
     ],
     ids=["plain", "all else changed"],

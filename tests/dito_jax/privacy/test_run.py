@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dito_jax import processes
+from dito_jax import distributed
 from dito_jax.data import DigitsData
 from dito_jax.errors import UserError
 from dito_jax.privacy import run as run_module
@@ -15,8 +15,8 @@ from dito_jax.privacy.accounting import Release, epsilon
 from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
 from dito_jax.privacy.run import PLAN, PrivateRun, check_history, make_plan
 from dito_jax.privacy.settings import PrivacyConfig
+from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import LoopConfig
-from dito_jax.training.run_directory import RunDirectory
 
 
 # With room for all, so that nothing is truncated: accounting for that takes half a minute.
@@ -62,7 +62,7 @@ def test_the_plan_spends_its_budget_and_no_more(begun):
 
 def test_accumulated_parts_do_not_make_the_batch_that_is_accounted(begun):
     """q is that of the logical step: a batch in four parts is one draw, not four."""
-    whole, parts = begun().plan, begun("b", loop=dataclasses.replace(LOOP, accumulation=4)).plan
+    whole, parts = begun().plan, begun("b", loop=dataclasses.replace(LOOP, gradient_accumulation_steps=4)).plan
     assert whole == parts
 
 
@@ -95,7 +95,7 @@ def test_steps_taken_again_in_one_process_have_other_keys_and_are_paid_for_again
 
 def test_other_processes_draw_by_the_name_that_the_first_has_given_the_run(begun, monkeypatch):
     first = taken(begun("a"), 1)[0]
-    told = processes.published("private")["1"]
+    told = distributed.published("private")["1"]
     elsewhere = begun("b")  # which saw no privacy.json when it began, and made up a name
     monkeypatch.setattr(run_module, "index", lambda: 1)
     monkeypatch.setattr(run_module, "published", lambda prefix: {"1": told})

@@ -15,7 +15,7 @@ from dito_jax.sharding import MeshConfig, make_mesh, shardings, spec
 from dito_jax.training.health import Health
 from dito_jax.training.state import TrainState
 from dito_jax.training.trainable import divided, num_trained
-from kernels_pallas import custom_calls
+from kernels_pallas.ffi import custom_calls
 
 from .conftest import MODELS
 
@@ -29,8 +29,9 @@ OPTIMIZER = optax.sgd(1.0)  # the change of the parameters is minus the publishe
 
 def private_step(problem, **changes):
     options = dict(
-        null_label=CONFIG.num_classes, decays=(0.9,), compute_dtype="float32", accumulation=1, clip_norm=CLIP,
-        noise_multiplier=SIGMA, expected_batch=EXPECTED, draws=1, backend="bookkeeping", microbatch=1, internal=False,
+        null_label=CONFIG.num_classes, decays=(0.9,), compute_dtype="float32", gradient_accumulation_steps=1,
+        clip_norm=CLIP, noise_multiplier=SIGMA, expected_batch=EXPECTED, noise_multiplicity=1, backend="bookkeeping",
+        microbatch=1, internal=False,
     )  # fmt: skip
     return make_private_step(problem.graph, OPTIMIZER, LossConfig(), **options | changes)
 
@@ -147,12 +148,12 @@ def test_the_sum_is_divided_by_the_expected_batch_and_not_by_its_size(modern):
     assert difference(both, [a + b for a, b in zip(*alone, strict=True)]) < 1e-3 * norm(both)
 
 
-@pytest.mark.parametrize("draws", [1, 3])
-def test_one_unit_moves_what_is_published_by_the_clip_norm_at_most(modern, draws):
+@pytest.mark.parametrize("noise_multiplicity", [1, 3])
+def test_one_unit_moves_what_is_published_by_the_clip_norm_at_most(modern, noise_multiplicity):
     """A unit is all its images and all its draws: together they have one clip norm."""
-    with_it, _ = published(modern, batch_of(), draws=draws, **QUIET)
+    with_it, _ = published(modern, batch_of(), noise_multiplicity=noise_multiplicity, **QUIET)
     for unit in (0, 2, 5):
-        without, _ = published(modern, batch_of(absent=(unit,)), draws=draws, **QUIET)
+        without, _ = published(modern, batch_of(absent=(unit,)), noise_multiplicity=noise_multiplicity, **QUIET)
         assert difference(with_it, without) * EXPECTED == pytest.approx(0.01, rel=1e-3)
 
 
@@ -160,7 +161,11 @@ def test_noise_draws_are_averaged_inside_the_unit(modern):
     """With room enough nothing is clipped, and more draws are a less noisy mean, not a larger sum."""
     options = dict(noise_multiplier=1e-12, clip_norm=1e6)
     few, many = (
-        [published(modern, batch_of(step=step), draws=draws, **options)[0] for step in range(6)] for draws in (1, 8)
+        [
+            published(modern, batch_of(step=step), noise_multiplicity=noise_multiplicity, **options)[0]
+            for step in range(6)
+        ]
+        for noise_multiplicity in (1, 8)
     )
     spread = lambda found: norm([np.std(leaves, axis=0) for leaves in zip(*found, strict=True)])
     size = lambda found: norm([np.mean(leaves, axis=0) for leaves in zip(*found, strict=True)])
@@ -171,7 +176,7 @@ def test_noise_draws_are_averaged_inside_the_unit(modern):
 @pytest.mark.parametrize("backend", ["bookkeeping", "microbatch"])
 def test_parts_of_a_batch_are_clipped_one_by_one_and_get_noise_once(modern, backend):
     whole, _ = published(modern, batch_of(absent=(3,)), backend=backend)
-    parts, _ = published(modern, batch_of(absent=(3,)), backend=backend, accumulation=4)
+    parts, _ = published(modern, batch_of(absent=(3,)), backend=backend, gradient_accumulation_steps=4)
     for one, other in zip(parts, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -208,7 +213,7 @@ def test_what_is_frozen_gets_no_noise_and_stays_to_the_bit(modern):
     names = ("lora_a", "lora_b", "table")
     trained, frozen = divided(modern.params, names)
     state = dataclasses.replace(state_of(modern), optimizer=OPTIMIZER.init(trained))
-    after, metrics = jax.jit(private_step(modern, trainable=names, accumulation=2))(state, batch_of())
+    after, metrics = jax.jit(private_step(modern, trainable=names, gradient_accumulation_steps=2))(state, batch_of())
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for found in (after.params, after.ema["0.9"]):
         moved, stayed = divided(found, names)

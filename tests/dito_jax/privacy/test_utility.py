@@ -5,10 +5,11 @@ import dataclasses
 
 import pytest
 
-from dito_jax import cli_utility, config as configs
+from dito_jax import config as configs
+from dito_jax.cli import utility as cli_utility
 from dito_jax.data import StrokesData
 from dito_jax.errors import UserError
-from dito_jax.training.run_directory import RunDirectory
+from dito_jax.telemetry.run_directory import RunDirectory
 
 
 CONFIG = configs.load("configs/dp_digits.py")
@@ -20,7 +21,7 @@ def finished(path, utility, **privacy):
     public = configs.load("configs/strokes.py")
     start.write_text("config.json", configs.to_json(dataclasses.replace(public, data=StrokesData(num=400))))
     config = dataclasses.replace(
-        CONFIG, start_from=str(start.path), privacy=dataclasses.replace(CONFIG.privacy, **privacy)
+        CONFIG, init_from=str(start.path), privacy=dataclasses.replace(CONFIG.privacy, **privacy)
     )
     run.write_text("config.json", configs.to_json(config))
     run.write_json("eval.json", {"utility": utility, "class_agreement": 0.5, "frechet_distance": 4.0})
@@ -33,10 +34,13 @@ def compared(first, *more):
 
 def test_every_way_to_spend_a_budget_has_a_row(tmp_path):
     runs = [finished(tmp_path / "a", 0.7), finished(tmp_path / "b", 0.8)]
-    runs += [finished(tmp_path / "c", 0.3, draws=1, epsilon=1.0)]
+    runs += [finished(tmp_path / "c", 0.3, noise_multiplicity=1, epsilon=1.0)]
     rows = [line.strip("| ").split(" | ") for line in compared(*runs).splitlines() if line.startswith("| ")][1:]
-    assert rows[0] == ["samples of DP-SGD, 1 draws", "1", "0.300", "0.500", "4.000", "1 run"]
-    assert rows[1][:3] == ["samples of DP-SGD, 16 draws", "10", "0.750 (0.700 to 0.800)"] and rows[1][-1] == "2 runs"
+    assert rows[0] == ["samples of DP-SGD, noise multiplicity 1", "1", "0.300", "0.500", "4.000", "1 run"]
+    assert (
+        rows[1][:3] == ["samples of DP-SGD, noise multiplicity 16", "10", "0.750 (0.700 to 0.800)"]
+        and rows[1][-1] == "2 runs"
+    )
     gaussians = {row[1]: float(row[2].split()[0]) for row in rows if "Gaussians" in row[0]}
     assert list(gaussians) == ["1", "10"] and 0.7 < gaussians["1"] < gaussians["10"]
     worth = {row[0]: float(row[2]) for row in rows[-2:]}
@@ -53,7 +57,7 @@ def test_what_cannot_stand_beside_the_others_is_refused(tmp_path):
         with pytest.raises(UserError, match="wanted private runs on one data set, with one delta"):
             compared(first, finished(tmp_path / "other", 0.5, **changes))
     other = finished(tmp_path / "other", 0.5)
-    RunDirectory(other).write_text("config.json", configs.to_json(dataclasses.replace(CONFIG, start_from=None)))
+    RunDirectory(other).write_text("config.json", configs.to_json(dataclasses.replace(CONFIG, init_from=None)))
     with pytest.raises(UserError, match="begins otherwise than"):
         compared(first, other)
     RunDirectory(first).write_json("eval.json", {"utility": 0.7})

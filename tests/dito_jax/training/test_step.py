@@ -110,7 +110,7 @@ def test_the_real_parameters_have_kernels_that_decay():
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_batch_add_up_to_the_batch(parts):
-    whole, cut = program(), program(accumulation=parts)
+    whole, cut = program(), program(gradient_accumulation_steps=parts)
     _, metrics = whole.step(whole.init(), BATCH)
     _, metrics_cut = cut.step(cut.init(), BATCH)
     for name in metrics:
@@ -119,7 +119,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(parts):
 
 def test_what_is_frozen_stays_to_the_bit_and_has_no_moments():
     names = ("out", "label")
-    made = program(trainable=names, learning_rate=1e-2, accumulation=2)
+    made = program(trainable=names, learning_rate=1e-2, gradient_accumulation_steps=2)
     before = jax.device_get(made.init())
     after, _ = made.step(made.init(), BATCH)
     for found in (after.params, after.ema["0.9"]):

@@ -1,0 +1,63 @@
+"""Which steps of a run are saved, and which of the saved ones stay."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from dito_jax.distributed import agree
+from dito_jax.errors import UserError
+
+
+Verification = Literal["full", "fast", "off"]  # on loading: every value, the files' sizes, or nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a run is saved, how many of its saves are kept, and how they are read back."""
+
+    every: int = 500  # steps; the last step is always saved
+    every_seconds: float | None = None  # and whenever so much time has passed, looked at once a log interval
+    keep: int = 3  # the last so many stay,
+    keep_every: int | None = None  # the multiples of so many steps,
+    keep_best: int = 0  # and those with the lowest best_metric, as it was at the last log interval before the save
+    best_metric: str = "loss"
+    verify: Verification = "full"
+
+
+def superfluous(saved: Mapping[int, float | None], config: CheckpointConfig) -> list[int]:
+    """The steps that may go, of those `saved`, given with their best_metric where that is known."""
+    steps = sorted(saved)
+    known = {step: value for step, value in saved.items() if value is not None and not math.isnan(value)}
+    best = sorted(known, key=lambda step: (known[step], -step))[: config.keep_best]
+    periodic = [step for step in steps if config.keep_every and step % config.keep_every == 0]
+    stay = {*steps[-config.keep :], *best, *periodic}
+    return [step for step in steps if step not in stay]
+
+
+def check_best_metric(config: CheckpointConfig, measured: Mapping[str, float] | None) -> None:
+    """Raises UserError if the best saves are to stay by a metric that is not among those measured."""
+    if config.keep_best and measured and config.best_metric not in measured:
+        known = ", ".join(measured)
+        raise UserError(f"checkpoint.best_metric {config.best_metric!r} is not measured; choose from {known}.")
+
+
+class SaveClock:
+    """Says when a save is due; looks at the time every `look_every` steps."""
+
+    def __init__(self, config: CheckpointConfig, look_every: int, clock: Callable[[], float] = time.monotonic):
+        self._config, self._look_every, self._clock, self._saved_at = config, look_every, clock, clock()
+
+    def due(self, step: int) -> bool:
+        """Whether the run should be saved after `step`; all processes say the same."""
+        if step % self._config.every == 0:
+            return True
+        seconds = self._config.every_seconds
+        if seconds is None or step % self._look_every:
+            return False
+        return not agree(self._clock() - self._saved_at < seconds)
+
+    def saved(self) -> None:
+        """Starts to count again."""
+        self._saved_at = self._clock()

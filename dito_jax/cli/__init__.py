@@ -1,0 +1,1 @@
+"""The `dito` command: one verb a file."""

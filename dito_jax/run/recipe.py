@@ -1,0 +1,91 @@
+"""How a run trains, ordinary or private: its program, and the stream of its batches."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from dito_jax.config import TrainConfig
+from dito_jax.data import Source, batches
+from dito_jax.errors import UserError
+from dito_jax.privacy.canaries import planted
+from dito_jax.privacy.program import make_private_program
+from dito_jax.privacy.run import PLAN, PrivateRun, check_history, trained
+from dito_jax.privacy.settings import StepPlan
+from dito_jax.resilience.guard import position
+from dito_jax.run.command_line import check_data
+from dito_jax.run.initialization import ancestors, place
+from dito_jax.sharding import batch_pieces
+from dito_jax.telemetry.run_directory import RunDirectory
+from dito_jax.training.program import Program, make_program
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """`batches_after(step)` are this process's rows of the batches of the steps after it."""
+
+    source: Source
+    program: Program
+    batches_after: Callable[[int], Iterator[Any]]
+
+
+def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh) -> Recipe:
+    """The recipe of a config; call it under `jax.set_mesh(mesh)`.
+
+    Raises:
+      UserError: the data are not what the model takes, or privacy is asked for that they, or the run, cannot have.
+    """
+    check_history(run, private=config.privacy.epsilon is not None)
+    source = config.data.open("train")
+    check_data(config, source)
+    source = planted(source, config.canaries, run) if config.canaries else source
+    common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+    if config.privacy.epsilon is not None:
+        multiple = batch_pieces(mesh.shape) * config.train.gradient_accumulation_steps
+        private = PrivateRun(
+            config.privacy, config.train, source, run,
+            multiple=multiple, data=place(config.data), starts_from=_private_ancestors(config, run),
+        )  # fmt: skip
+        program = make_private_program(*common, config.privacy, private.plan)
+        return Recipe(source, program, lambda step: private.batches_after(step, *program.share()))
+    program = make_program(*common)
+    share, shares = program.share()
+
+    def batches_after(step: int) -> Iterator[Any]:
+        return batches(
+            source, batch_size=config.train.batch_size, seed=config.train.seed, start=position(run, step),
+            process_index=share, process_count=shares,
+        )  # fmt: skip
+
+    return Recipe(source, program, batches_after)
+
+
+def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:
+    """The names of the runs on its data set that the first state was learned by; a run that goes on has kept them.
+
+    Raises:
+      UserError: one of them has lost its name.
+    """
+    kept = run.path / PLAN
+    if trained(run) and kept.exists() and "starts_from" in json.loads(kept.read_text()):
+        return []
+    names = []
+    for ancestor, its in ancestors(config.init_from):
+        if its.privacy.epsilon is not None and its.privacy.dataset == config.privacy.dataset:
+            if not (plan := ancestor.path / PLAN).exists():
+                raise UserError(f"init_from {ancestor.path}: a private run without its {PLAN}; restore that.")
+            names.append(json.loads(plan.read_text())["run"])
+    return names
+
+
+def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a config without its data: a private one computes as many rows as are expected, rounded up."""
+    common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
+    if config.privacy.epsilon is None:
+        return make_program(*common)
+    multiple = batch_pieces(mesh.shape) * config.train.gradient_accumulation_steps
+    expected = config.train.batch_size
+    plan = StepPlan(1.0, 1e-3, 1000 * expected, -(-expected // multiple) * multiple)
+    return make_private_program(*common, config.privacy, plan)

@@ -1,0 +1,1 @@
+"""What a run records: metrics, events, goodput; and the run directory it records them in."""

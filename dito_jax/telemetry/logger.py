@@ -1,0 +1,80 @@
+"""What is told of a run's steps, once a log interval: metrics.jsonl, TensorBoard, and a line or a bar for a person."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dito_jax.telemetry.metrics import MetricsWriter, NoMetrics
+from dito_jax.telemetry.progress import Progress
+from dito_jax.telemetry.run_directory import RunDirectory
+from dito_jax.telemetry.throughput import Throughput
+from dito_jax.training.health import FINE
+
+
+class MetricsLogger:
+    """Of the steps after `first`, up to `total`; `rate` gives the learning rate of the update after so many."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        total: int,
+        first: int,
+        throughput: Throughput,
+        rate: Callable[[int], Any],
+        compiled: Mapping[str, float | int | bool | None],
+    ):
+        self.means: dict[str, float] = {}  # of the last interval
+        self._throughput, self._rate = throughput, rate
+        self._writes = run.writes
+        self._pending: list[dict[str, jax.Array]] = []  # still on the device, so that steps are queued without a wait
+        self._metrics = (MetricsWriter if run.writes else NoMetrics)(run, after=first if first else None)
+        self._progress = Progress(total, step=first)
+        if first < total:
+            self._metrics.write(first + 1, compiled)
+
+    @property
+    def released(self) -> dict[str, float]:
+        """`means`, without those that a private run must not release."""
+        return {name: mean for name, mean in self.means.items() if not name.startswith("internal_")}
+
+    def note(self, measured: dict[str, jax.Array]) -> None:
+        """Keeps what a step measured until the end of the interval."""
+        self._pending.append(measured)
+
+    def tell(self, number: int) -> None:
+        """Ends an interval after step `number`: waits for its steps, and tells of them."""
+        self.means = means(jax.device_get(self._pending))
+        speed = self._throughput.interval(len(self._pending))
+        self._pending = []
+        rate = {"learning_rate": np.asarray(self._rate(number - 1)).item()}
+        self._metrics.write(number, self.means | speed | rate)
+        shown = {name: self.means[name] for name in ("loss",) if name in self.means} | speed  # a private run tells none
+        if self._writes:
+            self._progress.show(number, {name: value for name, value in shown.items() if value is not None})
+
+    def rewind(self, step: int) -> None:
+        """Drops what was told of steps beyond `step`: they will come again."""
+        self._pending = []
+        self._metrics.rewind(step)
+
+    def close(self) -> None:
+        """Closes the files, and leaves the progress on the screen."""
+        self._metrics.close()
+        self._progress.close()
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each metric over the steps that were good, and how many were not, "bad_steps"; NaN if none was."""
+    good = [measured for measured in steps if measured["bad"] == FINE]
+    mean = lambda name: float(np.mean([measured[name] for measured in good])) if good else math.nan
+    return {name: mean(name) for name in steps[0] if name != "bad"} | {"bad_steps": len(steps) - len(good)}

@@ -1,0 +1,1 @@
+"""The commands that compile, time and tune kernels."""

@@ -1,0 +1,74 @@
+"""Other people's products of many experts, for `bench` to time beside ours; see peers.py for what makes it fair.
+
+`ragged_dot` is JAX's own; XLA decides what becomes of it. `dense` is no peer but a yardstick: one matrix product, or
+one gated MLP, of as many flops, which shows what cuBLAS makes of the same work without experts. Its answer is not
+ours, and is not held to it.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+from ... import backend
+from .. import timing
+
+
+def no_reason(*arrays, **static) -> None:
+    """It runs everywhere."""
+
+
+def tokamax_unsupported(*arrays) -> str | None:
+    """Why tokamax has no row here, or None."""
+    del arrays
+    if importlib.util.find_spec("tokamax") is None:
+        return "needs tokamax: pip install -e '.[peers]'"
+    platform = backend.target().platform
+    return None if platform == "gpu" else f"tokamax's kernels need a GPU, got {backend.target().kind}"
+
+
+def ragged_dot(x, w, group_sizes):
+    """JAX's own, in the dtype of the inputs."""
+    return jax.lax.ragged_dot(x, w, group_sizes)
+
+
+def tokamax(x, w, group_sizes, *, implementation):
+    """One of tokamax's kernels by its name: left to itself it falls back to XLA in silence."""
+    from tokamax import ragged_dot  # pyright: ignore[reportMissingImports]
+
+    return ragged_dot(x, w, group_sizes, implementation=implementation)
+
+
+def dense(x, w, group_sizes):
+    """All rows by the first expert's matrix."""
+    del group_sizes
+    return x @ w[0]
+
+
+def mlp(x, routing, w_gate_up, w_down, *, product):
+    """What a user of a grouped product writes: gather, two products, and a sum by scattering."""
+    rows = x[routing.row_index]
+    gate, up = jnp.split(product(rows, w_gate_up, routing.group_sizes), 2, axis=-1)
+    y = product(jax.nn.silu(gate) * up, w_down, routing.group_sizes)
+    weighted = y.astype(jnp.float32) * routing.row_weight[:, None]
+    return jax.ops.segment_sum(weighted, routing.row_index, x.shape[0]).astype(x.dtype)
+
+
+def dense_mlp(x, routing, w_gate_up, w_down):
+    """All rows by the first expert, neither gathered nor summed."""
+    rows = jnp.resize(x, (routing.row_index.shape[0], x.shape[1]))
+    gate, up = jnp.split(rows @ w_gate_up[0], 2, axis=-1)
+    return (jax.nn.silu(gate) * up) @ w_down[0]
+
+
+def call(function):
+    """`function` as a peer's call."""
+    return lambda pass_, copies: timing.call(function, pass_, copies)
+
+
+PRODUCTS = {
+    "ragged_dot": ragged_dot,
+    "tokamax_mosaic": functools.partial(tokamax, implementation="mosaic"),
+    "tokamax_triton": functools.partial(tokamax, implementation="triton"),
+}

@@ -1,0 +1,1 @@
+"""XLA FFI custom calls: how the sources in csrc/ are compiled, found and called."""
