@@ -83,7 +83,8 @@ def _scan(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:
             f"{root / split}: no such folder, but {root} has one for the other split; name the folders "
             "train and validation (or val, or test), or put all classes into one folder without splits."
         )
-    train, folder = (root / next(iter(folders["train"]), "train"), root / folders[split][0]) if own_split else (root, root)
+    train = root / next(iter(folders["train"]), "train") if own_split else root
+    folder = root / folders[split][0] if own_split else root
     classes, present = _listed(train, folders=True), _listed(folder, folders=True)
     if not classes:
         raise DataError(f"{train}: no folders in it; give each class a folder with its images inside.")
