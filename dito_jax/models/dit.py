@@ -79,7 +79,7 @@ class DiTConfig:
     forward_mode: bool = False
     """Support jax.jvp of the network on a GPU, as MeanFlow needs; norms and rotations then use XLA."""
     kernels: KernelsConfig = KernelsConfig()
-    """Implementation of each kernel operation by name: "xla" is plain JAX; None is the fastest in the recorded results."""
+    """Implementation of each kernel operation by name: "xla" is plain JAX; None is the fastest one measured."""
 
     @classmethod
     def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "DiTConfig":

@@ -7,7 +7,7 @@ from kernels_pallas import DENSE_MLP, FLASH_ATTENTION, GATED_MLP, GATED_RESIDUAL
 
 @dataclasses.dataclass(frozen=True)
 class KernelsConfig:
-    """Implementation of each kernel operation by name: "xla" is plain JAX; None is the fastest in the recorded results."""
+    """Implementation of each kernel operation by name: "xla" is plain JAX; None is the fastest one measured."""
 
     attention: str | None = None
     """Implementation of attention; None: the fastest measured on this hardware."""
