@@ -218,7 +218,7 @@ class MoEBlock(DiTBlock):
             scores=sigmoid_scores if sigmoid else softmax_scores,
             active=config.active_experts,
             even=config.router == "expert_choice",
-            told=config.router == "timestep",
+            by_index=config.router == "timestep",
             biased=sigmoid,
             capacity_factor=config.capacity_factor,
             pool=config.pool,
