@@ -39,7 +39,7 @@ from dito_jax.planning.block import measure, table
 from dito_jax.planning.doctor import diagnosis
 from dito_jax.planning.hlo import page
 from dito_jax.planning.lowering import lower_step, planned_devices, planned_mesh
-from dito_jax.resilience.supervisor import Supervisor, places
+from dito_jax.resilience.supervisor import Supervisor, make_workers
 from dito_jax.run import command_line
 from dito_jax.run.elastic import shrunk
 from dito_jax.run.recipe import planned_program
@@ -105,7 +105,7 @@ def supervise(options: argparse.Namespace) -> None:
     """Trains, and starts again what ends before its time: from the last checkpoint, in fewer places if one is lost."""
     config = configs.override(configs.load(options.config), options.overrides)  # a mistake is told before any start
     run = RunDirectory(options.run_dir or f"runs/{Path(options.config).stem}")
-    where = places(options.processes, options.hosts)
+    where = make_workers(options.processes, options.hosts)
 
     def shrink(left: int) -> tuple[int, list[str]]:
         started = [row for row in read_events(run, "start") if row["processes"] == len(where)]

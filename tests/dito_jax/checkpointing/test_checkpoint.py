@@ -274,7 +274,7 @@ def test_checkpoint_of_another_model_names_the_first_leaf_that_differs(tmp_path)
         ("state/_METADATA", 0.5, "its file state/_METADATA has"),
         ("state/manifest.ocdbt", 0, "its file state/manifest.ocdbt has 0 bytes, not"),
         ("state/ocdbt*/d/*", 0.5, "its file state/ocdbt.process_0/d/"),
-        ("record/record.json", 0.5, "the record of its contents cannot be read"),
+        ("record/record.json", 0.5, "its checksum record cannot be read"),
     ],
 )
 @pytest.mark.usefixtures("collected")
@@ -288,7 +288,7 @@ def test_damaged_checkpoint_is_named_in_one_line(tmp_path, caplog, capfd, file, 
     with pytest.raises(DamagedCheckpoint, match=words) as error:
         checkpoints.restore(2, like(state))
     assert one_line(error).startswith(f"{tmp_path}/2: damaged (")
-    assert "move it away to go on from step 1" in str(error.value)
+    assert "move it away to continue from step 1" in str(error.value)
     assert (caplog.text, *capfd.readouterr()) == ("", "", ""), "nothing is said but that line"
     checkpoints.restore(1, like(state))
 
@@ -344,7 +344,7 @@ def test_a_flipped_bit_in_the_values_is_told_from_fast_and_off(tmp_path):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match="the values of x are not those that were saved"):
+    with pytest.raises(DamagedCheckpoint, match="checksum mismatch of x"):
         Checkpoints(tmp_path).restore(1, like(x))
     for verify in ("fast", "off"):
         wrong = Checkpoints(tmp_path, CheckpointConfig(verify=verify)).restore(1, like(x))
@@ -410,7 +410,7 @@ def leave_free(directory: Path, wanted: int) -> None:
 
 
 # Room for half is noticed before writing. Room for the arrays, and none for what describes them: by the disk.
-@pytest.mark.parametrize("room, noticed", [(500_000, "measured before"), (1_000_000, "No space left on device")])
+@pytest.mark.parametrize("room, noticed", [(500_000, "not enough free space"), (1_000_000, "No space left on device")])
 def test_full_disk_is_one_line_and_the_last_step_stays(small_disk, caplog, capfd, room, noticed):
     checkpoints = Checkpoints(small_disk)
     checkpoints.save(1, make_big(), metadata={})
