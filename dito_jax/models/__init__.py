@@ -1,1 +1,1 @@
-"""Models: one a file, each with its config, its size table and its flops."""
+"""Models: DiT and MoE-DiT, each with its config, preset sizes and FLOPs; fine-tuning and upcycling."""

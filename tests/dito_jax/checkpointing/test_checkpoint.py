@@ -160,7 +160,7 @@ def test_reading_changes_nothing_on_the_disk(tmp_path, monkeypatch):
 
 SAVES = """
 import sys
-from tests.dito_jax.training import test_checkpoint as test
+from tests.dito_jax.checkpointing import test_checkpoint as test
 checkpoints = test.Checkpoints(sys.argv[1], test.CheckpointConfig(keep=2))
 step = (checkpoints.latest() or 0) + 1
 while True:
@@ -196,7 +196,7 @@ def test_killed_run_keeps_its_last_good_step(tmp_path):
 
 STUCK = """
 import sys
-from tests.dito_jax.training import test_checkpoint as test
+from tests.dito_jax.checkpointing import test_checkpoint as test
 checkpoints = test.Checkpoints(sys.argv[1])
 checkpoints.save(1, test.make_state(1), metadata={})
 checkpoints.wait()
@@ -221,7 +221,7 @@ def test_half_written_step_is_invisible_and_goes_with_the_next_save(tmp_path):
 
 FAILS = """
 import sys
-from tests.dito_jax.training import test_checkpoint as test
+from tests.dito_jax.checkpointing import test_checkpoint as test
 state = test.make_state(1)
 state.key.delete()
 test.Checkpoints(sys.argv[1]).save(1, state, metadata={})
