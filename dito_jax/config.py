@@ -181,10 +181,10 @@ def from_json(text: str) -> TrainConfig:
             return tuple(node)
         if not isinstance(node, dict):
             return node
-        renamed = RENAMED.get(node["kind"], {})
-        fields: dict[str, Any] = {
-            renamed.get(name, name): built(value) for name, value in node.items() if name != "kind"
-        }
+        fields = {name: built(value) for name, value in node.items() if name != "kind"}
+        for old, new in RENAMED.get(node["kind"], {}).items():
+            if old in fields:
+                fields[new] = fields.pop(old)
         return _CLASSES[node["kind"]](**fields)
 
     try:

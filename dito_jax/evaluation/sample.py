@@ -20,15 +20,22 @@ from dito_jax.sharding import constrain, whole_batch
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn."""
+    """How samples are drawn."""
 
     sampler: Literal["euler", "heun"] = "heun"
+    """ODE solver: Euler, or Heun with two network evaluations per step."""
     steps: int = 50
-    time_shift: float = 1.0  # > 1: more steps near the noise
-    guidance_scale: float = 1.5  # 1: none
-    guidance_interval: tuple[float, float] = (0.1, 1.0)  # times, t = 1 being data
-    ema_decay: float | None = None  # which average is sampled; None: the first
-    batch_size: int = 100  # and the few more that give each device as many
+    """Number of solver steps."""
+    time_shift: float = 1.0
+    """Timestep shift in sampling; above 1 takes more steps near the noise."""
+    guidance_scale: float = 1.5
+    """Scale of classifier-free guidance (CFG); 1: no guidance."""
+    guidance_interval: tuple[float, float] = (0.1, 1.0)
+    """Timesteps between which guidance is applied; t = 0 is noise, t = 1 is data."""
+    ema_decay: float | None = None
+    """Decay rate of the EMA parameters to sample from; None: the first of train.ema_decays."""
+    batch_size: int = 100
+    """Images per sampling batch, rounded up so that every device gets the same number."""
 
 
 def make_draw(
