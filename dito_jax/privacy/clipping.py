@@ -27,7 +27,7 @@ https://arxiv.org/abs/2210.00038.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import dp_accounting
 import jax
@@ -37,10 +37,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dito_jax.privacy.ghost_clipping import Trainable, add_hooks
+from dito_jax.privacy.settings import Backend
 from dito_jax.sharding import axis_size, one_example
 
 
-Backend = Literal["vmap", "microbatch", "ghost", "bookkeeping"]
 Examples = dict[str, Array]  # each (B, draws, ...); "weight" (B, draws): weight of a draw in its example's loss
 # Two passes of a bfloat16 network differ by about sqrt(depth) 2^-9: 1 % at depth 28; 0.15 % was measured at depth 2.
 # Tensor cores truncate when they accumulate: norms on an H100 were too small by up to 1.8e-5, at 9,216 columns.
