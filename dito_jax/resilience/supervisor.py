@@ -113,7 +113,7 @@ class Supervisor:
     def _start(self, command: list[str], used: int, number: int) -> Attempt:
         attempt = Attempt(
             command, self._places[:used], number,
-            remote_shell=self._remote_shell, tell=self._on_line, grace=self._patience.grace,
+            remote_shell=self._remote_shell, on_line=self._on_line, grace=self._patience.grace,
         )  # fmt: skip
         self._attempt = attempt
         while self._held:
