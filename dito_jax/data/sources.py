@@ -59,7 +59,7 @@ class Source(Protocol):
 
 
 def class_names(source: Source) -> list[str]:
-    """The names of the classes in the order of their numbers; where a source has no `classes`, the numbers."""
+    """Class names in the order of the class numbers; the numbers as text if the source has no `classes`."""
     names = getattr(source, "classes", None)
     return [str(number) for number in range(source.num_classes)] if names is None else list(names)
 

@@ -174,11 +174,10 @@ while True:
 def run_until_killed(script: str, directory: Path, seconds: float) -> int | None:
     """Runs `script`, kills it -9 this long after its second line; returns the last step it said was saved."""
     child = subprocess.Popen([sys.executable, "-c", script, directory], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child.stdout.readline()
-    child.stdout.readline()
+    begin = child.stdout.readline() + child.stdout.readline()
     time.sleep(seconds)
     child.kill()
-    said, _ = child.communicate()
+    said = begin + child.communicate()[0]
     lines = [line for line in said.split("\n")[:-1] if line.isdecimal()]
     return int(lines[-1]) if lines else None
 
