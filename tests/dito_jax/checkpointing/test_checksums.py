@@ -52,8 +52,8 @@ def test_sharding_does_not_count_and_nothing_is_gathered(shape):
     assert "all-reduce" in text and "all-gather" not in text
 
 
-def test_a_record_vouches_for_itself_and_for_the_values(tmp_path):
-    record = Record(LEAVES, {"step": 3, "shape": (1, 2)}).made()
+def test_a_record_has_checksums_of_itself_and_of_the_values(tmp_path):
+    record = Record(LEAVES, {"step": 3, "shape": (1, 2)}).wait()
     (tmp_path / "record").mkdir()
     file = tmp_path / "record/record.json"
     file.write_text(json.dumps(record))
