@@ -1,7 +1,7 @@
 """Privacy accounting of DP-SGD by privacy loss distributions (dp-accounting's PLD accountant).
 
 Guarantees. Let each step publish a sum of gradients, one per unit (an example or a user) with norm at most C, plus
-Gaussian noise of standard deviation sigma C, with units drawn as its `Release` says. Then all steps together are
+Gaussian noise of standard deviation sigma C, with units drawn as its `Release` describes. Then all steps together are
 (epsilon, delta)-DP for the epsilon that `epsilon` returns. It is an upper bound (pessimistic PLDs), up to float64
 rounding, and intended for a delta of at least 1e-12.
 

@@ -15,8 +15,8 @@ right. Three bounds, computed by jax-privacy's auditor, turn the right guesses i
 Guarantees
 ----------
 Meaning of a bound: with probability `confidence` over the inclusions and the noise, for all three bounds together
-(each uses a third of the significance), the audited run is *not* (epsilon, delta)-DP for any epsilon below the bound. A bound
-above the claimed epsilon refutes the claim: there is a bug, or the accounting does not match the run.
+(each uses a third of the significance), the audited run is *not* (epsilon, delta)-DP for any epsilon below the bound.
+A bound above the claimed epsilon refutes the claim: there is a bug, or the accounting does not match the run.
 
 Assumptions: each inclusion is an independent fair coin flip that the audited code does not know. `one_run` needs only
 this. `one_run_fdp` refutes that the mechanism is as private as a Gaussian one with this (epsilon, delta).

@@ -114,7 +114,7 @@ class PrivateRun:
             except UserError as error:
                 refused = error
         if not agree(refused is None):
-            raise refused or UserError("the privacy ledger refused this run; process 0 says why.")
+            raise refused or UserError("the privacy ledger refused this run; see the message of process 0.")
         return json.loads(published("private")[str(self._starts)])
 
     def _publish_start(self, step: int) -> None:
@@ -172,7 +172,7 @@ class PrivateRun:
             except UserError as error:
                 refused = error
         if not agree(refused is None):
-            raise refused or UserError(f"the privacy ledger refused step {step}; process 0 says why.")
+            raise refused or UserError(f"the privacy ledger refused step {step}; see the message of process 0.")
 
 
 def trained(run: RunDirectory) -> bool:

@@ -186,15 +186,15 @@ class Preemption:
 
     def _confer(self) -> None:
         """Publishes this process's reaction and reads those of the others, once a second."""
-        told, known, entered = None, set[str](), True
+        published, known, entered = None, set[str](), True
         while entered:
             self._news.wait(1.0)
             self._news.clear()
             entered = self._entered.is_set()
             with contextlib.suppress(TimeoutError, RuntimeError):  # if process 0, which holds the store, has ended
-                if self._mine != told:
+                if self._mine != published:
                     distributed.publish(f"{STOPS}/{distributed.index()}", self._mine or "")
-                    told = self._mine
+                    published = self._mine
                 stops = distributed.published(STOPS) if entered else {}
                 for number in sorted(stops.keys() - known - {str(distributed.index())}):
                     known.add(number)
