@@ -105,8 +105,8 @@ def verify(directory: Path) -> str:
     there = f"those on {manifest['checked_on']}, jaxlib {manifest['versions']['jaxlib']}"
     if not difference <= FAR:
         raise UserError(
-            f"{directory}: intact, but with jaxlib {version('jaxlib')} on {here} the results differ by {difference:.2g} "
-            f"of the largest value from {there}; the tolerance is {FAR}. Compare with another machine or jaxlib."
+            f"{directory}: intact, but with jaxlib {version('jaxlib')} on {here} the results differ by "
+            f"{difference:.2g} of the largest value from {there}; the tolerance is {FAR}. Compare with another machine or jaxlib."
         )
     return f"{intact}; results differ by {difference:.2g} of the largest value from {there}."
 
