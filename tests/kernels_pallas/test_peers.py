@@ -111,7 +111,7 @@ def test_what_is_missing_is_one_line_that_says_so(monkeypatch):
         "xla_default": None,
         "tokamax": "needs tokamax: pip install -e '.[peers]'",
         "torch_cudnn": "needs PyTorch with CUDA, which is not installed",
-        "torch_flash": "PyTorch's flash attention knows full and causal attention only, got a mask of kind 'unified'",
+        "torch_flash": "PyTorch's flash attention supports only full and causal masks, got a mask of kind 'unified'",
     }
     rows = {row["implementation"]: row for row in bench.measure(FLASH_ATTENTION, "tiny_unified_bf16_h72", "forward")}
     assert rows["xla_default"]["status"] == "ok"
