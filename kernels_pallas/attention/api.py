@@ -107,7 +107,7 @@ def check(name: str, q, k, v, mask, sinks, scale, softcap) -> None:
 def _misfit(q, k, v) -> str | None:
     """The reason why these queries, keys and values do not fit together, or None."""
     if (q.ndim, k.ndim, v.ndim) != (4, 4, 4):
-        return f"want q (B, T, N, H) and k, v (B, S, K, H), got {q.shape}, {k.shape}, {v.shape}; reshape them"
+        return f"wanted q (B, T, N, H) and k, v (B, S, K, H), got {q.shape}, {k.shape}, {v.shape}; reshape them"
     if k.shape != v.shape:
         return f"k and v must have one shape (B, S, K, H), got {k.shape} and {v.shape}"
     if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):

@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
     parser = command_line.parser("bench", __doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tiny", action="store_true", help="run the tiny cases, which a CPU can run")
-    which.add_argument("--sweep", action="store_true", help="run the sweep cases, which no other command runs")
+    which.add_argument(
+        "--sweep", action="store_true", help="run the sweep cases: more sizes, which only this command runs"
+    )
     which.add_argument("--all", action="store_true", help="run all cases: tiny, sweep and those of real models")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the CSV file to write")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="compile in N parallel processes (default: 1)")

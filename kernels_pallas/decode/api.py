@@ -114,7 +114,7 @@ def _misfit(q, k, v, lengths, *, paged: bool) -> str | None:
     """The reason why the queries and the cache do not fit together, or None."""
     names, layout = ("k_pages and v_pages", "(P, W, K, H)") if paged else ("k_cache and v_cache", "(B, S, K, H)")
     if (q.ndim, k.ndim, v.ndim) != (3, 4, 4):
-        return f"want q (B, N, H) and {names} {layout}, got {q.shape}, {k.shape} and {v.shape}; reshape them"
+        return f"wanted q (B, N, H) and {names} {layout}, got {q.shape}, {k.shape} and {v.shape}; reshape them"
     if k.shape != v.shape:
         return f"{names} must have one shape {layout}, got {k.shape} and {v.shape}"
     if q.shape[2] != k.shape[3]:

@@ -38,14 +38,14 @@ def combine_backward(y, routing) -> Cost:
 
 
 def matmul_forward(x, w, group_sizes) -> Cost:
-    """2 D F flops a row."""
+    """2 D F flops per row."""
     rows = _rows(group_sizes, x.shape[0])
     _, D, F = w.shape
     return Cost(flops=2 * rows * D * F, bytes=rows * _row(x) + x.shape[0] * F * x.dtype.itemsize + _size(w))
 
 
 def matmul_backward(x, w, group_sizes) -> Cost:
-    """4 D F flops a row; reads x, w, d_y, writes d_x and d_w."""
+    """4 D F flops per row; reads x, w, d_y, writes d_x and d_w."""
     rows = _rows(group_sizes, x.shape[0])
     _, D, F = w.shape
     traffic = rows * (_row(x) + F * x.dtype.itemsize) + _size(x, w, w)

@@ -23,7 +23,7 @@ def top_k_softmax(logits: Float[Array, "T E"], *, active: int, normalize: bool =
 
     Source: https://arxiv.org/abs/1701.06538 and, without its noise, https://arxiv.org/abs/2101.03961, equation 1.
     """
-    _require(1 <= active <= logits.shape[1], "top_k_softmax", f"{active=}", f"1 to {logits.shape[1]} experts a token")
+    _require(1 <= active <= logits.shape[1], "top_k_softmax", f"{active=}", f"1 to {logits.shape[1]} experts per token")
     weight, expert = lax.top_k(softmax_scores(logits), active)
     if normalize:
         weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
@@ -55,7 +55,7 @@ def top_k_sigmoid(
     name, size = "top_k_sigmoid", E // max(groups, 1)
     _require(groups >= 1 and E % groups == 0, name, f"{groups=}", f"a divisor of {E} experts")
     _require(1 <= active_groups <= groups, name, f"{active_groups=}", f"1 to {groups} groups")
-    _require(1 <= active <= active_groups * size, name, f"{active=}", f"1 to {active_groups * size} experts a token")
+    _require(1 <= active <= active_groups * size, name, f"{active=}", f"1 to {active_groups * size} experts per token")
     score = jax.nn.sigmoid(logits.astype(jnp.float32))
     biased = lax.stop_gradient(score + bias.astype(jnp.float32))
     if groups > 1:
@@ -82,7 +82,7 @@ def expert_choice(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
     Source: https://arxiv.org/abs/2202.09368, section 3.2; in diffusion EC-DiT, https://arxiv.org/abs/2410.02098.
     """
     T, E = logits.shape
-    _require(1 <= rows <= T, "expert_choice", f"{rows=}", f"1 to {T} tokens an expert")
+    _require(1 <= rows <= T, "expert_choice", f"{rows=}", f"1 to {T} tokens per expert")
     score = softmax_scores(logits).T
     token = jnp.sort(lax.top_k(lax.stop_gradient(score), rows)[1], axis=-1)  # sorted for contiguous reads
     weight = jnp.take_along_axis(score, token, axis=-1)

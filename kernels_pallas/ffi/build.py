@@ -27,7 +27,8 @@ def main() -> int:
     options = parser.parse_args()
     wanted: list[str] = options.libraries
     if unknown := [name for name in wanted if name not in LIBRARIES]:
-        parser.error(f"no library {unknown[0]!r}; choose from {', '.join(LIBRARIES)}.")
+        print(f"build: no library {unknown[0]!r}; choose from {', '.join(LIBRARIES)}.", file=sys.stderr)
+        return 2
     possible = [name for name in LIBRARIES if not missing(name)]
     if not (wanted or possible):
         print("build: neither a C++ compiler nor nvcc is on PATH; install one.", file=sys.stderr)

@@ -306,7 +306,7 @@ def test_cost_counts_every_array_once():
 
 
 BAD_SHAPES = {
-    "want q (B, T, N, H) and k, v (B, S, K, H)": ((4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)),
+    "wanted q (B, T, N, H) and k, v (B, S, K, H)": ((4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)),
     "k and v must have one shape": ((1, 4, 2, 8), (1, 4, 2, 8), (1, 5, 2, 8)),
     "agree in batch and head width, got q (1, 4, 2, 8)": ((1, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)),
     "agree in batch and head width, got q (1, 4, 2, 16)": ((1, 4, 2, 16), (1, 4, 2, 8), (1, 4, 2, 8)),

@@ -331,7 +331,7 @@ def refusal(op, arrays, **options):
 
 
 CACHE = {
-    "want q (B, N, H) and k_cache and v_cache (B, S, K, H), got (2, 1, 4, 8), ": {0: jnp.zeros((2, 1, 4, 8))},
+    "wanted q (B, N, H) and k_cache and v_cache (B, S, K, H), got (2, 1, 4, 8), ": {0: jnp.zeros((2, 1, 4, 8))},
     "k_cache and v_cache must have one shape (B, S, K, H), got": {2: jnp.zeros((2, 6, 2, 8))},
     "q and k_cache must have one batch B, got q (3, 4, 8)": {0: jnp.zeros((3, 4, 8)), 3: jnp.zeros(3, jnp.int32)},
     "must have one head width H, got 16 and 8": {0: jnp.zeros((2, 4, 16))},

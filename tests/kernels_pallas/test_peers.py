@@ -229,7 +229,7 @@ def test_pytorch_is_asked_for_this_attention(stand_in, mask, peer, backend):
     arrays = attention(mask)
     if peer == "torch_flash" and mask not in ("none", "causal"):
         q, *rest = arrays
-        assert "full and causal attention only" in peers.PEERS["flash_attention"][peer].unsupported(
+        assert "only full and causal masks" in peers.PEERS["flash_attention"][peer].unsupported(
             q.astype(jnp.bfloat16), *rest, **OPTIONS
         )
         return
