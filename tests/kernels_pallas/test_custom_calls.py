@@ -515,7 +515,7 @@ def test_cutlass_refuses_what_it_cannot_do_with_one_line():
         ((x.astype(jnp.float32), w, sizes), "x must be bfloat16 or float16"),
         ((x, w.astype(jnp.float16), sizes), "w and y must have the dtype of x"),
         ((x, w, sizes.astype(jnp.uint32)), "group_sizes must be int32"),
-        ((x, w[0], sizes), "wanted x"),
+        ((x, w[0], sizes), "the shapes must be x"),
         ((x, w, sizes[:3]), "do not fit together"),
         ((x[:, :12], w[:, :12], sizes), "multiples of 8"),
     ]:
