@@ -38,12 +38,16 @@ _one_example = contextvars.ContextVar("one_example", default=False)
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis. One axis may be -1: what the others leave over."""
+    """Devices along each mesh axis. One axis may be -1: all devices that the other axes leave."""
 
     data: int = -1
+    """Devices for data parallelism: the batch is sharded, parameters are replicated; -1: all remaining devices."""
     fsdp: int = 1
+    """Devices for FSDP: parameters, optimizer state and batch are sharded."""
     expert: int = 1
+    """Devices for expert parallelism: experts and batch are sharded."""
     tensor: int = 1
+    """Devices for tensor parallelism: attention heads and feed-forward layers are sharded."""
 
     def resolve(self, num_devices: int) -> dict[str, int]:
         """Axis sizes whose product is `num_devices`; raises UserError if there are none."""

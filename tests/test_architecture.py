@@ -1,6 +1,8 @@
-"""The architecture rules: which module may import which, and how long a file or a function may be."""
+"""The architecture rules: which module may import which, how long files and functions may be, generated pages."""
 
 import ast
+import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,20 +12,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [p for package in ("kernels_pallas", "dito_jax", "configs") for p in sorted((ROOT / package).rglob("*.py"))]
-SOURCES.append(ROOT / "train.py")
+SOURCES += [ROOT / "train.py", *sorted((ROOT / "docs").rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # A layer may import those below it, and its own neighbours.
 LAYERS = (
     {"__main__", "cli", "run"},
-    {"config"},
+    {"config", "overrides"},
     {"resilience", "privacy", "evaluation", "planning", "interop"},
     {"telemetry", "checkpointing"},
     {"training"},
     {"models", "diffusion", "data"},
     {"layers"},
     {"sharding", "distributed"},
-    {"dims", "errors"},
+    {"dims", "errors", "bundled", "version"},
 )
 DATA = {"mask", "rotation", "routing", "segments"}  # data types that a family's functions take beside arrays
 PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # shared code of a family's kernels
@@ -173,7 +175,19 @@ def test_no_file_is_called_utils():
     assert not [p for p in SOURCES + TESTS if p.stem in ("utils", "util", "helpers", "misc", "common")]
 
 
-def test_the_readme_tree_names_every_file():
-    readme = (ROOT / "README.md").read_text()
-    missing = [p.name for p in SOURCES if p.stem != "__init__" and p.name not in readme]
-    assert not missing, f"README.md's tree lacks {missing}"
+def test_the_architecture_page_is_what_its_script_writes():
+    script = runpy.run_path(str(ROOT / "docs" / "scripts" / "architecture.py"))
+    stale = f"stale: run `{script['COMMAND']}`"
+    assert script["PAGE"].read_text() == script["page"](), stale
+    assert script["PICTURE"].read_text() == script["picture"](), stale
+
+
+def test_every_file_says_what_it_does():
+    first_sentence = runpy.run_path(str(ROOT / "docs" / "scripts" / "architecture.py"))["first_sentence"]
+    silent = [str(p.relative_to(ROOT)) for p in SOURCES if p.read_text().strip() and not first_sentence(p)]
+    assert not silent, f"no docstring: {silent}"
+
+
+def test_the_layers_of_the_design_page_are_the_rules():
+    [block] = re.findall(r"^## Layers\n+```\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL | re.M)
+    assert tuple(set(line.split()) for line in block.splitlines()) == ({"train.py", "configs"}, *LAYERS)

@@ -10,20 +10,27 @@ from dito_jax.distributed import agree
 from dito_jax.errors import UserError
 
 
-Verification = Literal["full", "fast", "off"]  # on loading: every value, the files' sizes, or nothing
+Verification = Literal["full", "fast", "off"]  # see CheckpointConfig.verify
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a run is saved, how many of its saves are kept, and how they are read back."""
+    """How often checkpoints are saved, which of them are kept, and how they are verified on restore."""
 
-    every: int = 500  # steps; the last step is always saved
-    every_seconds: float | None = None  # and whenever so much time has passed, looked at once a log interval
-    keep: int = 3  # the last so many stay,
-    keep_every: int | None = None  # the multiples of so many steps,
-    keep_best: int = 0  # and those with the lowest best_metric, as it was at the last log interval before the save
+    every: int = 500
+    """Save a checkpoint every this many steps; the last step is always saved."""
+    every_seconds: float | None = None
+    """Also save when this many seconds have passed since the last save, checked at log intervals; None: never."""
+    keep: int = 3
+    """Number of most recent checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this; None: no others."""
+    keep_best: int = 0
+    """Also keep this many checkpoints with the lowest best_metric."""
     best_metric: str = "loss"
+    """Metric for keep_best: its mean over the last log interval before the save."""
     verify: Verification = "full"
+    """Check when restoring: checksums of all values (full), file sizes only (fast), or neither (off)."""
 
 
 def superfluous(saved: Mapping[int, float | None], config: CheckpointConfig) -> list[int]:

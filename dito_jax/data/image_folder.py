@@ -24,12 +24,16 @@ MODES = {1: "L", 3: "RGB"}
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolderData:
-    """Which folder, and what its images become."""
+    """Your own images, in one folder per class."""
 
     path: str
-    image_size: int  # pixels a side, after the centre crop
-    channels: int = 3  # 1 is grey, 3 is RGB
-    flip: bool = True  # mirror left to right at random; held-out images stay as they are
+    """Folder with one subfolder of images per class, or with such folders in train/ and validation/."""
+    image_size: int
+    """Side of an image in pixels after resizing and center cropping."""
+    channels: int = 3
+    """Channels of an image: 1 is grey, 3 is RGB."""
+    flip: bool = True
+    """Mirror training images left to right at random; validation images are never mirrored."""
 
     def open(self, split: Split) -> "ImageFolder":
         """The images of one split.

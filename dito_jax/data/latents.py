@@ -15,17 +15,19 @@ from dito_jax.data.sources import SPLIT_NAMES, VALIDATION_ONE_IN, DataError, Exa
 
 @dataclasses.dataclass(frozen=True)
 class LatentsData:
-    """Which files, and what is done to their numbers.
+    """Images encoded by an autoencoder (VAE) beforehand, as latents.
 
-    `path` is one .npz with `latents` (N, h, w, c) and `labels` (N,), a folder of .arrayrecord files, or a
-    glob of them. Where it contains "{split}", that becomes train, and validation, val or test, whichever exists:
-    "latents/{split}.npz".
-    Otherwise the examples numbered 19, 39, 59 ... are held out.
+    `path` is one .npz with `latents` (N, h, w, c) and `labels` (N,), a folder of .arrayrecord files, or a glob of them.
+    "{split}" in it is replaced by train, and by validation, val or test, whichever exists: "latents/{split}.npz".
+    Without "{split}" the examples numbered 19, 39, 59, ... are the validation split.
     """
 
     path: str
-    scaling_factor: float = 0.18215  # Stable Diffusion's, which brings its latents to unit variance: arXiv 2112.10752
+    """An .npz file, a folder of .arrayrecord files, or a glob; {split} stands for train or validation."""
+    scaling_factor: float = 0.18215
+    """Factor on the latents; 0.18215 is that of Stable Diffusion's VAE (arXiv 2112.10752), for unit variance."""
     num_classes: int = 1000
+    """Number of classes, numbered from 0."""
 
     def open(self, split: Split) -> "Latents":
         """The latents of one split.

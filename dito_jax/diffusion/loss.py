@@ -14,18 +14,22 @@ from dito_jax.diffusion.path import Quantity
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is predicted, where errors are counted, and which times are drawn.
-
-    The defaults are JiT's (arXiv 2511.13720): predict the data, count errors of the velocity.
-    """
+    """The training loss. The defaults are JiT's (arXiv 2511.13720): predict the data, measure the velocity error."""
 
     prediction: Quantity = "x"
+    """Quantity that the network predicts: the data (x), the velocity (v) or the noise (eps)."""
     loss_type: Quantity = "v"
+    """Quantity whose squared error is the loss: x-loss, v-loss or eps-loss."""
     timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
-    time_mean: float = -0.8  # of logit_normal
+    """Distribution of the training timesteps."""
+    time_mean: float = -0.8
+    """Mean of the logit-normal distribution; a negative mean favours timesteps near the noise."""
     time_std: float = 0.8
-    time_shift: float = 1.0  # > 1: more noise
-    class_dropout_prob: float = 0.1  # share of examples trained without their class, for guidance
+    """Standard deviation of the logit-normal distribution."""
+    time_shift: float = 1.0
+    """Timestep shift in training; above 1 favours timesteps near the noise."""
+    class_dropout_prob: float = 0.1
+    """Probability of training an example without its class, which classifier-free guidance needs."""
 
     def draw_times(self, key: Key[Array, ""], num: int) -> Float[Array, " num"]:
         if self.timestep_sampling == "uniform":

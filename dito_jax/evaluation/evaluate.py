@@ -13,11 +13,14 @@ from dito_jax.evaluation.metrics import ClassAgreement, frechet_distance, memori
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """How much is judged, and against how much."""
+    """Size of the final evaluation."""
 
-    num_samples: int = 500  # 0: no evaluation
-    max_reference: int = 5000  # real images of each split, drawn at random where a split has more
-    grid: int = 100  # samples shown
+    num_samples: int = 500
+    """Number of samples to evaluate at the end of the run; 0: no evaluation."""
+    max_reference: int = 5000
+    """Maximum number of real images per split to compare with, chosen at random."""
+    grid: int = 100
+    """Number of samples shown in samples/final.png."""
 
 
 def evaluate(

@@ -14,21 +14,28 @@ from dito_jax.diffusion.guidance import guided
 from dito_jax.diffusion.path import Quantity
 from dito_jax.diffusion.sampler import SAMPLERS
 from dito_jax.diffusion.time import schedule
-from dito_jax.models.dit import DiTConfig
+from dito_jax.models.dit import DiT, DiTConfig
 from dito_jax.sharding import constrain, whole_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn."""
+    """How samples are drawn."""
 
     sampler: Literal["euler", "heun"] = "heun"
+    """ODE solver: Euler, or Heun with two network evaluations per step."""
     steps: int = 50
-    time_shift: float = 1.0  # > 1: more steps near the noise
-    guidance_scale: float = 1.5  # 1: none
-    guidance_interval: tuple[float, float] = (0.1, 1.0)  # times, t = 1 being data
-    ema_decay: float | None = None  # which average is sampled; None: the first
-    batch_size: int = 100  # and the few more that give each device as many
+    """Number of solver steps."""
+    time_shift: float = 1.0
+    """Timestep shift in sampling; above 1 takes more steps near the noise."""
+    guidance_scale: float = 1.5
+    """Scale of classifier-free guidance (CFG); 1: no guidance."""
+    guidance_interval: tuple[float, float] = (0.1, 1.0)
+    """Timesteps between which guidance is applied; t = 0 is noise, t = 1 is data."""
+    ema_decay: float | None = None
+    """Decay rate of the EMA parameters to sample from; None: the first of train.ema_decays."""
+    batch_size: int = 100
+    """Images per sampling batch, rounded up so that every device gets the same number."""
 
 
 def make_draw(
@@ -78,6 +85,23 @@ def make_sampler(
         return np.concatenate(batches)
 
     return draw
+
+
+def sample(
+    model: DiT,
+    labels: Sequence[int],
+    *,
+    settings: SampleConfig = SampleConfig(),
+    prediction: Quantity = "x",
+    seed: int = 0,
+) -> np.ndarray:
+    """Images of a DiT in memory, float32 (len(labels), h, w, c): those of its classes `labels`.
+
+    `prediction` is what the model was trained to predict (LossConfig.prediction). Compiles anew in every call; for a
+    trained run, `load_run(path).sample` compiles once.
+    """
+    graph, params = nnx.split(model)
+    return make_sampler(graph, model.config, settings, prediction)(params, labels, seed)
 
 
 def balanced_labels(num: int, num_classes: int) -> list[int]:

@@ -45,24 +45,41 @@ MLPS = {"gelu": GeluMLP, "swiglu": SwiGLU}
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Size and make of a DiT. `DiTConfig.preset("XL/2", ...)` fills in the paper's sizes."""
+    """Sizes and options of a DiT. `DiTConfig.preset("XL/2", ...)` fills in the paper's sizes."""
 
-    image_shape: tuple[int, int, int]  # h, w, c of the image or latent
+    image_shape: tuple[int, int, int]
+    """Height, width and channels of the images or latents."""
     num_classes: int
+    """Number of classes, numbered from 0; label num_classes means "no class"."""
     patch: int
+    """Side of a square patch in pixels (or latent cells)."""
     depth: int
+    """Number of transformer blocks."""
     width: int
+    """Hidden size: the number of channels of a token."""
     num_heads: int
-    num_kv_heads: int | None = None  # None: as many as num_heads
+    """Number of query heads of attention."""
+    num_kv_heads: int | None = None
+    """Number of key/value heads (grouped-query attention); None: the same as num_heads."""
     norm: NormKind = "rms"
+    """Normalization: LayerNorm (layer) or RMSNorm (rms)."""
     mlp: Literal["gelu", "swiglu"] = "swiglu"
+    """Feed-forward layer: two matrices with GELU (gelu) or three with a SwiGLU gate (swiglu)."""
     positions: Literal["sincos", "rope"] = "rope"
+    """Position encoding: fixed sine-cosine table (sincos) or axial rotary embedding (rope)."""
     qk_norm: bool = True
-    learn_sigma: bool = False  # twice the output channels; the second half parametrises DDPM's variance
-    remat: bool = False  # compute each block again in the backward pass: memory for time
-    adapter_rank: int = 0  # of low-rank adapters (LoRA) beside attention's projections; 0: none
-    forward_mode: bool = False  # jax.jvp of the network works on a GPU too, as MeanFlow needs
+    """Apply RMSNorm to queries and keys (QK-norm), which keeps attention logits bounded."""
+    learn_sigma: bool = False
+    """Predict twice the channels; the second half parametrizes the DDPM variance and the flow matching loss ignores
+    it."""
+    remat: bool = False
+    """Recompute each block in the backward pass (activation checkpointing): less memory, more time."""
+    adapter_rank: int = 0
+    """Rank of the low-rank adapters (LoRA) on the attention projections; 0: no adapters."""
+    forward_mode: bool = False
+    """Support jax.jvp of the network on a GPU, as MeanFlow needs; norms and rotations then use XLA."""
     kernels: KernelsConfig = KernelsConfig()
+    """Implementation of each kernel operation by name: "xla" is plain JAX; None is the fastest one measured."""
 
     @classmethod
     def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "DiTConfig":

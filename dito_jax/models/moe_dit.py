@@ -56,27 +56,45 @@ PRESETS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MoEDiTConfig(DiTConfig):
-    """Size and make of a DiT with experts; what it shares with a DiT is there."""
+    """Sizes and options of a DiT with mixture-of-experts (MoE) blocks, beside those of DiTConfig."""
 
     num_experts: int = 8
-    active_experts: int = 2  # a token; on average where experts choose, or race
-    expert_hidden: int | None = None  # None: what a SwiGLU of this width has
-    shared_hidden: int = 0  # of an MLP beside the experts, for all tokens; 0: none
-    moe_every: Literal[1, 2] = 1  # 2: dense blocks and blocks with experts in turn
+    """Number of routed experts in each MoE block."""
+    active_experts: int = 2
+    """Experts per token (top-k); with the expert_choice and race routers the average; timestep always uses 1."""
+    expert_hidden: int | None = None
+    """Hidden width of each expert; None: the SwiGLU width that belongs to model.width."""
+    shared_hidden: int = 0
+    """Hidden width of the shared expert, which computes every token; 0: no shared expert."""
+    moe_every: Literal[1, 2] = 1
+    """1: every block has experts; 2: dense blocks and MoE blocks alternate."""
     router: Literal["softmax", "sigmoid", "expert_choice", "race", "timestep"] = "softmax"
-    normalize: bool = False  # softmax: a token's weights sum to 1
-    router_groups: int = 1  # sigmoid: groups of experts, of which a token takes the best
+    """Router: top-k by softmax or sigmoid scores, expert choice, race (highest scores of all tokens and experts), or
+    one expert per interval of timesteps."""
+    normalize: bool = False
+    """Softmax router: scale the weights of a token's experts so that they sum to 1."""
+    router_groups: int = 1
+    """Sigmoid router: number of expert groups for group-limited routing."""
     active_groups: int = 1
-    weight_scale: float = 1.0  # sigmoid
-    # Images among whose tokens experts choose, and whose rows their capacity counts. With more than one, a sample
-    # depends on those that it is drawn with.
+    """Sigmoid router: number of groups, of router_groups, from which a token may choose experts."""
+    weight_scale: float = 1.0
+    """Sigmoid router: factor on the weights of the chosen experts."""
     pool: int = 1
-    capacity_factor: float | None = None  # most rows of an expert, as a multiple of the even share; None: any
-    exchange: ExchangeName | None = None  # between devices; None: what moves least and drops nothing
-    balance: Literal["batch", "example"] = "batch"  # whose loads the auxiliary losses even
+    """Number of images whose tokens are routed together (expert choice, race, capacity); above 1 a sample depends on
+    the other images in its pool."""
+    capacity_factor: float | None = None
+    """Maximum rows of an expert as a multiple of the even share, further rows are dropped; None: no limit."""
+    exchange: ExchangeName | None = None
+    """How rows reach experts on other devices (expert parallelism); None: the exchange that moves least and drops
+    nothing."""
+    balance: Literal["batch", "example"] = "batch"
+    """Compute the load-balancing loss over the whole batch or over each example separately."""
     balance_weight: float = 0.01
+    """Weight of the load-balancing loss."""
     z_weight: float = 0.0
-    bias_rate: float = 0.001  # sigmoid: what a step moves the router's biases by
+    """Weight of the router z-loss."""
+    bias_rate: float = 0.001
+    """Sigmoid router: change of the router biases per step, for load balancing without a loss."""
 
     @classmethod
     def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "MoEDiTConfig":

@@ -46,9 +46,10 @@ GRAMMAR = re.compile(r"(?P<kind>[a-z-]+)@(?P<step>\d+)(#(?P<process>\d+))?(?P<al
 
 @dataclasses.dataclass(frozen=True)
 class FaultsConfig:
-    """Which faults to cause; none outside drills."""
+    """Fault injection, for testing fault tolerance."""
 
-    inject: tuple[str, ...] = ()  # e.g. kill@120 nan-grad@80#1
+    inject: tuple[str, ...] = ()
+    """Faults to inject, each as kind@step[#process][!][:value], e.g. kill@120 nan-grad@80#1."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,10 +39,14 @@ BACKSTOP_SECONDS = 60.0
 class WatchdogConfig:
     """When a process counts as hung."""
 
-    floor_seconds: float = 120.0  # a step: the longer of this,
-    factor: float = 10.0  # and this times the slowest of the last 100 steps
-    phase_timeout_seconds: float = 1800.0  # anything else: compiling, restoring, saving, evaluating
-    grace_seconds: float = 60.0  # from a request to stop to the end, the save in it
+    floor_seconds: float = 120.0
+    """Minimum timeout of a training step in seconds."""
+    factor: float = 10.0
+    """Timeout of a training step as a multiple of the slowest of the last 100 steps, if above floor_seconds."""
+    phase_timeout_seconds: float = 1800.0
+    """Timeout in seconds of every other phase: compiling, restoring, saving, evaluating."""
+    grace_seconds: float = 60.0
+    """Seconds from a stop signal to the end of the process, including the save."""
 
 
 class Watchdog:

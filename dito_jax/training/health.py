@@ -18,15 +18,23 @@ FINE, NOT_FINITE, LOSS_SPIKE, GRADIENT_SPIKE = range(4)  # what a step's "bad" m
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What makes a step bad, and what many bad steps lead to."""
+    """NaN and loss-spike handling: which steps are bad and skipped, and when the run rolls back."""
 
-    spike_deviations: float | None = 30.0  # above the median; None: only what is not finite is bad
-    window: int = 128  # good steps that the median is of; before half of them nothing is a spike
-    burst: int = 5  # so many bad steps,
-    burst_window: int = 50  # of so many, lead back to the last checkpoint before them, past the data of the time
-    rollbacks: int = 3  # to one checkpoint; then the run stops
-    check_replicas_every: int = 0  # steps between two comparisons of what devices hold alike; 0: none
-    rerun: bool = False  # run a bad step again, to tell a passing fault of the hardware; waits for every step
+    spike_deviations: float | None = 30.0
+    """A step is bad if its loss or gradient norm is this many robust deviations above the median; None: only non-
+    finite steps are bad."""
+    window: int = 128
+    """Number of good steps for the median; spikes are detected once half of the window is filled."""
+    burst: int = 5
+    """Roll back when this many bad steps occur within burst_window steps."""
+    burst_window: int = 50
+    """Number of most recent steps in which bad steps are counted for burst."""
+    rollbacks: int = 3
+    """Maximum number of rollbacks to the same checkpoint before the run stops with an error."""
+    check_replicas_every: int = 0
+    """Compare replicated values across devices every this many steps (silent data corruption); 0: never."""
+    rerun: bool = False
+    """Rerun each bad step to detect transient hardware errors; the host then waits for every step."""
 
 
 @jax.tree_util.register_dataclass

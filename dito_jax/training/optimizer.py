@@ -8,15 +8,22 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Defaults are LightningDiT's and JiT's, but for the decay of the learning rate."""
+    """AdamW with gradient clipping. The defaults are LightningDiT's and JiT's, except for the cosine decay."""
 
-    learning_rate: float = 2e-4  # at its peak
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
     warmup_steps: int = 100
-    final_fraction: float = 0.0  # of the peak, where the decay ends; 1.0 keeps it constant after the warm-up
+    """Number of steps of linear learning-rate warm-up."""
+    final_fraction: float = 0.0
+    """Final learning rate as a fraction of the peak; 1.0 keeps it constant after the warm-up."""
     beta1: float = 0.9
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    weight_decay: float = 0.0  # of matrices only
-    clip_norm: float = 1.0  # of the whole gradient
+    """Decay rate of AdamW's second moment."""
+    weight_decay: float = 0.0
+    """Weight decay of the kernel matrices; biases, norms and embeddings have none."""
+    clip_norm: float = 1.0
+    """Maximum global norm of the gradient (gradient clipping)."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

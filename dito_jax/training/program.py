@@ -28,16 +28,24 @@ DEFAULT_GUARD = GuardConfig()
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long and how to train."""
+    """Length, batch size and precision of training."""
 
     steps: int
-    batch_size: int  # images a step, over all devices
-    gradient_accumulation_steps: int = 1  # parts that a batch is cut into, to fit memory
-    trainable: Names = ()  # names on the way to the parameters that are trained (trainable.py); none: all
+    """Number of training steps."""
+    batch_size: int
+    """Images per step over all devices (global batch size)."""
+    gradient_accumulation_steps: int = 1
+    """Number of parts that a batch is computed in, one after the other, to save memory."""
+    trainable: Names = ()
+    """Names of the parameters to train, e.g. attention or lora_a; the others are frozen; empty: train all."""
     compute_dtype: ComputeDtype = "bfloat16"
+    """Dtype of the network's computation; parameters, loss and optimizer state stay float32."""
     ema_decays: tuple[float, ...] = (0.9999,)
+    """Decay rates of the EMA parameters; one EMA copy is kept for each."""
     seed: int = 0
-    log_every: int = 50  # steps
+    """Seed of the initialization, the data order and all random draws of training."""
+    log_every: int = 50
+    """Log metrics every this many steps."""
 
 
 @dataclasses.dataclass(frozen=True)
