@@ -18,14 +18,14 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # A layer may import those below it, and its own neighbours.
 LAYERS = (
     {"__main__", "cli", "run"},
-    {"config"},
+    {"config", "overrides"},
     {"resilience", "privacy", "evaluation", "planning", "interop"},
     {"telemetry", "checkpointing"},
     {"training"},
     {"models", "diffusion", "data"},
     {"layers"},
     {"sharding", "distributed"},
-    {"dims", "errors"},
+    {"dims", "errors", "bundled", "version"},
 )
 DATA = {"mask", "rotation", "routing", "segments"}  # what a family's functions take beside arrays
 PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # what a family's kernels share

@@ -11,6 +11,7 @@ from dito_jax.data.sources import (
     Example as Example,
     Source as Source,
     arrays as arrays,
+    class_names as class_names,
     drawn as drawn,
 )
 from dito_jax.data.strokes import StrokesData as StrokesData

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Integer
-from sklearn.datasets import load_digits
 
 from dito_jax.data.sources import Example, Split
 
@@ -30,6 +29,8 @@ class Digits:
     augment = None  # a mirrored digit is no digit
 
     def __init__(self, split: Split):
+        from sklearn.datasets import load_digits  # slow to import, and only needed here
+
         pixels, labels = load_digits(return_X_y=True)  # 0 to 16: how many of 4x4 bits are ink
         chosen = _validation(labels) == (split == "validation")
         images = pixels[chosen].reshape(-1, *self.image_shape)

@@ -6,11 +6,16 @@ k) alone. How many processes share a batch, how many threads read, and where a r
 change nothing.
 """
 
-import grain
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from dito_jax.data.sources import Source
 from dito_jax.errors import UserError
+
+
+if TYPE_CHECKING:
+    import grain
 
 
 def batches(
@@ -22,7 +27,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """An endless iterator of `Batch`es, from step `start` on; for training.
 
     `batch_size` is the global one: each process gets batch_size / process_count neighbouring rows, and the
@@ -35,6 +40,8 @@ def batches(
     Raises:
       UserError: the batch does not divide among the processes. The iterator raises what the source does.
     """
+    import grain  # slow to import, and only needed here
+
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size={batch_size} cannot be shared by {process_count} processes; "

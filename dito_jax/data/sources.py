@@ -58,6 +58,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+def class_names(source: Source) -> list[str]:
+    """The names of the classes in the order of their numbers; where a source has no `classes`, the numbers."""
+    names = getattr(source, "classes", None)
+    return [str(number) for number in range(source.num_classes)] if names is None else list(names)
+
+
 def arrays(source: Source) -> Batch:
     """Every example of `source`, not augmented, in the order of its numbers: for data that fit in memory."""
     examples = [source[i] for i in range(len(source))]

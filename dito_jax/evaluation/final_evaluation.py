@@ -23,7 +23,7 @@ def final_evaluation(
     draw: Callable[[nnx.State, Sequence[int], int], np.ndarray],
     params: nnx.State,
     train: Source,
-    validation: Source,
+    validation: Source | None,
     *,
     sample: SampleConfig,
     evaluation: EvaluationConfig,
@@ -31,7 +31,7 @@ def final_evaluation(
     load: Callable[[nnx.State, Source], np.ndarray] | None = None,
     private: bool = False,
 ) -> dict[str, Any] | None:
-    """Writes samples/final.png and loss.png, and, where the config asks for an evaluation, eval.json and report.md.
+    """Writes samples/final.png and loss.png, and, where there are validation data, eval.json and report.md.
 
     `private`: training was; these figures look at the data themselves, so they are marked as not to be released.
 
@@ -41,13 +41,13 @@ def final_evaluation(
     """
     labels = balanced_labels(max(evaluation.num_samples, evaluation.grid), train.num_classes)
     images = draw(params, labels, seed)
-    shares = None if load is None or not evaluation.num_samples else load(params, validation)
+    shares = None if load is None or validation is None else load(params, validation)
     if not run.writes:  # all processes compute, one writes
         return None
     image_grid(visible(images[: evaluation.grid]), run.samples / "final.png")
     history = [row for row in read_metrics(run) if "loss" in row]
     loss_curve([row["step"] for row in history], [row["loss"] for row in history], run.path / "loss.png")
-    if not evaluation.num_samples:
+    if validation is None:
         return None
     if shares is not None:
         load_map(shares, run.path / "expert_load.png")

@@ -4,12 +4,10 @@ Distances are between pixels, so the figures compare runs on small images of one
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import NearestNeighbors
-from sklearn.svm import SVC
 
 from dito_jax.errors import UserError
 
@@ -23,6 +21,8 @@ class ClassAgreement:
     """
 
     def __init__(self, images: Float[np.ndarray, "B h w c"], labels: Integer[np.ndarray, " B"]):
+        from sklearn.svm import SVC  # scikit-learn is slow to import: where it is needed alone
+
         self._classifier = SVC(C=10, kernel="rbf", gamma="scale").fit(_rows(images), labels)
 
     def __call__(self, images: Float[np.ndarray, "B h w c"], labels: Integer[np.ndarray, " B"]) -> float:
@@ -40,6 +40,8 @@ def utility(
 
     The classifier is logistic regression on pixels; with images of one class it would know that one only.
     """
+    from sklearn.linear_model import LogisticRegression
+
     if len(np.unique(labels)) < 2:
         return float(np.mean(validation_labels == labels[0]))
     classifier = LogisticRegression(max_iter=2000).fit(_rows(images), labels)
@@ -120,7 +122,7 @@ def closest_pairs(
     samples: Float[np.ndarray, "samples h w c"], train: Float[np.ndarray, "train h w c"], num: int
 ) -> list[tuple[int, int]]:
     """The `num` samples that lie nearest to a training image, nearest first, each with the number of that image."""
-    index = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(_rows(train))
+    index = _neighbours(_rows(train))
     distance, nearest = index.kneighbors(_rows(samples))
     order = np.argsort(distance[:, 0], kind="stable")[:num]
     return [(int(i), int(nearest[i, 0])) for i in order]
@@ -130,10 +132,16 @@ def _nearest(
     references: Float[np.ndarray, "S d"], queries: Float[np.ndarray, "B d"] | None = None
 ) -> Float[np.ndarray, " B"]:
     """Distance of each query to the nearest reference; without queries, of each of these to the next one."""
-    index = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(references)
+    index = _neighbours(references)
     nearest = index.kneighbors(queries, return_distance=False)[:, 0]
     # Searched by |x|^2 - 2xy + |y|^2, which leaves rounding where a copy's distance is exactly zero.
     return np.linalg.norm((references if queries is None else queries) - references[nearest], axis=1)
+
+
+def _neighbours(rows: Float[np.ndarray, "S d"]) -> Any:
+    from sklearn.neighbors import NearestNeighbors
+
+    return NearestNeighbors(n_neighbors=1, algorithm="brute").fit(rows)
 
 
 def _ratio(near: Float[np.ndarray, " B"], far: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:

@@ -14,7 +14,7 @@ from dito_jax.diffusion.guidance import guided
 from dito_jax.diffusion.path import Quantity
 from dito_jax.diffusion.sampler import SAMPLERS
 from dito_jax.diffusion.time import schedule
-from dito_jax.models.dit import DiTConfig
+from dito_jax.models.dit import DiT, DiTConfig
 from dito_jax.sharding import constrain, whole_batch
 
 
@@ -85,6 +85,23 @@ def make_sampler(
         return np.concatenate(batches)
 
     return draw
+
+
+def sample(
+    model: DiT,
+    labels: Sequence[int],
+    *,
+    settings: SampleConfig = SampleConfig(),
+    prediction: Quantity = "x",
+    seed: int = 0,
+) -> np.ndarray:
+    """Images of a DiT in memory, float32 (len(labels), h, w, c): those of its classes `labels`.
+
+    `prediction` is what the model was trained to predict (LossConfig.prediction). Compiles anew in every call; for a
+    trained run, `load_run(path).sample` compiles once.
+    """
+    graph, params = nnx.split(model)
+    return make_sampler(graph, model.config, settings, prediction)(params, labels, seed)
 
 
 def balanced_labels(num: int, num_classes: int) -> list[int]:

@@ -27,7 +27,7 @@ https://arxiv.org/abs/2210.00038.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import dp_accounting
 import jax
@@ -37,10 +37,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dito_jax.privacy.ghost_clipping import Trainable, tapped
+from dito_jax.privacy.settings import Backend
 from dito_jax.sharding import axis_size, one_example
 
 
-Backend = Literal["vmap", "microbatch", "ghost", "bookkeeping"]
 Examples = dict[str, Array]  # each (B, draws, ...); "weight" (B, draws): what a draw counts in its example's loss
 # Two passes of a network in bfloat16 differ by some sqrt(depth) 2^-9, 1 % at a depth of 28; 0.15 % was seen at 2.
 # Accumulators of tensor cores cut what they add: an H100's norms were short by up to 1.8e-5, at 9,216 columns.

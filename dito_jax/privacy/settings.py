@@ -1,8 +1,10 @@
 """What a private run is asked to be, and what follows of it for every step."""
 
 import dataclasses
+from typing import Literal
 
-from dito_jax.privacy.clipping import Backend
+
+Backend = Literal["vmap", "microbatch", "ghost", "bookkeeping"]  # of the clipped sum: clipping.py
 
 
 @dataclasses.dataclass(frozen=True)

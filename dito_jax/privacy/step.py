@@ -23,8 +23,9 @@ from jaxtyping import Array
 
 from dito_jax.diffusion import path
 from dito_jax.diffusion.loss import LossConfig, flow_matching_error
-from dito_jax.privacy.clipping import Backend, ClippedSum, Examples, Told
+from dito_jax.privacy.clipping import ClippedSum, Examples, Told
 from dito_jax.privacy.noise import add_noise
+from dito_jax.privacy.settings import Backend
 from dito_jax.training.ema import update_ema
 from dito_jax.training.health import FINE
 from dito_jax.training.state import TrainState

@@ -11,7 +11,7 @@ from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
 from dito_jax.models.fine_tuning import check_start, started
 from dito_jax.privacy.ledger import same_data
-from dito_jax.run.command_line import opened, restored, sampled_ema
+from dito_jax.run.saved_run import opened, restored, sampled_ema
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import Program
 from dito_jax.training.state import TrainState, begun_with

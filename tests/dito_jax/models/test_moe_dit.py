@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dito_jax.config import TrainConfig, check, from_json, override, to_json
+from dito_jax.config import TrainConfig, check, from_json, to_json
 from dito_jax.data import DigitsData
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
 from dito_jax.models.dit import DiTConfig, Report
 from dito_jax.models.moe_dit import MoEBlock, MoEDiTConfig
 from dito_jax.models.upcycling import check_upcycling, upcycled
+from dito_jax.overrides import override
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig, make_program
