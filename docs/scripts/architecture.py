@@ -1,4 +1,4 @@
-"""Writes docs/architecture.md, docs/architecture.svg and the layers of docs/design.md, from docstrings and import rules.
+"""Writes docs/architecture.md and .svg, and the layers of docs/design.md, from docstrings and import rules.
 
     python docs/scripts/architecture.py
 
