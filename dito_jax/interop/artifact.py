@@ -106,7 +106,8 @@ def verify(directory: Path) -> str:
     if not difference <= FAR:
         raise UserError(
             f"{directory}: intact, but with jaxlib {version('jaxlib')} on {here} the results differ by "
-            f"{difference:.2g} of the largest value from {there}; the tolerance is {FAR}. Compare with another machine or jaxlib."
+            f"{difference:.2g} of the largest value from {there}; the tolerance is {FAR}. "
+            "Compare with another machine or jaxlib."
         )
     return f"{intact}; results differ by {difference:.2g} of the largest value from {there}."
 
