@@ -1,4 +1,4 @@
-"""What was read is told from what was written."""
+"""Checksums of checkpoints: every flipped bit is detected, in any sharding."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_every_single_bit_shows(name):
     assert len(marks | {array_checksums({name: leaf})[name]}) == 8 * leaf.nbytes + 1
 
 
-def test_places_count_and_so_do_signs_of_zero_and_of_nan():
+def test_positions_and_signs_of_zero_and_nan_change_the_checksum():
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     changed = [x, x.T, x[::-1], x[:, ::-1], x.at[0, 0].set(-1.0)]
     assert len({array_checksums({"x": y})["x"] for y in changed}) == len(changed)

@@ -1,4 +1,4 @@
-"""Pen strokes: a function of seed and number, of ten classes that can be told apart, and never a scan."""
+"""Stroke digits: a function of seed and index, with ten distinguishable classes, and not copied from scans."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: the same on one device and on eight, and nothing of one example in another."""
+"""The MoE layer: equal on one and on eight devices, and independent examples."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""What scores are worth: the figures against slow definitions, and their intervals against many repetitions."""
+"""Results of attacks: compared with slow definitions; coverage of the confidence intervals."""
 
 import numpy as np
 import pytest

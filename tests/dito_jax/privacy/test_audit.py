@@ -1,4 +1,4 @@
-"""The audit of a run: planted bugs are refuted, and its verdict follows from what it found."""
+"""The privacy audit of a run: planted bugs are refuted, and the verdict follows from the results."""
 
 import dataclasses
 

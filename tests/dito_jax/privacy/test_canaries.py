@@ -1,4 +1,4 @@
-"""Canaries: how they come into the data, and that their bounds refute mechanisms with a bug and no sound one."""
+"""Canaries: inclusion in the data; the bounds refute mechanisms with a bug and no correct one."""
 
 import json
 

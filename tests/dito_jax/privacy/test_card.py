@@ -1,4 +1,4 @@
-"""A card promises what the ledger has, for all that its parameters depend on, or nothing."""
+"""The privacy card: epsilon of all steps that the parameters depend on, or an error."""
 
 import itertools
 

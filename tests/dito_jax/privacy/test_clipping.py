@@ -1,4 +1,4 @@
-"""The clipped sum: by every backend, on every mesh, for every model, the one that its definition says."""
+"""The clipped sum: equal to its definition for every backend, mesh and model."""
 
 import dataclasses
 

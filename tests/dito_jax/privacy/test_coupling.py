@@ -1,4 +1,4 @@
-"""Configs whose examples meet, or are told of, are refused with the reason and the cure."""
+"""Configs that mix or leak examples are refused, with the reason and what to do."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The secret and what is derived from it."""
+"""The secret of a run and the keys derived from it."""
 
 import hmac
 import itertools

@@ -1,4 +1,4 @@
-"""A private run: its plan, what it pays before a batch leaves, and when it refuses to begin or go on."""
+"""A private run: plan, charges before each batch, and the errors at a start or a restart."""
 
 import dataclasses
 import itertools

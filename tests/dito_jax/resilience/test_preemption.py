@@ -1,4 +1,4 @@
-"""Asked to stop, a run saves after a step, the same in all its processes; where nothing is to save it stops at once."""
+"""Preemption: all processes save after the same step; with nothing to save the run stops at once."""
 
 import os
 import signal

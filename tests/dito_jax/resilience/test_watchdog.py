@@ -1,4 +1,4 @@
-"""A process that makes no progress ends with 86 and says where it was; one that is slow goes on."""
+"""The watchdog: a hung process exits with code 86 and reports where it was; a slow one continues."""
 
 import re
 import signal
