@@ -163,7 +163,7 @@ class Preemption:
 
     def _begin(self, name: str, *, saves: bool) -> None:
         """Handles the first signal: prints a line, informs JAX and the other processes, sets the deadline."""
-        what = "saving after the current step, then stopping" if saves else "nothing to save, stopping now"
+        what = "saving after a step, then stopping" if saves else "nothing to save, stopping now"
         self._say(f"{name}: {what}, within {self._grace:g} s; a second signal ends the process at once.")
         if self._of_jax:
             ctypes.CFUNCTYPE(None, ctypes.c_int)(self._of_jax)(signal.SIGTERM)
