@@ -28,13 +28,13 @@ def test_ctrl_c_ends_every_command_with_one_line(command, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, f"kernels_pallas.{command}.__main__", raising=False)
     if command != "bench":
         monkeypatch.delitem(sys.modules, f"kernels_pallas.{command}", raising=False)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
         runpy.run_module(f"kernels_pallas.{command}", run_name="__main__")
-    assert end.value.code == 130
+    assert isinstance(end.value, SystemExit) and end.value.code == 130
     assert capsys.readouterr().err == f"python -m kernels_pallas.{command}: interrupted\n"
 
 
-@pytest.mark.parametrize(("jobs", "delay"), [("1", 0), ("2", 0), ("2", 3)], ids=str)
+@pytest.mark.parametrize(("jobs", "delay"), [("1", 0), ("2", 3)], ids=str)
 def test_bench_without_a_gpu_says_what_it_will_do_and_can_be_interrupted(jobs, delay):
     """As Ctrl-C does in a terminal, the signal goes to all processes of the group."""
     with subprocess.Popen(
