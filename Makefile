@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless']))")
 
-.PHONY: help train test lint format gpu tune clean
+.PHONY: help train test lint format gpu tune wheel wheelhouse clean
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
@@ -18,6 +18,9 @@ help:
 	@echo "make format   write the formatting"
 	@echo "make gpu PYTHON=python3   on a GPU host, nothing installed: GPU tests, then benchmarks"
 	@echo "make tune PYTHON=python3  the same, before it: measures tile sizes, minutes a kernel and case"
+	@echo "make wheel    the wheel of this checkout: dist/"
+	@echo "make wheelhouse PLATFORM=manylinux_2_28_x86_64 PYTHON_VERSION=3.12 [EXTRA=cuda]"
+	@echo "              all wheels that an air-gapped host installs: wheelhouse/"
 	@echo "make clean    remove .venv and runs/"
 
 train: .venv/installed
@@ -46,8 +49,21 @@ gpu:
 tune:
 	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.tune --ship
 
+wheel:
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+# On the air-gapped host: pip install --no-index --find-links wheelhouse 'dito_jax[cuda]'
+PLATFORM ?= manylinux_2_28_x86_64
+PYTHON_VERSION ?= 3.12
+wheelhouse: wheel
+	@rm -rf wheelhouse
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --constraint constraints.txt --only-binary=:all: \
+		$(foreach p,$(PLATFORMS),--platform $(p)) --python-version $(PYTHON_VERSION) --implementation cp \
+		--dest wheelhouse --find-links dist "dito_jax$(if $(EXTRA),[$(EXTRA)])"
+	@ls wheelhouse | wc -l | xargs printf '%s wheels in wheelhouse/; install with: pip install --no-index --find-links wheelhouse "dito_jax$(if $(EXTRA),[$(EXTRA)])"\n'
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist wheelhouse
 
 .venv/installed: pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then \
