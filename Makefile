@@ -50,17 +50,21 @@ tune:
 	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.tune --ship
 
 wheel:
+	@rm -rf dist
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
-# On the air-gapped host: pip install --no-index --find-links wheelhouse 'dito_jax[cuda]'
 PLATFORM ?= manylinux_2_28_x86_64
 PYTHON_VERSION ?= 3.12
+# A host that runs wheels of manylinux_2_28 runs those of older versions too, and pip wants each named.
+PLATFORMS = $(shell $(PYTHON) -c "import re; version, machine = re.fullmatch(r'manylinux_2_(\d+)_(\w+)', '$(PLATFORM)').groups(); \
+	print(*(f'manylinux_2_{v}_{machine}' for v in range(int(version), 4, -1)), *(f'manylinux{v}_{machine}' for v in (2014, 2010, 1)))")
 wheelhouse: wheel
 	@rm -rf wheelhouse
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --constraint constraints.txt --only-binary=:all: \
 		$(foreach p,$(PLATFORMS),--platform $(p)) --python-version $(PYTHON_VERSION) --implementation cp \
-		--dest wheelhouse --find-links dist "dito_jax$(if $(EXTRA),[$(EXTRA)])"
-	@ls wheelhouse | wc -l | xargs printf '%s wheels in wheelhouse/; install with: pip install --no-index --find-links wheelhouse "dito_jax$(if $(EXTRA),[$(EXTRA)])"\n'
+		--dest wheelhouse "$$(echo dist/dito_jax-*.whl)$(if $(EXTRA),[$(EXTRA)])"
+	@echo "$$(ls wheelhouse | wc -l) wheels in wheelhouse/ for Python $(PYTHON_VERSION) on $(PLATFORM); on the host:"
+	@echo "pip install --no-index --find-links wheelhouse 'dito_jax$(if $(EXTRA),[$(EXTRA)])'"
 
 clean:
 	rm -rf .venv runs dist wheelhouse

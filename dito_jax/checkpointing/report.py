@@ -72,8 +72,8 @@ def save_cost(checkpoints: Checkpoints, step: int, repeats: int = 5) -> str:
     wait, total = statistics.median(waits[1:]), statistics.median(totals[1:])
     size = sum(leaf.nbytes for leaf in state.values()) / 1e6
     return (
-        f"{size:,.1f} MB on {jax.devices()[0].device_kind}: a save keeps the loop waiting for {wait:.3f} s, "
-        f"and is on the disk after {total:.3f} s: {wait / total:.1%} (medians of {repeats})"
+        f"{size:,.1f} MB on {jax.devices()[0].device_kind}: a save blocks the training loop for {wait:.3f} s of "
+        f"{total:.3f} s in total ({wait / total:.0%}, medians of {repeats})"
     )
 
 

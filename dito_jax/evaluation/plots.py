@@ -48,7 +48,7 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.Pat
     figure = Figure(figsize=(8, 4.5), layout="constrained")  # without pyplot: it keeps every figure it makes
     axes = figure.subplots()
     window = max(1, len(losses) // 50)
-    axes.plot(steps, losses, color="0.8" if window > 1 else "C0", label="each")
+    axes.plot(steps, losses, color="0.8" if window > 1 else "C0", label="loss (per log interval)")
     if window > 1:
         mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
         axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window}")
