@@ -39,15 +39,14 @@ def compare(options: argparse.Namespace) -> str:
             raise UserError(f"{run.path} is not a private run (it has no privacy.epsilon); leave it out.")
         if config.data != first.data or config.privacy.delta != first.privacy.delta:
             raise UserError(
-                f"{run.path} has another data set or another privacy.delta than {options.subject}: give runs that share "
-                "both."
+                f"{run.path} has another data set or privacy.delta than {options.subject}: give runs that share both."
             )
         if not run.evaluation.exists():
             raise UserError(f"{run.path}: no {run.evaluation.name} yet; `dito eval {run.path}` writes it.")
         figures: dict[str, Any] = json.loads(run.evaluation.read_text())
         if missing := [name for name in FIGURES if name not in figures]:
             raise UserError(
-                f"{run.evaluation}: no {missing[0]}; an earlier version wrote it: `dito eval {run.path}` writes it again."
+                f"{run.evaluation}: no {missing[0]} in it, it is old: `dito eval {run.path}` writes it again."
             )
         if (config.init_from, config.train.trainable) != (first.init_from, first.train.trainable):
             raise UserError(

@@ -53,7 +53,7 @@ def test_every_way_to_spend_a_budget_has_a_row(tmp_path):
 
 def test_what_cannot_stand_beside_the_others_is_refused(tmp_path):
     first = finished(tmp_path / "a", 0.7)
-    refusals = {"is not a private run": dict(epsilon=None), "another privacy.delta than": dict(delta=1e-5)}
+    refusals = {"is not a private run": dict(epsilon=None), "another data set or privacy.delta than": dict(delta=1e-5)}
     for words, changes in refusals.items():
         with pytest.raises(UserError, match=words):
             compared(first, finished(tmp_path / "other", 0.5, **changes))
@@ -62,7 +62,7 @@ def test_what_cannot_stand_beside_the_others_is_refused(tmp_path):
     with pytest.raises(UserError, match="has another init_from or train.trainable than"):
         compared(first, other)
     RunDirectory(first).write_json("eval.json", {"utility": 0.7})
-    with pytest.raises(UserError, match="no class_agreement; an earlier version wrote it: `dito eval"):
+    with pytest.raises(UserError, match="no class_agreement in it, it is old: `dito eval"):
         compared(first)
     RunDirectory(first).evaluation.unlink()
     with pytest.raises(UserError, match="no eval.json yet; `dito eval"):
