@@ -1,8 +1,7 @@
-"""What was measured: the committed results/<device>.csv, and whether they are of today's source.
+"""The committed benchmark results, results/<device>.csv, and whether they were measured with the current source.
 
-A row is one op, case, implementation and pass on one device. `digest` ties it to the source of its family; a row
-whose digest is not today's still ranks implementations, and `python -m kernels_pallas.bench --stale` asks for it to
-be measured again.
+A row is one op, case, implementation and pass on one device. Its `digest` identifies the source of the op's family. A
+row with an old digest still ranks implementations; `python -m kernels_pallas.bench --stale` lists it as out of date.
 """
 
 import csv
@@ -24,7 +23,7 @@ COLUMNS: tuple[str, ...] = (
 
 @functools.cache
 def rows(device: str) -> tuple[dict[str, str], ...]:
-    """Every committed row of a device kind, e.g. "NVIDIA H200"; none if it was never measured."""
+    """All committed rows of a device kind, e.g. "NVIDIA H200"; empty if the device has no results."""
     path = csv_path(device)
     if not path.exists():
         return ()
@@ -54,7 +53,7 @@ def digest(op) -> str:
 
 
 def fastest(op, names: list[str], arrays, static) -> str | None:
-    """Which of `names` took least time, its passes added up, at exactly these shapes; None if not measured."""
+    """The one of `names` with the least time, summed over its passes, at exactly these shapes; None if not measured."""
     device = backend.target().kind
     if not rows(device) or (case := op.case_named(arrays, static)) is None:
         return None
@@ -67,9 +66,9 @@ def fastest(op, names: list[str], arrays, static) -> str | None:
 
 
 def passed(op, implementation: str) -> bool:
-    """Whether this device's results hold today's source of an implementation to others', and it was never wrong.
+    """Whether this device's results of the current source have an "ok" row of the implementation and no failed one.
 
-    A row that is "unchecked", for nobody else could do that size, says neither.
+    An "unchecked" row, for which there was no reference to compare with, counts as neither.
     """
     today = digest(op)
     key = lambda row: (row["op"], row["implementation"], row["digest"])

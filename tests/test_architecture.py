@@ -27,21 +27,22 @@ LAYERS = (
     {"sharding", "distributed"},
     {"dims", "errors", "bundled", "version"},
 )
-DATA = {"mask", "rotation", "routing", "segments"}  # what a family's functions take beside arrays
-PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # what a family's kernels share
-ROADS = {
+DATA = {"mask", "rotation", "routing", "segments"}  # data types that a family's functions take beside arrays
+PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # shared code of a family's kernels
+IMPLEMENTATIONS = {
     "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},
     "mosaic_gpu": {"mosaic_gpu", "mosaic_gpu_backward", "mosaic_gpu_mlp"},
     "others": {"cudnn", "ffi", "cutlass"},
 }
-KERNELS = set().union(*ROADS.values())
+KERNELS = set().union(*IMPLEMENTATIONS.values())
 
 
 FAMILY_MAY_IMPORT = {  # inside a kernel family
     "api": {"reference", "cost", "cases"} | PARTS | KERNELS,
     "jvp": {"api", "reference", "cost", "cases"} | PARTS | KERNELS,
-    **{kernel: {"cost"} | PARTS | road - {kernel} for road in ROADS.values() for kernel in road},
-    **{kernel: {"cost"} | PARTS | KERNELS for kernel in ROADS["mosaic_gpu"] | {"cutlass"}},  # the rest is Triton's
+    **{kernel: {"cost"} | PARTS | files - {kernel} for files in IMPLEMENTATIONS.values() for kernel in files},
+    # These use Triton kernels for the passes that they do not have themselves.
+    **{kernel: {"cost"} | PARTS | KERNELS for kernel in IMPLEMENTATIONS["mosaic_gpu"] | {"cutlass"}},
     **{part: PARTS - {part} for part in PARTS},
     "reference": DATA,
     "cost": DATA,
@@ -53,7 +54,7 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
 FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend", "tuning", "hardware", "ffi", "pallas"}
 FAMILIES = {p.parent.name for p in (ROOT / "kernels_pallas").glob("*/reference.py")}
 KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
-PEERS = {"tokamax", "torch"}  # what bench times beside ours; the files of peers know them, inside functions
+PEERS = {"tokamax", "torch"}  # the libraries of bench's baselines; only bench/peers imports them, inside functions
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -88,19 +89,19 @@ def _kernel_rule(path: Path, module: list[str]) -> str | None:
     if module[0] != "kernels_pallas":
         allowed = KERNEL_LIBRARIES | _guests(path)
         known = module[0] in allowed or module[0] in sys.stdlib_module_names
-        return None if known else "kernels_pallas stands on jax, numpy and jaxtyping alone"
+        return None if known else "kernels_pallas may import only jax, numpy and jaxtyping"
     if path.parts[1] not in FAMILIES:
         return None
     family, file = path.parts[1], path.stem
     if module[1] != family:
         outside = len(module) > 1 and module[1] in FAMILY_MAY_IMPORT_OUTSIDE
-        return None if outside else "a family imports op and backend, never another family"
+        return None if outside else "a family may import op, backend and shared code, but no other family"
     allowed = FAMILY_MAY_IMPORT[file]
     return None if len(module) > 2 and module[2] in allowed else f"{file} may import {sorted(allowed)} of its family"
 
 
 def _guests(path: Path) -> set[str]:
-    """What else a file knows: the bridge to PyTorch, PyTorch; what makes arrays of its tensors, JAX's inner part."""
+    """Further libraries that a file may import: those of the baselines, PyTorch in its bindings, jaxlib for DLPack."""
     if path.parts[1:3] == ("bench", "peers"):
         return PEERS
     return {"torch/functions.py": {"torch"}, "torch/dlpack.py": {"jaxlib"}}.get("/".join(path.parts[1:]), set())

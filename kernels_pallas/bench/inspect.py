@@ -1,21 +1,21 @@
-"""Compiles every kernel for a GPU that is not there, and shows what NVIDIA's assembler made of it.
+"""Cross-compiles every kernel (no GPU needed) and reports registers, spills, shared memory and instructions.
 
     python -m kernels_pallas.inspect [op ...] [--case NAME] [--kernel NAME] [--device h200] [--json]
 
-One row a GPU function, forward and backward compiled apart: a backward of two kernels gives two rows, and
-XLA numbers a name that occurs again (`name__1`). What a row holds, and where it is from:
-  registers            a thread's, from `ptxas -v`; where warpgroups divide them anew, what it is launched with
-  spill_bytes          a thread's stores and loads of registers that did not fit, from `ptxas -v`
-  shared_memory_bytes  a block's: the static part from `ptxas -v`, and the part asked for at launch, where
-                       all of Triton's is, from the list of launches that XLA writes beside the PTX
-  wgmma                Hopper's matrix instructions in the PTX (a warp group's, asynchronous)
-  mma_sync, tcgen05    Ampere's and Blackwell's
+There is one row per GPU function. Forward and backward are compiled separately; a backward of two kernels gives two
+rows, and XLA numbers a function name that occurs again (`name__1`). The columns:
+  registers            per thread, from `ptxas -v`; where warpgroups reallocate registers, the number at launch
+  spill_bytes          per thread, spill stores and loads, from `ptxas -v`
+  shared_memory_bytes  per block: static shared memory from `ptxas -v`, plus dynamic shared memory (all of it, for
+                       Triton kernels) from the list of launches that XLA writes beside the PTX
+  wgmma                Hopper's warpgroup matrix instructions in the PTX
+  mma_sync, tcgen05    the matrix instructions of Ampere and of Blackwell in the PTX
   cp_async             asynchronous copies to shared memory in the PTX
-  wide_share           of the loads and stores of global memory in the machine code (LDG, STG), those of 128 bits; empty
-                       where there are none, as with TMA
-A kernel that does not compile, for want of shared memory among others, has a row with `error` instead, and
-the exit code is 1. One that calls itself unsupported on the device is named on stderr and has no row; a library's
-has neither.
+  wide_share           the share of 128-bit accesses among the loads and stores of global memory (LDG, STG) in the
+                       machine code; empty if there are none, as with TMA
+A kernel that does not compile, for example because it needs too much shared memory, has a row with `error` instead,
+and the exit code is 1. A kernel that does not support the device or the case is named on stderr and has no row.
+Kernels of other libraries are left out.
 """
 
 import functools
@@ -52,10 +52,10 @@ INSTRUCTIONS = {
 
 
 def main() -> int:
-    """The command; its exit code."""
+    """Runs the command and returns its exit code."""
     parser = command_line.parser("inspect", __doc__)
-    parser.add_argument("--kernel", metavar="NAME", help="only the kernel of this name, e.g. triton")
-    parser.add_argument("--device", default="h200", metavar="|".join(GPUS), help="the GPU to compile for")
+    parser.add_argument("--kernel", metavar="NAME", help="only this kernel implementation, e.g. triton")
+    parser.add_argument("--device", default="h200", metavar="|".join(GPUS), help="GPU to compile for (default: h200)")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     args = parser.parse_args()
     ops = command_line.choose_ops(parser, args, OPS)
@@ -71,32 +71,33 @@ def main() -> int:
             mesh = deviceless.mesh(args.device)
         except ValueError as error:
             parser.error(str(error))
-        rows = []
-        for op in ops:
-            for kernel, case in itertools.product(op.kernels, op.cases):
-                if op.kernels[kernel].external:
-                    continue
-                if args.kernel in (None, kernel) and args.case in (None, case):
-                    rows += _rows(op, kernel, case, args.device, mesh, dump)
+        chosen = [
+            (op, kernel, case)
+            for op in ops
+            for kernel, case in itertools.product(op.kernels, op.cases)
+            if not op.kernels[kernel].external and args.kernel in (None, kernel) and args.case in (None, case)
+        ]
+        print(f"compiling {len(chosen)} pairs of a kernel and a case for {args.device}", file=sys.stderr)
+        rows = [row for each in chosen for row in _rows(*each, args.device, mesh, dump)]
     print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
     return int(any("error" in row for row in rows))
 
 
 def dump_ptx_to(folder: Path) -> None:
-    """Makes XLA write PTX and launches to `folder`; it reads its flags once, before the first compile. Mosaic too."""
+    """Makes XLA and Mosaic write PTX and launches to `folder`. XLA reads its flags once, before the first compile."""
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
-    # Only PTX: with every emitter dumped, Triton's own passes alone are megabytes and seconds a kernel.
+    # Only PTX: with every emitter dumped, Triton's passes alone take megabytes and seconds per kernel.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_emitter_re=ptx"
-    jax.config.update("jax_platforms", "cpu")  # the compiler needs no GPU, and leaves one to those who do
-    jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache writes no PTX
+    jax.config.update("jax_platforms", "cpu")  # the compiler needs no GPU, and this leaves a GPU free for others
+    jax.config.update("jax_enable_compilation_cache", False)  # a kernel from the cache writes no PTX
 
 
 def _rows(op: Op, kernel: str, case: str, device: str, mesh: jax.sharding.Mesh, dump: Path) -> list[dict]:
-    """Every GPU function of both passes of one kernel at one case."""
+    """The rows of every GPU function in both passes of one kernel at one case."""
     rows = []
     arrays, static = op.cases[case].arrays, op.cases[case].static
-    with jax.set_mesh(mesh):  # Pallas reads the GPU to compile for off it
+    with jax.set_mesh(mesh):  # Pallas takes the target GPU from the mesh
         if reason := op.kernels[kernel].unsupported(*arrays, **static):
             print(f"{op.name} {kernel} {case}: skipped: {reason}", file=sys.stderr)
             return []
@@ -105,7 +106,7 @@ def _rows(op: Op, kernel: str, case: str, device: str, mesh: jax.sharding.Mesh, 
             head = {"op": op.name, "kernel": kernel, "case": case, "pass": pass_}
             try:
                 found = functions_of(op.name, op.kernels[kernel], op.cases[case], pass_, GPUS[device], mesh, dump)
-            except Exception as error:  # whatever it is, the other kernels still have their rows
+            except Exception as error:  # any error: the other kernels still get their rows
                 found = [{"error": command_line.one_line(error)}]
             found = found or [{"error": f"no GPU function whose name starts with {op.name!r}"}]
             rows += [{**head, **row, "device": device} for row in found]
@@ -116,7 +117,7 @@ def _rows(op: Op, kernel: str, case: str, device: str, mesh: jax.sharding.Mesh, 
 def functions_of(
     prefix: str, kernel: Kernel, case: Case, pass_: str, gpu: Hardware, mesh: jax.sharding.Mesh, dump: Path
 ) -> list[dict]:
-    """A row for each GPU function of one pass whose name starts with `prefix`, compiled for `gpu`, the mesh's."""
+    """The rows of the GPU functions of one pass whose names start with `prefix`, compiled for `gpu`, the mesh's GPU."""
     shutil.rmtree(dump, ignore_errors=True)
     dump.mkdir()
     _compile(kernel, case, pass_, mesh)
@@ -135,16 +136,16 @@ def _compile(kernel: Kernel, case: Case, pass_: str, mesh: jax.sharding.Mesh) ->
 
 
 def _functions(prefix: str, dump: Path, arch: str) -> Iterator[dict]:
-    """What one compile's dump says of each GPU function whose name starts with `prefix`: ours, not XLA's."""
+    """The rows of the GPU functions in one dump whose names start with `prefix`: our kernels, not XLA's."""
     launches = "\n".join(path.read_text() for path in dump.glob("*thunk_sequence.txt"))
     at_launch = dict(re.findall(r"(\w+) grid: .*shared_memory: (\d+)", launches))
     for ptx in sorted(dump.glob("*.ptx")):
         text = ptx.read_text()
-        names = re.findall(r"\.visible \.entry (\w+)", text)  # one a file, or none where it holds constants
+        names = re.findall(r"\.visible \.entry (\w+)", text)  # one per file, none in a file of constants
         if not names or not names[0].startswith(prefix):
             continue
         [name] = names
-        if (mosaic := ptx.with_suffix(".ptxas")).exists():  # Mosaic assembles by itself, and leaves the log
+        if (mosaic := ptx.with_suffix(".ptxas")).exists():  # Mosaic runs ptxas itself and leaves its log
             log, machine = mosaic.read_text(), ptx.with_suffix(".sass_ctrl").read_text()
             [asked] = re.findall(r"smem_scratch_bytes=(\d+)", ptx.with_suffix(".resources.txt").read_text())
         else:
@@ -164,25 +165,21 @@ def _functions(prefix: str, dump: Path, arch: str) -> Iterator[dict]:
 
 
 def _wide_share(machine: str) -> float | None:
-    """Of the loads and stores of global memory in machine code, those of 128 bits; None where there are none."""
+    """The share of 128-bit accesses among the global loads and stores in machine code; None if there are none."""
     moves = re.findall(r"\b(?:LDG|STG)\.\S*", machine)
     return round(sum(".128" in move for move in moves) / len(moves), 3) if moves else None
 
 
 def _output(command: list) -> str:
-    """What a command of the compiler says, on either stream."""
+    """The output of a compiler command, stdout and stderr."""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in columns, with a trailing word where something is wrong."""
+    """The rows as an aligned table; a row with spills or an error ends with a note."""
     lines = [COLUMNS] + [tuple(str(row.get(column, "")) for column in COLUMNS) for row in rows]
     notes = [""] + [row.get("error") or ("spills" if row["spill_bytes"] else "") for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ("  ".join(map(str.ljust, line, widths)) for line in lines)
     return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(aligned, notes, strict=True))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
