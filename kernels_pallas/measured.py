@@ -5,10 +5,12 @@ whose digest is not today's still ranks implementations, and `python -m kernels_
 be measured again.
 """
 
+import ast
 import csv
 import functools
 import hashlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import backend
@@ -37,20 +39,51 @@ def csv_path(device: str) -> Path:
     return RESULTS / f"{device.lower().replace(' ', '_')}.csv"
 
 
-def digest(op) -> str:
-    """Twelve hex digits that change with any line of the op's family, or of what all kernels of a road share.
+def family(op) -> Path:
+    """The folder of the op's family."""
+    return Path(str(sys.modules[op.reference.__module__].__file__)).parent
 
-    Sources of custom calls are shared by the families that have one of their library.
+
+def digest(op, more: Iterable[Path | str] = ()) -> str:
+    """Twelve hex digits that change with the code of the op's family, or of what all kernels of a road share.
+
+    Sources of custom calls are shared by the families that have one of their library. Comments, docstrings and the
+    format of Python code do not count.
+
+    Args:
+      more: files and words that count too.
     """
-    family = Path(str(sys.modules[op.reference.__module__].__file__)).parent
     package, text = Path(__file__).parent, hashlib.sha256()
     shared = sorted((package / "pallas").glob("*.py"))
     for road, folder in SOURCES_OF_CALLS.items():
-        if (family / road).exists():
+        if (family(op) / road).exists():
             shared += sorted(path for path in (package / folder).iterdir() if path.is_file())
-    for path in [*sorted(family.glob("*.py")), *shared]:
-        text.update(path.name.encode() + b"\0" + path.read_bytes())
+    for part in [*sorted(family(op).glob("*.py")), *shared, *more]:
+        words = (part.name.encode(), _said(part)) if isinstance(part, Path) else (part.encode(),)
+        text.update(b"\0".join(words) + b"\0")
     return text.hexdigest()[:12]
+
+
+def _said(path: Path) -> bytes:
+    """What a file says to a compiler."""
+    return _code(path.read_bytes()) if path.suffix == ".py" else path.read_bytes()
+
+
+@functools.cache
+def _code(source: bytes) -> bytes:
+    return repr(_tree(ast.parse(source))).encode()
+
+
+def _tree(node):
+    """A syntax tree as tuples, without docstrings and empty fields: the same in every version of Python."""
+    if isinstance(node, list):
+        return [_tree(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return node
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        node.body = node.body[1:]
+    fields = ((name, _tree(value)) for name, value in ast.iter_fields(node))
+    return type(node).__name__, *((name, value) for name, value in fields if value is not None and value != [])
 
 
 def fastest(op, names: list[str], arrays, static) -> str | None:

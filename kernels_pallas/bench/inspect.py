@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that is not there, and shows what NVIDIA's assembler made of it.
 
     python -m kernels_pallas.inspect [op ...] [--case NAME] [--kernel NAME] [--device h200] [--json]
+    python -m kernels_pallas.inspect --record [op ...]
 
 One row a GPU function, forward and backward compiled apart: a backward of two kernels gives two rows, and
 XLA numbers a name that occurs again (`name__1`). What a row holds, and where it is from:
@@ -13,12 +14,16 @@ XLA numbers a name that occurs again (`name__1`). What a row holds, and where it
   cp_async             asynchronous copies to shared memory in the PTX
   wide_share           of the loads and stores of global memory in the machine code (LDG, STG), those of 128 bits; empty
                        where there are none, as with TMA
+  machine_code         how many instructions, and a hash of them: equal where a change to the source changed none
 A kernel that does not compile, for want of shared memory among others, has a row with `error` instead, and
 the exit code is 1. One that calls itself unsupported on the device is named on stderr and has no row; a library's
-has neither.
+has neither. `--record` writes the rows of whole families to results/compiled/, by default of those whose source or
+whose compiler has changed since (compiled.py): the test suite compiles what is not recorded.
 """
 
+import argparse
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -28,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -36,12 +41,12 @@ import jax
 from .. import OPS, deviceless
 from ..hardware import GPUS, Hardware
 from ..op import Case, Kernel, Op
-from . import command_line
+from . import command_line, compiled
 
 
 COLUMNS = (
     "op", "kernel", "case", "pass", "function", "registers", "spill_bytes", "shared_memory_bytes", "wgmma",
-    "mma_sync", "tcgen05", "cp_async", "wide_share", "device",
+    "mma_sync", "tcgen05", "cp_async", "wide_share", "machine_code", "device",
 )  # fmt: skip
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async\b",
@@ -57,30 +62,47 @@ def main() -> int:
     parser.add_argument("--kernel", metavar="NAME", help="only the kernel of this name, e.g. triton")
     parser.add_argument("--device", default="h200", metavar="|".join(GPUS), help="the GPU to compile for")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    parser.add_argument("--record", action="store_true", help="compile whole families for each GPU that is recorded")
     args = parser.parse_args()
     ops = command_line.choose_ops(parser, args, OPS)
     kernels = {name: None for op in ops for name in op.kernels}
     if args.kernel is not None and args.kernel not in kernels:
         parser.error(f"no kernel named {args.kernel!r}; choose from {', '.join(kernels)}.")
+    if args.record and (args.kernel or args.case):
+        parser.error("--record is of whole families: no --kernel, no --case.")
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "dump"
         dump_ptx_to(dump)
         try:
-            mesh = deviceless.mesh(args.device)
+            meshes = {gpu: deviceless.mesh(gpu) for gpu in (compiled.RECORDED if args.record else (args.device,))}
         except ValueError as error:
             parser.error(str(error))
-        rows = []
-        for op in ops:
-            for kernel, case in itertools.product(op.kernels, op.cases):
-                if op.kernels[kernel].external:
-                    continue
-                if args.kernel in (None, kernel) and args.case in (None, case):
-                    rows += _rows(op, kernel, case, args.device, mesh, dump)
+        of_op = lambda op: [row for gpu, mesh in meshes.items() for row in _rows_of(op, gpu, mesh, dump, args)]
+        rows = _recorded(ops, of_op, args) if args.record else [row for op in ops for row in of_op(op)]
     print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
     return int(any("error" in row for row in rows))
+
+
+def _recorded(ops: Sequence[Op], of_op: Callable[[Op], list[dict]], args: argparse.Namespace) -> list[dict]:
+    """Writes the rows of the families of `ops`; without names, of those whose record is not of today."""
+    rows = []
+    for name, family in compiled.families(OPS).items():
+        if any(op in ops for op in family) and (args.ops or not compiled.is_current(name, family)):
+            found = [row for op in family for row in of_op(op)]
+            compiled.write(name, family, [column for column in COLUMNS if column != "error"], found)
+            rows += found
+    return rows
+
+
+def _rows_of(op: Op, device: str, mesh: jax.sharding.Mesh, dump: Path, args: argparse.Namespace) -> list[dict]:
+    rows = []
+    for kernel, case in itertools.product(op.kernels, op.cases):
+        if args.kernel in (None, kernel) and args.case in (None, case) and not op.kernels[kernel].external:
+            rows += _rows(op, kernel, case, device, mesh, dump)
+    return rows
 
 
 def dump_ptx_to(folder: Path) -> None:
@@ -160,6 +182,7 @@ def _functions(prefix: str, dump: Path, arch: str) -> Iterator[dict]:
             "shared_memory_bytes": int(asked) + static,
             **{key: len(re.findall(pattern, text)) for key, pattern in INSTRUCTIONS.items()},
             "wide_share": _wide_share(machine),
+            "machine_code": _hash(machine),
         }
 
 
@@ -167,6 +190,12 @@ def _wide_share(machine: str) -> float | None:
     """Of the loads and stores of global memory in machine code, those of 128 bits; None where there are none."""
     moves = re.findall(r"\b(?:LDG|STG)\.\S*", machine)
     return round(sum(".128" in move for move in moves) / len(moves), 3) if moves else None
+
+
+def _hash(machine: str) -> str:
+    """Of the instructions of a disassembly alone, without addresses, names and tables; before it, how many."""
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*;)", machine)
+    return f"{len(instructions)}:{hashlib.sha256('\n'.join(instructions).encode()).hexdigest()[:12]}"
 
 
 def _output(command: list) -> str:
