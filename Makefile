@@ -9,13 +9,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless']))")
 
-.PHONY: help train test lint format gpu tune clean
+.PHONY: help train test lint format docs gpu tune clean
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
 	@echo "make test     install, all tests that need no GPU; kernels are compiled for an H200 too"
 	@echo "make lint     formatting, lint, types"
 	@echo "make format   write the formatting"
+	@echo "make docs     install, regenerate docs/architecture.md and docs/results.md, build the site: build/site/"
 	@echo "make gpu PYTHON=python3   on a GPU host, nothing installed: GPU tests, then benchmarks"
 	@echo "make tune PYTHON=python3  the same, before it: measures tile sizes, minutes a kernel and case"
 	@echo "make clean    remove .venv and runs/"
@@ -35,6 +36,12 @@ lint: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/installed-docs
+	$(BIN)/python docs/scripts/architecture.py
+	$(BIN)/python docs/scripts/results.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	@echo build/site/index.html
 
 gpu:
 	-$(PYTHON) -m kernels_pallas.build cuda
@@ -61,6 +68,10 @@ clean:
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev]"
 	$(PIP) --no-deps $(DEVICELESS)
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 comma := ,

@@ -4,9 +4,11 @@
     python train.py configs/digits.py --train.steps 200 --checkpoint.every 50 --run-dir runs/short
     python train.py configs/digits.py --help
 
-The run directory (default runs/<config name>) holds config.json, metrics.jsonl, events.jsonl, goodput.jsonl,
-tensorboard/, checkpoints/, samples/, and at the end eval.json and report.md. Where it holds a checkpoint the run goes
-on from there, bit for bit; options other than before are taken over and change what follows.
+`dito train CONFIG` runs the same main from an installed package. A CONFIG is a file, or the name of a built-in config.
+
+The run directory (default runs/<config name>) holds config.json, classes.json, metrics.jsonl, events.jsonl,
+goodput.jsonl, tensorboard/, checkpoints/, samples/, and at the end eval.json and report.md. A run directory that holds
+a checkpoint is resumed from it, bit for bit; changed options apply from there on.
 
 Several processes train one run where the environment says so (dito_jax/distributed.py); `dito supervise` starts them.
 Exit code 0: done. 2: the user's mistake, in one line. 75: asked to stop (SIGTERM, SIGUSR1, SIGINT) and saved. 86: hung.
@@ -19,7 +21,8 @@ import jax
 
 from dito_jax.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
 from dito_jax.checkpointing.retention import SaveClock
-from dito_jax.config import TrainConfig, check, to_json
+from dito_jax.config import TrainConfig, check, resolved, to_json
+from dito_jax.data import class_names
 from dito_jax.distributed import agree, index, join
 from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
@@ -28,21 +31,24 @@ from dito_jax.evaluation.sample import make_sampler
 from dito_jax.resilience.guard import Guard, step_back
 from dito_jax.resilience.services import Services, run_services
 from dito_jax.run import command_line
+from dito_jax.run.arguments import train_arguments
 from dito_jax.run.initialization import initial_state
+from dito_jax.run.loaded_run import CLASSES
 from dito_jax.run.recipe import Recipe, make_recipe
+from dito_jax.run.saved_run import sampled_ema
 from dito_jax.sharding import make_mesh
 from dito_jax.telemetry.logger import MetricsLogger
 from dito_jax.telemetry.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.telemetry.throughput import Throughput
 from dito_jax.training.compiling import compile_step, enable_compilation_cache
 from dito_jax.training.optimizer import learning_rate
-from dito_jax.training.program import Program
 from dito_jax.training.state import TrainState
 
 
 def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
     config, run = arguments
     join()
+    config = resolved(config)
     check(config, jax.device_count())
     enable_compilation_cache(command_line.cache_directory())
     mesh = make_mesh(config.mesh)
@@ -51,7 +57,7 @@ def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
         recipe = make_recipe(config, run, mesh)
         state = train(config, run, recipe, services)
         with services.ledger.phase("eval"):
-            finish(config, run, recipe.program, state)
+            finish(config, run, recipe, state)
 
 
 def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Services) -> TrainState:
@@ -73,6 +79,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     stream = batches_after(first)  # if a private run's ledger refuses it, nothing of it is written
     events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
     run.write_text("config.json", to_json(config))
+    run.write_json(CLASSES, class_names(source))
     command_line.say(
         f"{run.path}: {config.model.num_parameters():,} parameters, {len(source):,} training images, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, from step {first}"
@@ -113,12 +120,12 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
             guard.watch(number, measured)
             if config.guard.check_replicas_every and number % config.guard.check_replicas_every == 0:
                 guard.compare_replicas(number, state)
-            logger.note(measured)
+            logger.add(measured)
 
             last, stop = number == config.train.steps, services.preemption.requested(number)
             if number % config.train.log_every == 0 or last or stop:
                 guard.settle()
-                logger.tell(number)
+                logger.log(number)
             if clock.due(number) or last or stop:
                 with ledger.phase("save"):
                     faults.before_save(number)
@@ -140,13 +147,14 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     return state
 
 
-def finish(config: TrainConfig, run: RunDirectory, program: Program, state: TrainState) -> None:
+def finish(config: TrainConfig, run: RunDirectory, recipe: Recipe, state: TrainState) -> None:
     # --------------------------------------------------------------------------------------------- samples, evaluation
-    draw = make_sampler(program.graph, config.model, config.sample, config.loss.prediction)
+    graph = recipe.program.graph
+    draw = make_sampler(graph, config.model, config.sample, config.loss.prediction)
     figures = final_evaluation(
-        run, draw, command_line.sampled_ema(state, config), config.data.open("train"), config.data.open("validation"),
+        run, draw, sampled_ema(state, config), config.data.open("train"), recipe.validation,
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
-        load=make_load_meter(program.graph, config.model, seed=config.train.seed),
+        load=make_load_meter(graph, config.model, seed=config.train.seed),
         private=config.privacy.epsilon is not None,
     )  # fmt: skip
     if figures is not None:
@@ -157,4 +165,4 @@ def finish(config: TrainConfig, run: RunDirectory, program: Program, state: Trai
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: command_line.train_arguments(sys.argv[1:]), main)
+    command_line.run(lambda: train_arguments(sys.argv[1:]), main)

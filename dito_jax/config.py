@@ -1,23 +1,16 @@
 """One run's configuration: frozen dataclasses, each defined beside what it configures, joined here.
 
-A config file is Python, `configs/<model>_<size>_<data>.py`, with a function `config() -> TrainConfig`. A command line
-may change any field by its dotted name: `python train.py configs/digits.py --train.steps 200`. Every mistake is one
-line and exit code 2.
+A config file is Python, with a function `config() -> TrainConfig`. A command line may change any field by its dotted
+name (overrides.py): `dito train digits --train.steps 200`. Every mistake is one line and exit code 2.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import importlib.util
-import io
 import json
-import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from dito_jax.bundled import config_path
 from dito_jax.checkpointing.retention import CheckpointConfig
 from dito_jax.data import DigitsData, ImageFolderData, LatentsData, StrokesData
 from dito_jax.diffusion.loss import LossConfig
@@ -42,7 +35,7 @@ DataConfig = DigitsData | StrokesData | ImageFolderData | LatentsData
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run."""
+    """Everything that a run is made of; each section is described where it is defined."""
 
     model: DiTConfig
     data: DataConfig
@@ -57,59 +50,51 @@ class TrainConfig:
     privacy: PrivacyConfig = PrivacyConfig()
     sample: SampleConfig = SampleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    init_from: str | None = None  # a run directory: a new run begins as that one; experts begin as a dense one's MLPs
-    canaries: int = 0  # random pictures, each put into the training data by the toss of a coin, for an audit
+    # Warm start: the run directory whose EMA parameters this run starts from. The experts of a MoE-DiT can start from
+    # the MLPs of a dense DiT (sparse upcycling).
+    init_from: str | None = None
+    # Number of canaries: random images, each added to the training data with probability 1/2, for `dito privacy audit`.
+    canaries: int = 0
+    # Take model.image_shape and model.num_classes from the training data when the run starts. config.json then holds
+    # the values found.
+    infer_from_data: bool = False
 
 
-def load(path: str) -> TrainConfig:
-    """The TrainConfig of a config file."""
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(path, [str(p) for p in Path("configs").glob("*.py")], n=1, cutoff=0.3)
-        raise UserError(f"no config file {path!r}." + (f" Did you mean {near[0]}?" if near else ""))
+def load(config: str | Path) -> TrainConfig:
+    """The TrainConfig of a config file, given as a path or as the name of a built-in config ("digits").
+
+    Raises:
+      UserError: there is no such config, or its file does not give a TrainConfig.
+    """
+    path = config_path(str(config))
     spec = importlib.util.spec_from_file_location("config_file", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.config()
+        made = module.config()
     except Exception as error:  # whatever the user's own file does wrong
         raise UserError(f"{path}: {type(error).__name__}: {error}".replace("\n", " ")) from error
-    if not isinstance(config, TrainConfig):
-        raise UserError(f"{path}: config() returned {type(config).__name__}; wanted a dito_jax.config.TrainConfig.")
-    return config
+    if not isinstance(made, TrainConfig):
+        raise UserError(f"{path}: config() returned {type(made).__name__}; wanted a dito_jax.config.TrainConfig.")
+    return made
 
 
-def override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
-    """`config` with ["--train.steps", "200", "--mesh.fsdp=8"] applied; types are those of the fields."""
-    fields = leaves(config)
-    for name, values in _grouped(arguments):
-        if name not in fields:
-            leaf = name.split(".")[-1]
-            leaf = next((names[leaf] for names in RENAMED.values() if leaf in names), leaf)
-            near = difflib.get_close_matches(name, fields, n=1) or [
-                f for f in fields if difflib.get_close_matches(leaf, [f.split(".")[-1]], n=1)
-            ]
-            hint = f"did you mean --{near[0]} ({near[0].split('.')[-1]})?" if near else "--help lists all."
-            raise UserError(f"no option --{name}; {hint}")
-        config = _replaced(config, name.split("."), _parsed(name, fields[name], values))
-    return config
+def resolved(config: TrainConfig) -> TrainConfig:
+    """`config` with the model's image_shape and num_classes taken from the training data, if infer_from_data says so.
 
-
-def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Each option's dotted name and type: {"train.steps": int, ...}."""
-    found = {}
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= leaves(value, f"{prefix}{field.name}.")
-        else:
-            found[prefix + field.name] = hints[field.name]
-    return found
+    Raises:
+      UserError: the training data cannot be opened.
+    """
+    if not config.infer_from_data:
+        return config
+    source = config.data.open("train")
+    model = dataclasses.replace(config.model, image_shape=tuple(source.image_shape), num_classes=source.num_classes)
+    return dataclasses.replace(config, model=model, infer_from_data=False)
 
 
 def values(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Each option's dotted name and value."""
+    """The dotted name and the value of every field: {"train.steps": 1500, ...}."""
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -181,10 +166,10 @@ def from_json(text: str) -> TrainConfig:
             return tuple(node)
         if not isinstance(node, dict):
             return node
-        renamed = RENAMED.get(node["kind"], {})
-        fields: dict[str, Any] = {
-            renamed.get(name, name): built(value) for name, value in node.items() if name != "kind"
-        }
+        fields = {name: built(value) for name, value in node.items() if name != "kind"}
+        for old, new in RENAMED.get(node["kind"], {}).items():
+            if old in fields:
+                fields[new] = fields.pop(old)
         return _CLASSES[node["kind"]](**fields)
 
     try:
@@ -212,33 +197,3 @@ _CLASSES: dict[str, Any] = {
         DigitsData, StrokesData, ImageFolderData, LatentsData,
     )
 }  # fmt: skip
-
-
-def _grouped(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """--a 1 --b.c=2 3 -> [("a", ["1"]), ("b.c", ["2", "3"])]; dashes in names may stand for underscores."""
-    groups: list[tuple[str, list[str]]] = []
-    for token in arguments:
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            groups.append((name.replace("-", "_"), [value] if equals else []))
-        elif groups:
-            groups[-1][1].append(token)
-        else:
-            raise UserError(f"unexpected {token!r}; options are --name value, with the dotted name of a config field.")
-    return groups
-
-
-def _parsed(name: str, kind: Any, tokens: list[str]) -> Any:
-    """`tokens` as a value of type `kind`, read by tyro."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            return tyro.cli(kind, args=tokens)
-    except SystemExit:
-        wanted = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "")
-        raise UserError(f"--{name}: got {' '.join(tokens) or 'nothing'!r}; wanted {wanted}.") from None
-
-
-def _replaced(config: Any, path: list[str], value: Any) -> Any:
-    head, *rest = path
-    new = _replaced(getattr(config, head), rest, value) if rest else value
-    return dataclasses.replace(config, **{head: new})

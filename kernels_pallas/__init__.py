@@ -1,4 +1,4 @@
-"""Accelerated operations for JAX on GPUs: each has a definition, kernels, a cost model, and named cases."""
+"""JAX operations with Pallas GPU kernels; each has a reference implementation, a cost model and named cases."""
 
 from .attention import (
     FLASH_ATTENTION as FLASH_ATTENTION,
@@ -65,7 +65,7 @@ from .randomness import SECURE_NORMAL as SECURE_NORMAL, secure_normal as secure_
 from .rotary import QK_NORM_ROPE as QK_NORM_ROPE, Rotation as Rotation, qk_norm_rope as qk_norm_rope
 
 
-# What tests, bench, tune and inspect run over.
+# All operations: the tests and the commands bench, tune and inspect iterate over them.
 OPS = (
     FLASH_ATTENTION, FLASH_ATTENTION_TANGENT, DECODE_ATTENTION, PAGED_DECODE_ATTENTION, MODULATED_NORM,
     GATED_RESIDUAL_NORM, QK_NORM_ROPE, GATED_MLP, DENSE_MLP, DISPATCH, COMBINE, GROUPED_MATMUL, EXPERT_MLP,

@@ -1,4 +1,4 @@
-"""What the device at hand, or the one compiled for, can run."""
+"""The target device (the one in use, or the one compiled for) and which kernels it supports."""
 
 import contextlib
 import contextvars
@@ -18,7 +18,7 @@ _INTERPRET = contextvars.ContextVar("interpret", default=False)
 
 @contextlib.contextmanager
 def interpret_mode():
-    """Runs Pallas kernels as plain JAX, so that a CPU can check their arithmetic."""
+    """Runs Pallas kernels in interpret mode inside this context, so that tests can check them on a CPU."""
     token = _INTERPRET.set(True)
     try:
         yield
@@ -27,13 +27,13 @@ def interpret_mode():
 
 
 def interpret() -> bool:
-    """Whether `interpret_mode` is in force; what kernels pass to `pallas_call`."""
+    """Whether `interpret_mode` is active; kernels pass this to `pallas_call`."""
     return _INTERPRET.get()
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The device that code traced now will run on."""
+    """The device that the code being traced will run on."""
 
     platform: str  # "cpu", "gpu", "tpu"
     kind: str  # as JAX prints it, e.g. "NVIDIA H200"
@@ -41,7 +41,7 @@ class Target:
 
 
 def target() -> Target:
-    """The device of the mesh in force, which may be compile-only; else JAX's default device."""
+    """The device of the current mesh (which may be compile-only); without a mesh, JAX's default device."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         platform, kind = abstract.platform or "cpu", abstract.device_kind
@@ -56,22 +56,21 @@ def target() -> Target:
 
 
 def why_not_triton() -> str | None:
-    """None where Pallas-Triton kernels run: interpret mode, or an NVIDIA GPU since Ampere."""
+    """None if Pallas-Triton kernels run: in interpret mode, or on an NVIDIA GPU of Ampere or later. Else the reason."""
     if interpret():
         return None
     device = target()
     if device.platform != "gpu":
         return f"needs an NVIDIA GPU, got {device.kind}"
     if device.capability is None or device.capability < 8.0:
-        return f"needs compute capability 8.0, got {device.capability} ({device.kind})"
+        return f"needs compute capability 8.0 or higher, got {device.capability} ({device.kind})"
     return None
 
 
 def settle_platform() -> None:
-    """Chooses the CPU, in one line, where CUDA wheels are installed and no NVIDIA GPU is there.
+    """Selects the CPU, and says so in one line on stderr, if CUDA wheels are installed but there is no NVIDIA GPU.
 
-    Every command calls it first: without it JAX's plug-in prints a traceback about libraries that the machine cannot
-    use.
+    Every command calls this first. Otherwise JAX's CUDA plug-in prints a traceback about missing libraries.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
     if gpu_present() or not cuda_wheels_installed():
@@ -79,16 +78,16 @@ def settle_platform() -> None:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the compiler works without cuDNN
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
-        print("No NVIDIA GPU here: the CUDA wheels only compile, the CPU runs.", file=sys.stderr)
+        print("No NVIDIA GPU found: running on the CPU; the CUDA wheels are only used to compile.", file=sys.stderr)
 
 
 def cuda_wheels_installed() -> bool:
-    """Whether JAX's plug-in for CUDA 13 is there, for a GPU or only to compile for one."""
-    plugins = importlib.util.find_spec("jax_plugins")  # a folder that any plug-in makes; none on a plain CPU
+    """Whether JAX's CUDA 13 plug-in is installed, to run on a GPU or only to compile for one."""
+    plugins = importlib.util.find_spec("jax_plugins")  # the folder exists only if some plug-in is installed
     folders = plugins.submodule_search_locations if plugins else None
     return any(Path(folder, "xla_cuda13").is_dir() for folder in folders or ())
 
 
 def gpu_present() -> bool:
-    """Whether the NVIDIA driver shows a device (Linux, or Windows' Linux subsystem)."""
+    """Whether the NVIDIA driver exposes a device (on Linux, or in the Windows Subsystem for Linux)."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()

@@ -1,9 +1,8 @@
-"""`python -m kernels_pallas.build`: the command in ffi/build.py."""
+"""`python -m kernels_pallas.build`: compiles the FFI custom calls; the code is in ffi/build.py."""
 
-import sys
-
+from .bench import command_line
 from .ffi.build import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("build", main)

@@ -1,7 +1,8 @@
-"""Compile-only NVIDIA GPUs: XLA's CUDA compiler with no GPU in the machine.
+"""AOT compilation for NVIDIA GPUs on a machine without a GPU: compile-only devices of XLA's CUDA compiler.
 
-Needs the `deviceless` extra (the CUDA plug-in and the compiler's own wheels; no driver, no cuDNN). What it proves:
-the kernel lowers, passes Triton, LLVM and ptxas, and fits; what it does not: that it is right, or fast.
+This needs the `deviceless` extra (JAX's CUDA plug-in and the compiler's wheels; no driver, no cuDNN). It shows that a
+kernel lowers, compiles with Triton, LLVM and ptxas, and fits in registers and shared memory. It does not show that the
+kernel is correct or fast.
 """
 
 import functools
@@ -18,7 +19,7 @@ from .hardware import GPUS
 
 
 def why_not() -> str | None:
-    """None where the wheels are installed, else what to install."""
+    """None if the compiler's wheels are installed, else what to install."""
     if not backend.cuda_wheels_installed() or not all(compiler(t).exists() for t in ("ptxas", "nvdisasm")):
         return "needs the CUDA compiler wheels: pip install -e '.[deviceless]'"
     return None
@@ -26,17 +27,17 @@ def why_not() -> str | None:
 
 @functools.cache
 def devices(name: str, count: int = 1) -> np.ndarray:
-    """`count` compile-only devices of the GPU called `name` in hardware.GPUS, as one host holds them.
+    """`count` compile-only devices on one host, of the GPU called `name` in hardware.GPUS.
 
     Raises:
-      ValueError: the GPU is not one we name, or the wheels are missing.
+      ValueError: the GPU is not in hardware.GPUS, or the wheels are missing.
     """
     if name not in GPUS:
         raise ValueError(f"no GPU named {name!r}; choose from {', '.join(GPUS)}.")
     if reason := why_not():
         raise ValueError(f"cannot compile for {name!r}: {reason}.")
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # read when the plug-ins load, which is
-    jax.devices()  # here, unless the process has touched a device before
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # JAX reads it when the plug-ins are loaded,
+    jax.devices()  # which happens here unless the process has used a device before
     description = topologies.get_topology_desc(
         platform="cuda",
         topology_name=name,
@@ -47,12 +48,12 @@ def devices(name: str, count: int = 1) -> np.ndarray:
 
 
 def mesh(name: str) -> jax.sharding.Mesh:
-    """One compile-only device as a mesh; Pallas reads the GPU to compile for off the mesh in force."""
+    """A mesh of one compile-only device. Pallas compiles for the GPU of the current mesh."""
     return jax.sharding.Mesh(devices(name), ("device",))
 
 
 def compiler(tool: str) -> Path:
-    """NVIDIA's "ptxas" or "nvdisasm", from its wheel."""
+    """The path of NVIDIA's "ptxas" or "nvdisasm" in its wheel."""
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or []) if spec else []
     found = [p for root in roots for p in Path(root).glob(f"cu13/bin/{tool}")]

@@ -1,6 +1,7 @@
-"""Peak rates of the GPUs we name, dense (no sparsity), and the facts that let XLA compile for one that is absent.
+"""Specifications of known GPUs: dense peak rates, and the device description that XLA needs to cross-compile.
 
-Rates are of the vendor's data sheets, named in `source`. Data sheets print sparse tensor-core rates: halved here.
+Rates are from the vendor's data sheets, named in `source`. Data sheets print tensor-core rates with sparsity; the rates
+here are half of those.
 """
 
 import dataclasses
@@ -8,18 +9,18 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One GPU: what it can reach at most, and what a compiler must know of it."""
+    """One GPU: its peak rates and the properties that the compiler needs."""
 
-    name: str  # what a command line says: "h200"
-    device_kind: str  # what JAX says
+    name: str  # the name on the command line: "h200"
+    device_kind: str  # JAX's name
     capability: float  # CUDA compute capability
-    arch: str  # ptxas' name for it, with its architecture-specific instructions
-    flops: dict[str, float]  # dense flop/s by dtype; float32 is the plain (not TF32) rate
+    arch: str  # the ptxas target, with architecture-specific instructions ("sm_90a")
+    flops: dict[str, float]  # dense flop/s by dtype; float32 is the rate of the CUDA cores, not of TF32
     bandwidth: float  # bytes/s of device memory
     memory: int  # bytes of device memory
     cores: int  # streaming multiprocessors
     clock_ghz: float
-    shared_memory: int  # bytes one block may ask for
+    shared_memory: int  # the most bytes a thread block can use
     l2_cache: int  # bytes
     source: str
 
@@ -77,5 +78,5 @@ GPUS = {gpu.name: gpu for gpu in (H200, H100, A100, B200)}
 
 
 def by_device_kind(kind: str) -> Hardware | None:
-    """The GPU that JAX calls `kind`; None if it is not named here, and then no peak is claimed."""
+    """The GPU whose JAX device kind is `kind`; None if it is not listed here (then no peak rate is reported)."""
     return next((gpu for gpu in GPUS.values() if gpu.device_kind == kind), None)

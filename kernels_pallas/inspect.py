@@ -1,9 +1,8 @@
-"""`python -m kernels_pallas.inspect`: the command in bench/inspect.py."""
+"""`python -m kernels_pallas.inspect`: cross-compiles kernels, reports registers and spills; see bench/inspect.py."""
 
-import sys
-
+from .bench import command_line
 from .bench.inspect import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("inspect", main)

@@ -1,8 +1,7 @@
-"""What was measured: the committed results/<device>.csv, and whether they are of today's source.
+"""The committed benchmark results, results/<device>.csv, and whether they were measured with the current source.
 
-A row is one op, case, implementation and pass on one device. `digest` ties it to the source of its family; a row
-whose digest is not today's still ranks implementations, and `python -m kernels_pallas.bench --stale` asks for it to
-be measured again.
+A row is one op, case, implementation and pass on one device. Its `digest` identifies the source of the op's family. A
+row with an old digest still ranks implementations; `python -m kernels_pallas.bench --stale` lists it as out of date.
 """
 
 import ast
@@ -26,7 +25,7 @@ COLUMNS: tuple[str, ...] = (
 
 @functools.cache
 def rows(device: str) -> tuple[dict[str, str], ...]:
-    """Every committed row of a device kind, e.g. "NVIDIA H200"; none if it was never measured."""
+    """All committed rows of a device kind, e.g. "NVIDIA H200"; empty if the device has no results."""
     path = csv_path(device)
     if not path.exists():
         return ()
@@ -45,13 +44,13 @@ def family(op) -> Path:
 
 
 def digest(op, more: Iterable[Path | str] = ()) -> str:
-    """Twelve hex digits that change with the code of the op's family, or of what all kernels of a road share.
+    """Twelve hex digits that change with the code of the op's family or with the code that all families share.
 
-    Sources of custom calls are shared by the families that have one of their library. Comments, docstrings and the
-    format of Python code do not count.
+    The sources of custom calls count for the families that have a custom call. Comments, docstrings and formatting of
+    Python code do not count.
 
     Args:
-      more: files and words that count too.
+      more: further files, and text, that the digest depends on.
     """
     package, text = Path(__file__).parent, hashlib.sha256()
     shared = sorted((package / "pallas").glob("*.py"))
@@ -59,13 +58,12 @@ def digest(op, more: Iterable[Path | str] = ()) -> str:
         if (family(op) / road).exists():
             shared += sorted(path for path in (package / folder).iterdir() if path.is_file())
     for part in [*sorted(family(op).glob("*.py")), *shared, *more]:
-        words = (part.name.encode(), _said(part)) if isinstance(part, Path) else (part.encode(),)
-        text.update(b"\0".join(words) + b"\0")
+        content = (part.name.encode(), _content(part)) if isinstance(part, Path) else (part.encode(),)
+        text.update(b"\0".join(content) + b"\0")
     return text.hexdigest()[:12]
 
 
-def _said(path: Path) -> bytes:
-    """What a file says to a compiler."""
+def _content(path: Path) -> bytes:
     return _code(path.read_bytes()) if path.suffix == ".py" else path.read_bytes()
 
 
@@ -75,7 +73,7 @@ def _code(source: bytes) -> bytes:
 
 
 def _tree(node):
-    """A syntax tree as tuples, without docstrings and empty fields: the same in every version of Python."""
+    """A syntax tree as nested tuples without docstrings and empty fields, which is the same in all Python versions."""
     if isinstance(node, list):
         return [_tree(item) for item in node]
     if not isinstance(node, ast.AST):
@@ -87,7 +85,7 @@ def _tree(node):
 
 
 def fastest(op, names: list[str], arrays, static) -> str | None:
-    """Which of `names` took least time, its passes added up, at exactly these shapes; None if not measured."""
+    """The one of `names` with the least time, summed over its passes, at exactly these shapes; None if not measured."""
     device = backend.target().kind
     if not rows(device) or (case := op.case_named(arrays, static)) is None:
         return None
@@ -100,9 +98,9 @@ def fastest(op, names: list[str], arrays, static) -> str | None:
 
 
 def passed(op, implementation: str) -> bool:
-    """Whether this device's results hold today's source of an implementation to others', and it was never wrong.
+    """Whether this device's results of the current source have an "ok" row of the implementation and no failed one.
 
-    A row that is "unchecked", for nobody else could do that size, says neither.
+    An "unchecked" row, for which there was no reference to compare with, counts as neither.
     """
     today = digest(op)
     key = lambda row: (row["op"], row["implementation"], row["digest"])

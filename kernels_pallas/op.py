@@ -1,8 +1,8 @@
-"""What every kernel family is made of, and how one of its implementations is picked.
+"""The `Op` table of an operation (reference, kernels, cost model, cases) and the choice of its implementation.
 
-An `Op` is a table, not a base class: the reference that defines the answer, the kernels that compute it faster, the
-work it cannot avoid, and the named cases that tests, benchmarks and the inspector run. A new kernel is one file and
-one line in it.
+An `Op` is a table, not a base class. It holds the reference implementation, which defines the result; the kernel
+implementations; a cost model, the minimum work of each pass; and named cases, the problem sizes that tests, benchmarks
+and `inspect` run. A new kernel implementation is one file and one entry in the table.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from . import measured
+from . import backend, measured
 
 
 log = logging.getLogger("kernels_pallas")
@@ -25,18 +25,18 @@ PASSES = ("forward", "backward")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Work one pass cannot avoid: its arithmetic, one read of each input, one write of each output."""
+    """The minimum work of one pass: its arithmetic, one read of each input and one write of each output."""
 
     flops: int  # a multiply-add is 2
     bytes: int
     transcendentals: int = 0
 
     def seconds(self, peak_flops: float, bandwidth: float) -> float:
-        """Roofline: no run is shorter. `peak_flops` in flop/s, `bandwidth` in bytes/s."""
+        """The roofline bound, in seconds: no run is shorter. `peak_flops` is in flop/s, `bandwidth` in bytes/s."""
         return max(self.flops / peak_flops, self.bytes / bandwidth)
 
     def estimate(self) -> pl.CostEstimate:
-        """The same figures as XLA's scheduler wants them."""
+        """The same figures as the cost estimate that XLA's scheduler reads."""
         return pl.CostEstimate(
             flops=self.flops,
             bytes_accessed=self.bytes,
@@ -46,20 +46,20 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One named problem size: `arrays` are shapes, `static` keyword options, `origin` the model it comes from.
+    """One named problem size: `arrays` are shapes, `static` the keyword options, `origin` the model it comes from.
 
-    As with the arrays of any op, an entry may be a tree of them, and None where an optional one is left out.
+    As for the arrays of any op, an entry of `arrays` may be a pytree; it is None where an optional array is omitted.
     """
 
     arrays: tuple[Any, ...]
     static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origin: str = ""
     tiny: bool = False  # small enough for interpret mode on a CPU
-    make: Callable[[jax.Array], tuple[Any, ...]] | None = None  # where values matter
-    huge: bool = False  # too large for the definition, even on a GPU: only `bench` runs it, beside a library
+    make: Callable[[jax.Array], tuple[Any, ...]] | None = None  # makes the inputs, where random values do not do
+    huge: bool = False  # too large for the reference even on a GPU: only `bench` runs it, checked against a baseline
 
     def random(self, key: jax.Array) -> tuple[Any, ...]:
-        """Fresh inputs: standard normal, unless the case makes its own."""
+        """Random inputs: standard normal, unless the case has its own `make`."""
         if self.make is not None:
             return self.make(key)
         shapes, tree = jax.tree.flatten(self.arrays)
@@ -70,45 +70,47 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A forward and backward pair.
+    """One kernel implementation of an op: a forward and a backward function.
 
     forward(*arrays, **static) -> (out, residuals)
-    backward(residuals, d_out, **static) -> one cotangent for each array, None for integers
-    unsupported(*arrays, **static) -> None, or why these arguments cannot run here
+    backward(residuals, d_out, **static) -> one cotangent for each array, None for integer arrays
+    unsupported(*arrays, **static) -> None, or the reason why this implementation cannot run these arguments here
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     unsupported: Callable[..., str | None]
-    external: bool = False  # somebody else's: nothing here to interpret or to inspect
-    # What `tune` tries for each GPU function that asks `tuning.blocks`, by its full name:
+    external: bool = False  # from another library or a custom call: it cannot be interpreted or inspected
+    # The search space of `tune` for each GPU function that calls `tuning.blocks`, by the function's full name:
     # (default, *, dtype, width, mask, size) -> configs of the default's class.
     candidates: Mapping[str, Callable[..., Iterable[Any]]] = dataclasses.field(default_factory=dict)
-    needs_gpu_proof: bool = False  # chosen only on a device with a passing run of today's source in results/
+    # Chosen automatically only on a device for which results/ holds a passing run of the current source.
+    needs_gpu_proof: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One operation and everything that computes it."""
+    """One operation: its reference, its kernel implementations, its cost model and its cases."""
 
     name: str
-    reference: Callable[..., Any]  # the definition; also implementation="xla"
-    kernels: Mapping[str, Kernel]  # fastest first, where nothing was measured
-    cost: Mapping[str, Callable[..., Cost]]  # one function a pass
+    reference: Callable[..., Any]  # defines the result; also implementation="xla"
+    kernels: Mapping[str, Kernel]  # in the order of preference where nothing was measured
+    cost: Mapping[str, Callable[..., Cost]]  # one function per pass
     cases: dict[str, Case]
-    sweep: dict[str, Case] = dataclasses.field(default_factory=dict)  # more sizes for `bench` alone
+    sweep: dict[str, Case] = dataclasses.field(default_factory=dict)  # additional sizes for `bench --sweep`
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """ "forward", and "backward" where it has a cost of its own: decoding has none."""
+        """ "forward", and "backward" if the cost model has it. Decoding has no backward pass of its own."""
         return tuple(self.cost)
 
     def __call__(self, *arrays, implementation: str | None = None, **static):
-        """Runs `implementation`, or the one that `choose` names.
+        """Runs `implementation`, or the one that `choose` returns if it is None.
 
         Raises:
           ValueError: there is no implementation of that name.
-          NotImplementedError: it cannot run these arguments here; the message says why and what can.
+          NotImplementedError: the implementation cannot run these arguments here; the message gives the reason and
+            the implementations that can.
         """
         if implementation is None:
             implementation = self.choose(*arrays, **static)
@@ -121,31 +123,39 @@ class Op:
         if reason := kernel.unsupported(*arrays, **static):
             others = ", ".join(self.runnable(*arrays, **static))
             raise NotImplementedError(
-                f"{self.name}: {implementation=} cannot run here: {reason}. Leave it None, or choose from: {others}."
+                f"{self.name}: {implementation=} cannot run here: {reason}. Use implementation=None, or choose from: "
+                f"{others}."
             )
         return differentiable(kernel, **static)(*arrays)
 
     def runnable(self, *arrays, **static) -> list[str]:
-        """Names of what can run these arguments here, in the table's order, "xla" last."""
+        """The names of the implementations that can run these arguments here, in the table's order, "xla" last."""
         names = [n for n, k in self.kernels.items() if not k.unsupported(*arrays, **static)]
         return [*names, "xla"]
 
     def choose(self, *arrays, **static) -> str:
-        """The fastest by this device's shipped measurements; without one, the table's first that runs."""
+        """The implementation that was fastest in this device's committed benchmarks, else the first one that runs.
+
+        On a GPU each implementation that is passed over is logged once with its reason; elsewhere one line says that
+        the XLA implementations are used.
+        """
         names = []
         for name, kernel in self.kernels.items():
             reason = kernel.unsupported(*arrays, **static)
             if reason is None and kernel.needs_gpu_proof and not measured.passed(self, name):
-                reason = "results/ has no passing run of today's source on this device; it runs by its name"
+                reason = (
+                    "results/ has no passing run of the current source on this device; "
+                    f"implementation={name!r} selects it"
+                )
             if reason is None:
                 names.append(name)
             else:
-                _log_once(f"{self.name}: not using {name}: {reason}.")
+                _log_refusal(f"{self.name}: not using {name}: {reason}.")
         names.append("xla")
         return measured.fastest(self, names, arrays, static) or names[0]
 
     def case_named(self, arrays, static) -> str | None:
-        """The name of the case with these shapes, dtypes and options, if there is one."""
+        """The name of the case with these shapes, dtypes and options, or None."""
         wanted = _signature(arrays, static)
         for name, case in (self.cases | self.sweep).items():
             if _signature(case.arrays, case.static) == wanted:
@@ -154,7 +164,7 @@ class Op:
 
 
 def differentiable(kernel: Kernel, **static) -> Callable[..., Any]:
-    """One function of arrays whose gradient is the kernel's own backward: the only custom_vjp in the package."""
+    """A differentiable function whose gradient is the kernel's own backward. Every kernel gets its custom_vjp here."""
 
     @jax.custom_vjp
     def call(*arrays):
@@ -174,6 +184,16 @@ def _signature(arrays, static):
     leaves, tree = jax.tree.flatten(arrays)
     shapes = tuple((a.shape, jnp.dtype(a.dtype).name) for a in leaves)
     return shapes, tree, tuple(sorted((k, v) for k, v in static.items() if v is not None))
+
+
+def _log_refusal(message: str) -> None:
+    """Logs why an implementation is not used: each reason once on a GPU, one line for all of them elsewhere."""
+    device = backend.target()
+    if device.platform == "gpu" or backend.interpret():
+        _log_once(message)
+    else:
+        _log_once(f"{device.platform.upper()}: using XLA implementations (the GPU kernels need an NVIDIA GPU).")
+        log.debug(message)
 
 
 @functools.cache

@@ -1,9 +1,8 @@
-"""`python -m kernels_pallas.tune`: the command in bench/tune.py."""
+"""`python -m kernels_pallas.tune`: autotunes block sizes; the code is in bench/tune.py."""
 
-import sys
-
+from .bench import command_line
 from .bench.tune import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("tune", main)

@@ -1,15 +1,14 @@
-"""Which block sizes a kernel takes: those that were measured to be fastest, else its family's default.
+"""Look-up of the block sizes of a kernel: those that autotuning found to be fastest, else the family's default.
 
-A kernel asks `blocks` when it is traced. The first of these that there is decides:
-  1. what `trying` holds: a search, or a test, at work;
+A kernel calls `blocks` when it is traced. The first of these sources that exists is used:
+  1. `trying`, which a search or a test sets;
   2. the user's own file: the one that DITO_TUNED names, else ~/.cache/dito_jax/tuned/<device>.json;
-  3. the shipped tuned/<device>.json;
-  4. in both, the entry of the nearest size, which the log says once;
+  3. the committed file tuned/<device>.json;
+  4. the entry of the nearest size in these files, which is logged once;
   5. the default.
 
-`python -m kernels_pallas.tune` searches and writes such files. A file that cannot be read, or that says what this
-version does not know, is one line in the log and is not used: training goes on with what is left. A change to a file
-counts from the next process on.
+`python -m kernels_pallas.tune` searches and writes these files. A file that cannot be read, or an entry that this
+version does not know, is logged in one line and ignored. A change to a file takes effect in the next process.
 """
 
 import contextlib
@@ -40,12 +39,12 @@ FIELDS = (
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Key:
-    """What an entry is for."""
+    """The key of an entry: a kernel and a class of problems."""
 
-    kernel: str  # in full: "flash_attention_forward.triton"
+    kernel: str  # the full name: "flash_attention_forward.triton"
     dtype: str
     width: int
-    mask: str  # its class: "none", "causal", "unified", ...
+    mask: str  # the kind of mask: "none", "causal", "unified", ...; other kernels put other properties here
     size: int  # the power of two nearest to the length
 
     def __str__(self) -> str:
@@ -57,13 +56,13 @@ _LISTENER: contextvars.ContextVar[dict[Key, Any] | None] = contextvars.ContextVa
 
 
 def blocks[Blocks](kernel: str, default: Blocks, *, dtype, width: int, mask: str, size: int) -> Blocks:
-    """The block sizes of one kernel for one problem; `default` where nothing better is known.
+    """The block sizes of one kernel for one problem; `default` if the kernel has not been tuned.
 
     Args:
-      kernel: its full name, "<name of the GPU function>.<road>".
-      default: a frozen dataclass; what is returned is one of the same class.
-      mask: the mask's class, "none" without one.
-      size: the length that decides; sizes of one power of two share an entry.
+      kernel: the full name, "<name of the GPU function>.<implementation>".
+      default: a frozen dataclass; the result is an instance of the same class.
+      mask: the kind of mask, "none" without a mask.
+      size: the length that the choice depends on; sizes that round to one power of two share an entry.
     """
     key = Key(kernel, jnp.dtype(dtype).name, width, mask, bucket(size))
     if (listener := _LISTENER.get()) is not None:
@@ -83,13 +82,13 @@ def blocks[Blocks](kernel: str, default: Blocks, *, dtype, width: int, mask: str
 
 
 def bucket(size: int) -> int:
-    """The power of two nearest to a length, by ratio."""
+    """The power of two nearest to a length on a logarithmic scale."""
     return 2 ** round(math.log2(max(size, 1)))
 
 
 @contextlib.contextmanager
 def trying(kernel: str, config: Any) -> Iterator[None]:
-    """Gives `kernel` these blocks, whatever is known. It counts for what is traced inside."""
+    """Makes `blocks` return `config` for this kernel in code that is traced inside the context."""
     token = _TRYING.set({**_TRYING.get(), kernel: config})
     try:
         yield
@@ -99,7 +98,7 @@ def trying(kernel: str, config: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[dict[Key, Any]]:
-    """A dict that takes each key that `blocks` is asked for inside, and the default it was asked with."""
+    """Records every call of `blocks` inside the context: a dict from the key to the default of the call."""
     asked: dict[Key, Any] = {}
     token = _LISTENER.set(asked)
     try:
@@ -114,7 +113,7 @@ def shipped_path(device: str) -> Path:
 
 
 def user_path(device: str) -> Path:
-    """The file that DITO_TUNED names, whose entries may be of several devices, else one a device in ~/.cache."""
+    """The file that DITO_TUNED names, which may hold several devices, else the device's own file in ~/.cache."""
     if named := _named_file():
         return named
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -127,35 +126,35 @@ def _named_file() -> Path | None:
 
 
 def load(path: Path) -> dict[Key, dict[str, Any]]:
-    """Every entry of a file; none where there is no file.
+    """All entries of a file; empty if there is no file.
 
     Raises:
-      ValueError: it is no such file; the message says where, what, and what to do.
+      ValueError: it is not a file of tuned block sizes; the message has the path, the problem and the remedy.
     """
     if not path.exists():
         return {}
-    cure = "delete it, or write it anew with python -m kernels_pallas.tune"
+    cure = "delete it, or write a new one with python -m kernels_pallas.tune"
     try:
         entries = json.loads(path.read_text())["entries"]
         for entry in entries:
             if wrong := sorted(set(entry) ^ set(FIELDS)):
-                raise ValueError(f"an entry has not exactly the fields of this version: {', '.join(wrong)}")
+                raise ValueError(f"an entry has missing or unknown fields: {', '.join(wrong)}")
             if (
                 any(type(entry[name]) is not wanted for name, wanted in Key.__annotations__.items())
                 or entry["size"] < 1
             ):
-                raise ValueError(f"an entry's key is none: {', '.join(str(entry[name]) for name in KEY)}")
+                raise ValueError(f"an entry has an invalid key: {', '.join(str(entry[name]) for name in KEY)}")
         return {Key(**{name: entry[name] for name in KEY}): entry for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"no list of entries ({error!r})" if isinstance(error, KeyError | TypeError) else str(error)
-        raise ValueError(f"{path}: not a file of tuned blocks: {what.partition('\n')[0]}; {cure}.") from None
+        what = f"it has no list of entries ({error!r})" if isinstance(error, KeyError | TypeError) else str(error)
+        raise ValueError(f"{path}: not a file of tuned block sizes: {what.partition('\n')[0]}; {cure}.") from None
 
 
 def save(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Puts entries in a file, in place of those with their keys, all at once.
+    """Writes entries to a file atomically; they replace the file's entries of the same keys.
 
     Raises:
-      ValueError: what is there is no file of tuned blocks.
+      ValueError: the existing file is not a file of tuned block sizes.
     """
     merged = load(path) | {Key(**{name: entry[name] for name in KEY}): entry for entry in entries}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,9 +165,9 @@ def save(path: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _known(device: str) -> dict[Key, tuple[Path, dict[str, Any]]]:
-    """What both files say of a device, and which of them: the user's entries over the shipped ones."""
+    """The entries of a device, each with its file: the user's entries take precedence over the committed ones."""
     if (named := _named_file()) is not None and not named.exists():
-        _log_once(f"DITO_TUNED names {named}, which is not there. It is not used.")
+        _log_once(f"DITO_TUNED names {named}, which does not exist. It is ignored.")
     return {
         key: (path, entry)
         for path in (shipped_path(device), user_path(device))
@@ -182,17 +181,17 @@ def _read(path: Path) -> dict[Key, dict[str, Any]]:
     try:
         return load(path)
     except ValueError as error:
-        _log_once(f"{error} It is not used.")
+        _log_once(f"{error} It is ignored.")
         return {}
 
 
 def _rebuilt[Blocks](default: Blocks, path: Path, entry: dict[str, Any]) -> Blocks | None:
-    """The entry's config as an instance of the default's class; None, and a line in the log, where it is not one."""
+    """The entry's config as an instance of the default's class; None, logged in one line, if its fields do not fit."""
     fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}  # pyright: ignore
     config = entry["config"]
     if not isinstance(config, dict) or any(type(v) is not type(fields.get(name)) for name, v in config.items()):
         wanted = ", ".join(f"{name}: {type(value).__name__}" for name, value in fields.items())
-        _log_once(f"{path}: {entry['kernel']}: want a config of {wanted}, got {config}. It is not used; tune it again.")
+        _log_once(f"{path}: {entry['kernel']}: wanted a config of {wanted}, got {config}. It is ignored; tune again.")
         return None
     return dataclasses.replace(default, **config)  # pyright: ignore
 

@@ -1,6 +1,8 @@
-"""The rules of the house: who may import whom, and how long a file or a function may be."""
+"""The architecture rules: which module may import which, how long files and functions may be, generated pages."""
 
 import ast
+import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,36 +12,37 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [p for package in ("kernels_pallas", "dito_jax", "configs") for p in sorted((ROOT / package).rglob("*.py"))]
-SOURCES.append(ROOT / "train.py")
+SOURCES += [ROOT / "train.py", *sorted((ROOT / "docs").rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # A layer may import those below it, and its own neighbours.
 LAYERS = (
     {"__main__", "cli", "run"},
-    {"config"},
+    {"config", "overrides"},
     {"resilience", "privacy", "evaluation", "planning", "interop"},
     {"telemetry", "checkpointing"},
     {"training"},
     {"models", "diffusion", "data"},
     {"layers"},
     {"sharding", "distributed"},
-    {"dims", "errors"},
+    {"dims", "errors", "bundled", "version"},
 )
-DATA = {"mask", "rotation", "routing", "segments"}  # what a family's functions take beside arrays
-PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # what a family's kernels share
-ROADS = {
+DATA = {"mask", "rotation", "routing", "segments"}  # data types that a family's functions take beside arrays
+PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # shared code of a family's kernels
+IMPLEMENTATIONS = {
     "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},
     "mosaic_gpu": {"mosaic_gpu", "mosaic_gpu_backward", "mosaic_gpu_mlp"},
     "others": {"cudnn", "ffi", "cutlass"},
 }
-KERNELS = set().union(*ROADS.values())
+KERNELS = set().union(*IMPLEMENTATIONS.values())
 
 
 FAMILY_MAY_IMPORT = {  # inside a kernel family
     "api": {"reference", "cost", "cases"} | PARTS | KERNELS,
     "jvp": {"api", "reference", "cost", "cases"} | PARTS | KERNELS,
-    **{kernel: {"cost"} | PARTS | road - {kernel} for road in ROADS.values() for kernel in road},
-    **{kernel: {"cost"} | PARTS | KERNELS for kernel in ROADS["mosaic_gpu"] | {"cutlass"}},  # the rest is Triton's
+    **{kernel: {"cost"} | PARTS | files - {kernel} for files in IMPLEMENTATIONS.values() for kernel in files},
+    # These use Triton kernels for the passes that they do not have themselves.
+    **{kernel: {"cost"} | PARTS | KERNELS for kernel in IMPLEMENTATIONS["mosaic_gpu"] | {"cutlass"}},
     **{part: PARTS - {part} for part in PARTS},
     "reference": DATA,
     "cost": DATA,
@@ -51,7 +54,7 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
 FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend", "tuning", "hardware", "ffi", "pallas"}
 FAMILIES = {p.parent.name for p in (ROOT / "kernels_pallas").glob("*/reference.py")}
 KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
-PEERS = {"tokamax", "torch"}  # what bench times beside ours; the files of peers know them, inside functions
+PEERS = {"tokamax", "torch"}  # the libraries of bench's baselines; only bench/peers imports them, inside functions
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -86,19 +89,19 @@ def _kernel_rule(path: Path, module: list[str]) -> str | None:
     if module[0] != "kernels_pallas":
         allowed = KERNEL_LIBRARIES | _guests(path)
         known = module[0] in allowed or module[0] in sys.stdlib_module_names
-        return None if known else "kernels_pallas stands on jax, numpy and jaxtyping alone"
+        return None if known else "kernels_pallas may import only jax, numpy and jaxtyping"
     if path.parts[1] not in FAMILIES:
         return None
     family, file = path.parts[1], path.stem
     if module[1] != family:
         outside = len(module) > 1 and module[1] in FAMILY_MAY_IMPORT_OUTSIDE
-        return None if outside else "a family imports op and backend, never another family"
+        return None if outside else "a family may import op, backend and shared code, but no other family"
     allowed = FAMILY_MAY_IMPORT[file]
     return None if len(module) > 2 and module[2] in allowed else f"{file} may import {sorted(allowed)} of its family"
 
 
 def _guests(path: Path) -> set[str]:
-    """What else a file knows: the bridge to PyTorch, PyTorch; what makes arrays of its tensors, JAX's inner part."""
+    """Further libraries that a file may import: those of the baselines, PyTorch in its bindings, jaxlib for DLPack."""
     if path.parts[1:3] == ("bench", "peers"):
         return PEERS
     return {"torch/functions.py": {"torch"}, "torch/dlpack.py": {"jaxlib"}}.get("/".join(path.parts[1:]), set())
@@ -172,7 +175,20 @@ def test_no_file_is_called_utils():
     assert not [p for p in SOURCES + TESTS if p.stem in ("utils", "util", "helpers", "misc", "common")]
 
 
-def test_the_readme_tree_names_every_file():
-    readme = (ROOT / "README.md").read_text()
-    missing = [p.name for p in SOURCES if p.stem != "__init__" and p.name not in readme]
-    assert not missing, f"README.md's tree lacks {missing}"
+def test_the_architecture_page_is_what_its_script_writes():
+    script = runpy.run_path(str(ROOT / "docs" / "scripts" / "architecture.py"))
+    stale = f"stale: run `{script['COMMAND']}`"
+    assert script["PAGE"].read_text() == script["page"](), stale
+    assert script["PICTURE"].read_text() == script["picture"](), stale
+
+
+def test_every_file_says_what_it_does():
+    first_sentence = runpy.run_path(str(ROOT / "docs" / "scripts" / "architecture.py"))["first_sentence"]
+    silent = [str(p.relative_to(ROOT)) for p in SOURCES if p.read_text().strip() and not first_sentence(p)]
+    assert not silent, f"no docstring: {silent}"
+
+
+def test_the_layers_of_the_design_page_are_the_rules():
+    [block] = re.findall(r"^## Layers\n+```text\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL | re.M)
+    stale = "stale: run `python docs/scripts/architecture.py`"
+    assert tuple(set(line.split()) for line in block.splitlines()) == ({"train.py", "configs"}, *LAYERS), stale

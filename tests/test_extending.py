@@ -20,7 +20,7 @@ LINE = re.search(r'`("ffi": Kernel\(.*?\))`', PAGE)
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The package with the op and its Triton road, and the tests of all ops."""
+    """The package with the op and its Triton kernel, and the tests of all ops."""
     root = tmp_path_factory.mktemp("extended")
     shutil.copytree(ROOT / "kernels_pallas", root / "kernels_pallas", ignore=shutil.ignore_patterns("__pycache__"))
     tests = root / "tests" / "kernels_pallas"

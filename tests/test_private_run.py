@@ -18,7 +18,7 @@ from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import epsilon
 from dito_jax.privacy.ledger import Ledger
 from dito_jax.privacy.settings import PrivacyConfig
-from dito_jax.run import command_line
+from dito_jax.run import saved_run
 from dito_jax.telemetry.heartbeat import read_beat
 from dito_jax.telemetry.run_directory import RunDirectory
 
@@ -190,7 +190,7 @@ def test_a_refuted_claim_is_an_error_once_it_is_written(killed, environment, mon
     with pytest.raises(UserError, match=r"the claim of epsilon \S+ is refuted; see audit.md there"):
         cli_audit.audit(options)
     assert "Verdict: **refuted**" in (run / "audit.md").read_text()
-    open_run = dataclasses.replace(command_line.opened(str(run))[1], privacy=PrivacyConfig())
+    open_run = dataclasses.replace(saved_run.opened(str(run))[1], privacy=PrivacyConfig())
     with pytest.raises(UserError, match="not a private run: say which epsilon to hold it to"):
         cli_audit._claim(RunDirectory(run), open_run, None)
 
@@ -205,4 +205,4 @@ def test_two_processes_keep_alike_and_go_back_with_other_keys(call, tmp_path):
     call("-m", "dito_jax", "supervise", *PRIVATE, *options, DITO_LEDGERS=str(ledgers))
     first, again = [(0, step) for step in range(1, 7)], [(1, step) for step in range(3, 9)]
     assert charged(ledgers / "digits.jsonl") == first + again
-    assert "back to step 2" in (run / "events.jsonl").read_text()
+    assert "rolled back to step 2" in (run / "events.jsonl").read_text()

@@ -124,7 +124,8 @@ def test_experts_begin_as_a_dense_runs_mlps_and_resume_with_the_very_same_bits(f
 
 def test_a_run_that_cannot_be_upcycled_is_one_line(finished, call, tmp_path):
     words = ("train", "configs/moe_dit_digits.py", "--model.depth", "2", "--run-dir", tmp_path / "run", "--init-from")
-    assert "model.expert_hidden is 64, its MLPs have 176" in call(*words, finished, code=2).stderr.splitlines()[-1]
+    line = call(*words, finished, code=2).stderr.splitlines()[-1]
+    assert "model.expert_hidden is 64, the dense model's MLPs have 176" in line
     assert "no run here" in call(*words, tmp_path, code=2).stderr.splitlines()[-1]
 
 

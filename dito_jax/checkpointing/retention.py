@@ -1,4 +1,4 @@
-"""Which steps of a run are saved, and which of the saved ones stay."""
+"""Checkpoint schedule and retention: which steps are saved, and which saved steps are kept."""
 
 import dataclasses
 import math
@@ -10,24 +10,31 @@ from dito_jax.distributed import agree
 from dito_jax.errors import UserError
 
 
-Verification = Literal["full", "fast", "off"]  # on loading: every value, the files' sizes, or nothing
+Verification = Literal["full", "fast", "off"]  # see CheckpointConfig.verify
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a run is saved, how many of its saves are kept, and how they are read back."""
+    """How often checkpoints are saved, which of them are kept, and how they are verified on restore."""
 
-    every: int = 500  # steps; the last step is always saved
-    every_seconds: float | None = None  # and whenever so much time has passed, looked at once a log interval
-    keep: int = 3  # the last so many stay,
-    keep_every: int | None = None  # the multiples of so many steps,
-    keep_best: int = 0  # and those with the lowest best_metric, as it was at the last log interval before the save
+    every: int = 500
+    """Save a checkpoint every this many steps; the last step is always saved."""
+    every_seconds: float | None = None
+    """Also save when this many seconds have passed since the last save, checked at log intervals; None: never."""
+    keep: int = 3
+    """Number of most recent checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this; None: no others."""
+    keep_best: int = 0
+    """Also keep this many checkpoints with the lowest best_metric."""
     best_metric: str = "loss"
+    """Metric for keep_best: its mean over the last log interval before the save."""
     verify: Verification = "full"
+    """Check when restoring: checksums of all values (full), file sizes only (fast), or neither (off)."""
 
 
 def superfluous(saved: Mapping[int, float | None], config: CheckpointConfig) -> list[int]:
-    """The steps that may go, of those `saved`, given with their best_metric where that is known."""
+    """The saved steps to delete; `saved` maps each step to its best_metric, or None if unknown."""
     steps = sorted(saved)
     known = {step: value for step, value in saved.items() if value is not None and not math.isnan(value)}
     best = sorted(known, key=lambda step: (known[step], -step))[: config.keep_best]
@@ -37,20 +44,20 @@ def superfluous(saved: Mapping[int, float | None], config: CheckpointConfig) -> 
 
 
 def check_best_metric(config: CheckpointConfig, measured: Mapping[str, float] | None) -> None:
-    """Raises UserError if the best saves are to stay by a metric that is not among those measured."""
+    """Raises UserError if keep_best is set and best_metric is not among the measured metrics."""
     if config.keep_best and measured and config.best_metric not in measured:
         known = ", ".join(measured)
         raise UserError(f"checkpoint.best_metric {config.best_metric!r} is not measured; choose from {known}.")
 
 
 class SaveClock:
-    """Says when a save is due; looks at the time every `look_every` steps."""
+    """Decides when a save is due; checks the time every `look_every` steps."""
 
     def __init__(self, config: CheckpointConfig, look_every: int, clock: Callable[[], float] = time.monotonic):
         self._config, self._look_every, self._clock, self._saved_at = config, look_every, clock, clock()
 
     def due(self, step: int) -> bool:
-        """Whether the run should be saved after `step`; all processes say the same."""
+        """Whether to save after `step`; a collective, with the same result in all processes."""
         if step % self._config.every == 0:
             return True
         seconds = self._config.every_seconds
@@ -59,5 +66,5 @@ class SaveClock:
         return not agree(self._clock() - self._saved_at < seconds)
 
     def saved(self) -> None:
-        """Starts to count again."""
+        """Restarts the time since the last save."""
         self._saved_at = self._clock()

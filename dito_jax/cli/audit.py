@@ -18,7 +18,8 @@ from dito_jax.evaluation.sample import balanced_labels, make_sampler
 from dito_jax.privacy.audit import attacked, findings, make_scorers, report
 from dito_jax.privacy.canaries import planted
 from dito_jax.privacy.mechanism_audit import check_mechanism
-from dito_jax.run import command_line
+from dito_jax.run import saved_run
+from dito_jax.run.privacy_card import card_of
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
@@ -27,10 +28,10 @@ SAMPLES, SHOWN = 500, 32
 
 def audit(options: argparse.Namespace) -> str:
     """The verb. A claim that is refuted is an error, told once everything is written."""
-    run, config = command_line.opened(options.subject)
+    run, config = saved_run.opened(options.subject)
     claimed, mechanism = _claim(run, config, options.epsilon)
-    program, state, step = command_line.restored_here(run, config)
-    params = command_line.sampled_ema(state, config)
+    program, state, step = saved_run.restored_here(run, config)
+    params = saved_run.sampled_ema(state, config)
     train, most = config.data.open("train"), config.evaluation.max_reference
     members, validation = drawn(train, most), drawn(config.data.open("validation"), most)
     build = lambda params: nnx.merge(program.graph, params)
@@ -61,7 +62,7 @@ def _claim(run: RunDirectory, config: TrainConfig, wanted: float | None):
         if wanted is None:
             raise UserError(f"{run.path}: not a private run: say which epsilon to hold it to, with --epsilon.")
         return wanted, {}
-    facts = command_line.card_of(run, config)
+    facts = card_of(run, config)
     narrow = config.train.compute_dtype != "float32"
     mechanism = check_mechanism(config.privacy, facts["noise_multiplier"], narrow=narrow, seed=config.train.seed)
     return facts["epsilon"] if wanted is None else wanted, mechanism

@@ -10,24 +10,10 @@ from dito_jax.config import to_json
 from dito_jax.errors import UserError
 from dito_jax.interop import artifact
 from dito_jax.interop.export import exported_denoiser, exported_sampler, exported_train_step
-from dito_jax.run import command_line
+from dito_jax.run import saved_run
 
 
-PLATFORMS = ("cpu", "cuda")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
-    parser.add_argument("run", metavar="RUN|verify")
-    parser.add_argument("directory", metavar="DIR", nargs="?", help="verify: the artifact")
-    parser.add_argument("--what", choices=("denoiser", "sampler", "train_step"), default="sampler")
-    parser.add_argument(
-        "--platform", metavar="P[,P]", type=_platforms, help="cpu, cuda, or both; default: what is here"
-    )
-    parser.add_argument("-o", "--out", metavar="DIR", help="default: RUN/export/WHAT")
-
-
-def run_export(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> None:
     """Writes a run's network, sampler or train step as StableHLO with weights, or verifies such an artifact."""
     if options.run == "verify":
         if options.directory is None:
@@ -41,7 +27,7 @@ def run_export(options: argparse.Namespace) -> None:
     if here not in platforms:  # what is written is run once, to be checked
         told = ",".join(platforms)
         raise UserError(f"export: --platform {told} on a machine that has {here}; add it: {here},{told}.")
-    run, config = command_line.opened(options.run)
+    run, config = saved_run.opened(options.run)
     if options.what == "train_step" and config.privacy.epsilon is not None:
         raise UserError(
             f"export: {run.path} is a private run, whose steps only train.py takes: its ledger counts them. "
@@ -50,8 +36,8 @@ def run_export(options: argparse.Namespace) -> None:
     out = Path(options.out or run.path / "export" / options.what)
     if out.exists() and not out.is_dir():
         raise UserError(f"export: -o {out} is a file; give a directory.")
-    program, state, step = command_line.restored_here(run, config)
-    average, graph = command_line.sampled_ema(state, config), program.graph
+    program, state, step = saved_run.restored_here(run, config)
+    average, graph = saved_run.sampled_ema(state, config), program.graph
     if options.what == "denoiser":
         made = exported_denoiser(graph, average, config.model, platforms)
     elif options.what == "sampler":
@@ -61,10 +47,3 @@ def run_export(options: argparse.Namespace) -> None:
     about = {"what": options.what, "run": run.path.name, "step": step, "config": json.loads(to_json(config))}
     artifact.write(out, *made, about)
     print(artifact.verify(out))
-
-
-def _platforms(told: str) -> list[str]:
-    platforms = list(dict.fromkeys(told.split(",")))
-    if not set(platforms) <= set(PLATFORMS):
-        raise argparse.ArgumentTypeError(f"{told!r} is not of {','.join(PLATFORMS)}.")
-    return platforms

@@ -1,14 +1,4 @@
-"""The `dito privacy` verbs.
-
-dito privacy plan CONFIG --epsilon 8      the noise that this budget takes, and what other budgets and batches would
-dito privacy ledger DATASET               what was spent of a data set's budget, by run, and what is left
-dito privacy ledger DATASET --budget 12   raises or lowers it; the old figure stays on record
-dito privacy cost CONFIG --gpus 1xh200    memory and time of a step: not private, and private by each backend
-dito privacy card RUN                     privacy_card.md and .json: what was promised of a run, and on what grounds
-dito privacy audit RUN                    audit.md, .json and pictures: what an adversary finds out, and what it refutes
-dito privacy utility RUN [RUN ...]        what samples are worth to a classifier, beside simpler ways to spend epsilon
-dito privacy audit RUN --epsilon 1        holds a run, private or not, to this epsilon
-"""
+"""`dito privacy plan|cost|ledger|card|audit|utility`; cli/arguments.py says what each is for."""
 
 import argparse
 import dataclasses
@@ -18,19 +8,20 @@ from pathlib import Path
 
 import jax
 
-from dito_jax import config as configs
 from dito_jax.cli.audit import audit
 from dito_jax.cli.utility import compare
-from dito_jax.config import TrainConfig
+from dito_jax.config import TrainConfig, check, load, resolved
 from dito_jax.errors import UserError
+from dito_jax.overrides import override
 from dito_jax.planning.lowering import planned_mesh
 from dito_jax.planning.step_cost import STEPS, costs, table
 from dito_jax.privacy.accounting import epsilon, noise_multiplier, remaining_steps
 from dito_jax.privacy.card import markdown
-from dito_jax.privacy.clipping import Backend
 from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.run import units_of
-from dito_jax.run import command_line
+from dito_jax.privacy.settings import Backend
+from dito_jax.run import saved_run
+from dito_jax.run.privacy_card import card_of
 from dito_jax.run.recipe import planned_program
 from dito_jax.training.program import Program
 
@@ -38,24 +29,13 @@ from dito_jax.training.program import Program
 EPSILONS = (1.0, 3.0, 10.0)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
-    parser.add_argument("what", choices=tuple(VERBS))
-    parser.add_argument("subject", metavar="CONFIG|DATASET|RUN")
-    parser.add_argument("more", metavar="RUN", nargs="*", help="utility: further runs")
-    parser.add_argument("--epsilon", type=float, help="plan: default the config's; audit: the ledger's")
-    parser.add_argument("--delta", type=float, help="plan: default the config's")
-    parser.add_argument("--budget", type=float, help="ledger: a new epsilon")
-    parser.add_argument("--gpus", help="cost: compile for GPUs that are not here, e.g. 1xh200")
-
-
-def privacy(options: argparse.Namespace) -> None:
-    """Plans a private run's noise, shows what its steps cost, what was spent of a data set, or promised of a run."""
+def main(options: argparse.Namespace) -> None:
+    """Prints what the chosen one finds."""
     print(VERBS[options.what](options))
 
 
 def _plan(options: argparse.Namespace) -> str:
-    config = configs.override(configs.load(options.subject), options.overrides)
+    config = resolved(override(load(options.subject), options.overrides))
     wanted = config.privacy.epsilon if options.epsilon is None else options.epsilon
     if wanted is None:
         raise UserError("privacy plan: no epsilon; give --epsilon 8, or privacy.epsilon in the config.")
@@ -84,7 +64,7 @@ def _plan(options: argparse.Namespace) -> str:
 
 def _cost(options: argparse.Namespace) -> str:
     """Prints each row when it is there; returns how they came about."""
-    config = configs.override(configs.load(options.subject), options.overrides)
+    config = resolved(override(load(options.subject), options.overrides))
     mesh = planned_mesh(config.mesh, options.gpus)
     batch, parts = config.train.batch_size, config.train.gradient_accumulation_steps
     where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -108,7 +88,7 @@ def _recipes(config: TrainConfig) -> dict[str, TrainConfig]:
 
 
 def _checked_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
-    configs.check(config, mesh.size)
+    check(config, mesh.size)
     return planned_program(config, mesh)
 
 
@@ -145,8 +125,8 @@ def _ledger(options: argparse.Namespace) -> str:
 
 
 def _card(options: argparse.Namespace) -> str:
-    run, config = command_line.opened(options.subject)
-    facts = command_line.card_of(run, config)
+    run, config = saved_run.opened(options.subject)
+    facts = card_of(run, config)
     run.write_json("privacy_card.json", facts)
     run.write_text("privacy_card.md", markdown(facts))
     return markdown(facts).rstrip()

@@ -16,7 +16,7 @@ from dito_jax.data import Batch, Source, arrays, drawn
 from dito_jax.errors import UserError
 from dito_jax.evaluation.evaluate import evaluate
 from dito_jax.privacy.baseline import gaussian_samples
-from dito_jax.run import command_line
+from dito_jax.run import saved_run
 
 
 type Row = tuple[float, ...]
@@ -31,7 +31,7 @@ HEAD = (
 
 def compare(options: argparse.Namespace) -> str:
     """The table, in Markdown."""
-    opened = [command_line.opened(path) for path in (options.subject, *options.more)]
+    opened = [saved_run.opened(path) for path in (options.subject, *options.more)]
     first = opened[0][1]
     found: dict[tuple[int, float], list[Row]] = defaultdict(list)
     for run, config in opened:
@@ -58,7 +58,7 @@ def compare(options: argparse.Namespace) -> str:
         of_seeds = [judged(*_gaussians(train, epsilon, first.privacy.delta, seed)) for seed in range(SEEDS)]
         lines.append(_line("samples of noised Gaussians, one a class", f"{epsilon:g}", of_seeds, "draws"))
     if first.init_from is not None:
-        public = drawn(command_line.opened(first.init_from)[1].data.open("train"), len(train))
+        public = drawn(saved_run.opened(first.init_from)[1].data.open("train"), len(train))
         lines.append(_line("the public images that the runs begin with", "0", [judged(*_pair(public))], "sets"))
     lines.append(_line("the training images, without privacy", "-", [judged(*_pair(drawn(train, len(train))))], "sets"))
     return "\n".join([*lines, "", f"delta {first.privacy.delta:g}. Each row's epsilon is a budget of its own."])

@@ -1,4 +1,4 @@
-"""Data: sources of numbered examples, and the pipeline that makes batches of them."""
+"""Data sets (digits, strokes, image folders, latents) and the input pipeline that makes batches of them."""
 
 from dito_jax.data.array_record import write_array_record as write_array_record
 from dito_jax.data.digits import DigitsData as DigitsData
@@ -11,6 +11,7 @@ from dito_jax.data.sources import (
     Example as Example,
     Source as Source,
     arrays as arrays,
+    class_names as class_names,
     drawn as drawn,
 )
 from dito_jax.data.strokes import StrokesData as StrokesData

@@ -1,4 +1,4 @@
-"""Which implementation computes what, where a user wants another than the fastest one measured."""
+"""Choice of kernel implementations, for users who want another one than the fastest measured."""
 
 import dataclasses
 
@@ -7,17 +7,19 @@ from kernels_pallas import DENSE_MLP, FLASH_ATTENTION, GATED_MLP, GATED_RESIDUAL
 
 @dataclasses.dataclass(frozen=True)
 class KernelsConfig:
-    """A name for each part of a model: "xla" is the plain definition, None the fastest that results/ knows here."""
+    """Implementation of each kernel operation by name: "xla" is plain JAX; None is the fastest one measured."""
 
     attention: str | None = None
-    norm: str | None = None  # modulated_norm and gated_residual_norm
+    """Implementation of attention; None: the fastest measured on this hardware."""
+    norm: str | None = None
+    """Implementation of modulated_norm and gated_residual_norm; None: the fastest measured on this hardware."""
     qk_norm_rope: str | None = None
-    mlp: str | None = (
-        None  # gated_mlp and dense_mlp; None is another thing here: products of XLA's in the model's dtype
-    )
+    """Implementation of QK-norm with rotary embedding; None: the fastest measured on this hardware."""
+    mlp: str | None = None
+    """Implementation of gated_mlp or dense_mlp; None: XLA matrix products in the model's dtype."""
 
     def problems(self, mlp: str) -> list[str]:
-        """The names that no implementation has, for a model with MLPs of this make, a line each."""
+        """One line for each unknown implementation name, for a model with this MLP type."""
         tables = {
             "attention": FLASH_ATTENTION,
             "norm": GATED_RESIDUAL_NORM,
@@ -28,5 +30,7 @@ class KernelsConfig:
         for field, op in tables.items():
             name, known = getattr(self, field), ["xla", *op.kernels]
             if name is not None and name not in known:
-                found.append(f"kernels.{field} {name!r} is no implementation; choose from {', '.join(known)}, or None")
+                found.append(
+                    f"kernels.{field} {name!r} is not an implementation; choose from {', '.join(known)}, or None"
+                )
         return found

@@ -43,7 +43,7 @@ import numpy as np
 from jax_privacy.auditing import CanaryScoreAuditor
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
-from dito_jax.data import Example, Source
+from dito_jax.data import Example, Source, class_names
 from dito_jax.distributed import agree, index, publish, published
 from dito_jax.errors import UserError
 from dito_jax.privacy.keys import run_secret, secret_path
@@ -112,6 +112,7 @@ class CanarySource:
         self.image_shape = source.image_shape
         self.num_classes = source.num_classes
         self.augment = source.augment
+        self.classes = class_names(source)
         self.canaries = make_canaries(num, source.image_shape, source.num_classes, secret=secret)
         self._appended = np.flatnonzero(self.canaries.included)
 

@@ -1,25 +1,39 @@
 """What a private run is asked to be, and what follows of it for every step."""
 
 import dataclasses
+from typing import Literal
 
-from dito_jax.privacy.clipping import Backend
+
+Backend = Literal["vmap", "microbatch", "ghost", "bookkeeping"]  # of the clipped sum: clipping.py
 
 
 @dataclasses.dataclass(frozen=True)
 class PrivacyConfig:
-    """A run with an epsilon is private; `train.batch_size` is then the expected number of units a step."""
+    """Differential privacy (DP-SGD). With an epsilon, `train.batch_size` is the expected number of units in a step."""
 
-    epsilon: float | None = None  # None: not private, and nothing below counts
-    delta: float = 1e-5  # below one in the number of units
-    dataset: str | None = None  # whose ledger is charged; a private run names one
+    epsilon: float | None = None
+    """Target epsilon of the run; None: training is not private and the other privacy fields are ignored."""
+    delta: float = 1e-5
+    """Target delta; it must be below 1 / (number of units)."""
+    dataset: str | None = None
+    """Name of the data set whose privacy ledger is charged; a private run must give one."""
     clip_norm: float = 1.0
-    noise_multiplicity: int = 1  # of time and noise for each image and step, averaged before clipping
+    """L2 norm that each unit's gradient is clipped to."""
+    noise_multiplicity: int = 1
+    """Draws of timestep and noise per image and step, averaged before clipping (noise multiplicity)."""
     backend: Backend = "bookkeeping"
-    microbatch: int = 1  # units at a time on a device, of the backend "microbatch"
-    max_batch: int | None = None  # units that a step has room for; None: so many that none is turned away
-    images_per_user: int | None = None  # the unit is a user, with so many images a step at most; None: an image
-    spare_steps: int = 0  # steps that may be done again after a crash, and are paid for beforehand
-    internal: bool = False  # also write losses and norms of the examples themselves, which are not to be released
+    """Implementation of per-example gradient clipping."""
+    microbatch: int = 1
+    """Units computed at a time on each device by the microbatch backend."""
+    max_batch: int | None = None
+    """Maximum number of units in a step (fixed batch shape); None: so many that truncation is negligible and
+    accounted for."""
+    images_per_user: int | None = None
+    """Maximum images per user and step, with users as the privacy unit; None: each image is a unit."""
+    spare_steps: int = 0
+    """Additional steps in the privacy budget, for steps that are repeated after a crash."""
+    internal: bool = False
+    """Also log losses and gradient norms of the private examples; these must not be released."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,9 @@ from jaxtyping import Array
 
 from dito_jax.diffusion import path
 from dito_jax.diffusion.loss import LossConfig, flow_matching_error
-from dito_jax.privacy.clipping import Backend, ClippedSum, Examples, Told
+from dito_jax.privacy.clipping import ClippedSum, ExampleMetrics, Examples
 from dito_jax.privacy.noise import add_noise
+from dito_jax.privacy.settings import Backend
 from dito_jax.training.ema import update_ema
 from dito_jax.training.health import FINE
 from dito_jax.training.state import TrainState
@@ -68,14 +69,14 @@ def make_private_step(
     def step(state: TrainState, batch: Batch):
         examples, padding = _drawn(batch, loss, null_label, noise_multiplicity)
         trained, frozen = divided(state.params, trainable)
-        total, told = _accumulated(clipped_sum, trained, frozen, examples, padding, gradient_accumulation_steps)
+        total, measured = _accumulated(clipped_sum, trained, frozen, examples, padding, gradient_accumulation_steps)
         noised = add_noise(total, batch["noise_key"], noise_multiplier * clipped_sum.sensitivity())
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch, noised)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
         params = joined(jax.tree.map(jnp.add, trained, updates), frozen)
         ema = update_ema(state.ema, params, decays, state.step)
         metrics = {"gradient_norm": optax.tree.norm(gradient), "bad": jnp.full((), FINE)}
-        metrics |= _internal(told, padding, clip_norm) if internal else {}
+        metrics |= _internal(measured, padding, clip_norm) if internal else {}
         return TrainState(state.step + 1, params, moments, ema, state.key, state.health), metrics
 
     return step
@@ -108,27 +109,29 @@ def _drawn(batch: Batch, loss: LossConfig, null_label: int, noise_multiplicity: 
     )
 
 
-def _accumulated(clipped_sum: ClippedSum, params, frozen, examples: Examples, padding, parts: int) -> tuple[Any, Told]:
-    """The clipped sum over `parts` parts of the batch, one after the other; what was told has them side by side."""
+def _accumulated(
+    clipped_sum: ClippedSum, params, frozen, examples: Examples, padding, parts: int
+) -> tuple[Any, ExampleMetrics]:
+    """The clipped sum over `parts` parts of the batch, one after the other; what was measured has them side by side."""
     if parts == 1:
         return clipped_sum(params, examples, padding, frozen)
 
     def add(total, part):
-        one, told = clipped_sum(params, *part, frozen=frozen)
-        return jax.tree.map(jnp.add, total, one), told
+        one, measured = clipped_sum(params, *part, frozen=frozen)
+        return jax.tree.map(jnp.add, total, one), measured
 
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params)
-    total, told = jax.lax.scan(add, zero, cut((examples, padding), parts))
-    return total, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1), told)
+    total, measured = jax.lax.scan(add, zero, cut((examples, padding), parts))
+    return total, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1), measured)
 
 
-def _internal(told: Told, padding: Array, clip_norm: float) -> dict[str, Array]:
+def _internal(measured: ExampleMetrics, padding: Array, clip_norm: float) -> dict[str, Array]:
     """Figures of the examples themselves: for whoever may see the data."""
     count = jnp.maximum(jnp.sum(~padding), 1)
     mean = lambda values: jnp.sum(jnp.where(padding, 0, values)) / count
     return {
-        "internal_loss": mean(told.loss),
-        "internal_norm": mean(told.norm),
-        "internal_clipped": mean((told.norm > clip_norm).astype(jnp.float32)),
+        "internal_loss": mean(measured.loss),
+        "internal_norm": mean(measured.norm),
+        "internal_clipped": mean((measured.norm > clip_norm).astype(jnp.float32)),
         "internal_examples": jnp.sum(~padding),
     }

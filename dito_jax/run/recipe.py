@@ -15,7 +15,6 @@ from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.run import PLAN, PrivateRun, check_history, trained
 from dito_jax.privacy.settings import StepPlan
 from dito_jax.resilience.guard import position
-from dito_jax.run.command_line import check_data
 from dito_jax.run.initialization import ancestors, place
 from dito_jax.sharding import batch_pieces
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -24,9 +23,13 @@ from dito_jax.training.program import Program, make_program
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """`batches_after(step)` are this process's rows of the batches of the steps after it."""
+    """`batches_after(step)` are this process's rows of the batches of the steps after it.
+
+    `validation` is None where the config asks for no evaluation.
+    """
 
     source: Source
+    validation: Source | None
     program: Program
     batches_after: Callable[[int], Iterator[Any]]
 
@@ -40,6 +43,8 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     check_history(run, private=config.privacy.epsilon is not None)
     source = config.data.open("train")
     check_data(config, source)
+    # Opened before training, so that a validation split that is missing is reported now.
+    validation = config.data.open("validation") if config.evaluation.num_samples else None
     source = planted(source, config.canaries, run) if config.canaries else source
     common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
     if config.privacy.epsilon is not None:
@@ -49,7 +54,7 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
             multiple=multiple, data=place(config.data), starts_from=_private_ancestors(config, run),
         )  # fmt: skip
         program = make_private_program(*common, config.privacy, private.plan)
-        return Recipe(source, program, lambda step: private.batches_after(step, *program.share()))
+        return Recipe(source, validation, program, lambda step: private.batches_after(step, *program.share()))
     program = make_program(*common)
     share, shares = program.share()
 
@@ -59,7 +64,7 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
             process_index=share, process_count=shares,
         )  # fmt: skip
 
-    return Recipe(source, program, batches_after)
+    return Recipe(source, validation, program, batches_after)
 
 
 def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:
@@ -78,6 +83,21 @@ def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:
                 raise UserError(f"init_from {ancestor.path}: a private run without its {PLAN}; restore that.")
             names.append(json.loads(plan.read_text())["run"])
     return names
+
+
+def check_data(config: TrainConfig, source: Source) -> None:
+    """Raises UserError if the data are not what the model takes."""
+    model = config.model
+    if tuple(source.image_shape) != tuple(model.image_shape):
+        raise UserError(
+            f"model.image_shape is {model.image_shape}, the data's images are {tuple(source.image_shape)} (h, w, c): "
+            "change one of them, or add --infer_from_data True."
+        )
+    if source.num_classes > model.num_classes:
+        raise UserError(
+            f"model.num_classes is {model.num_classes}, the data have {source.num_classes}: raise it to at least that, "
+            "or add --infer_from_data True."
+        )
 
 
 def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:

@@ -1,8 +1,9 @@
-"""Whether a step may change the parameters: judged on the device, from its loss and the norm of its gradient.
+"""Detection of bad steps on the device: NaN or infinite values, and spikes of the loss or the gradient norm.
 
-A step is bad if either is not finite, or is a spike: further above the median of the last good steps than so many
-robust deviations, (x - median) / max(1.4826 MAD, 1 % of the median), with MAD the median of the distances from the
-median. A bad step leaves parameters, optimizer and averages as they were; the host hears of it later (guard.py).
+A step is bad if its loss or gradient norm is not finite, or is a spike: (x - median) / max(1.4826 MAD, 1 % of the
+median) exceeds a threshold, where the median is that of the last good steps and MAD is the median absolute deviation.
+A bad step leaves parameters, optimizer state and EMA unchanged. The host reads the result later
+(resilience/guard.py).
 """
 
 import dataclasses
@@ -13,35 +14,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-FINE, NOT_FINITE, LOSS_SPIKE, GRADIENT_SPIKE = range(4)  # what a step's "bad" metric says
+FINE, NOT_FINITE, LOSS_SPIKE, GRADIENT_SPIKE = range(4)  # values of the metric "bad"
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What makes a step bad, and what many bad steps lead to."""
+    """NaN and loss-spike handling: which steps are bad and skipped, and when the run rolls back."""
 
-    spike_deviations: float | None = 30.0  # above the median; None: only what is not finite is bad
-    window: int = 128  # good steps that the median is of; before half of them nothing is a spike
-    burst: int = 5  # so many bad steps,
-    burst_window: int = 50  # of so many, lead back to the last checkpoint before them, past the data of the time
-    rollbacks: int = 3  # to one checkpoint; then the run stops
-    check_replicas_every: int = 0  # steps between two comparisons of what devices hold alike; 0: none
-    rerun: bool = False  # run a bad step again, to tell a passing fault of the hardware; waits for every step
+    spike_deviations: float | None = 30.0
+    """A step is bad if its loss or gradient norm is this many robust deviations above the median; None: only non-
+    finite steps are bad."""
+    window: int = 128
+    """Number of good steps for the median; spikes are detected once half of the window is filled."""
+    burst: int = 5
+    """Roll back when this many bad steps occur within burst_window steps."""
+    burst_window: int = 50
+    """Number of most recent steps in which bad steps are counted for burst."""
+    rollbacks: int = 3
+    """Maximum number of rollbacks to the same checkpoint before the run stops with an error."""
+    check_replicas_every: int = 0
+    """Compare replicated values across devices every this many steps (silent data corruption); 0: never."""
+    rerun: bool = False
+    """Rerun each bad step to detect transient hardware errors; the host then waits for every step."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """What is remembered of the last good steps; NaN where there was none yet."""
+    """Loss and gradient norm of the last good steps (NaN for entries not yet filled), and step counts."""
 
     loss: Float[Array, " window"]
     gradient_norm: Float[Array, " window"]
-    good: Int[Array, ""]  # steps that changed the parameters
-    bad: Int[Array, ""]  # steps that were not let
+    good: Int[Array, ""]  # number of good steps
+    bad: Int[Array, ""]  # number of bad steps, which were skipped
 
     @classmethod
     def new(cls, window: int) -> "Health":
-        """Of a run that begins."""
+        """The initial state: no steps yet."""
         empty = jnp.full((window,), jnp.nan, jnp.float32)
         return cls(empty, jnp.copy(empty), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -49,7 +58,7 @@ class Health:
 def examine(
     health: Health, loss: Float[Array, ""], gradient_norm: Float[Array, ""], deviations: float | None
 ) -> tuple[Int[Array, ""], Health]:
-    """What is wrong with a step, FINE or one of the other three; and the health after it."""
+    """Returns FINE or the reason why a step is bad, and the Health after the step."""
     bad = jnp.where(jnp.isfinite(loss) & jnp.isfinite(gradient_norm), FINE, NOT_FINITE)
     if deviations is not None:
         known = health.good >= health.loss.size // 2
@@ -76,5 +85,5 @@ def deviation(values: Float[Array, " window"], value: Float[Array, ""]) -> Float
 
 
 def chosen[Tree](condition: Any, this: Tree, that: Tree) -> Tree:
-    """One of two trees."""
+    """Selects one of two trees by a traced condition."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), this, that)

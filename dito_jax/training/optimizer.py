@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, behind a clip of the gradient's norm."""
+"""The optimizer: AdamW with gradient clipping, linear warm-up and cosine decay."""
 
 import dataclasses
 
@@ -8,21 +8,28 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Defaults are LightningDiT's and JiT's, but for the decay of the learning rate."""
+    """AdamW with gradient clipping. The defaults are LightningDiT's and JiT's, except for the cosine decay."""
 
-    learning_rate: float = 2e-4  # at its peak
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
     warmup_steps: int = 100
-    final_fraction: float = 0.0  # of the peak, where the decay ends; 1.0 keeps it constant after the warm-up
+    """Number of steps of linear learning-rate warm-up."""
+    final_fraction: float = 0.0
+    """Final learning rate as a fraction of the peak; 1.0 keeps it constant after the warm-up."""
     beta1: float = 0.9
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    weight_decay: float = 0.0  # of matrices only
-    clip_norm: float = 1.0  # of the whole gradient
+    """Decay rate of AdamW's second moment."""
+    weight_decay: float = 0.0
+    """Weight decay of the kernel matrices; biases, norms and embeddings have none."""
+    clip_norm: float = 1.0
+    """Maximum global norm of the gradient (gradient clipping)."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak over `warmup_steps`, then half a cosine that would end with the update after `steps`.
+    """The schedule: linear warm-up from 0 to the peak, then cosine decay that reaches its end value at update `steps`.
 
-    Updates count from 0: the first of a warm-up has rate 0.
+    Updates count from 0, so the first update of a warm-up has learning rate 0.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -34,7 +41,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule for a run of `steps` steps."""
+    """The optax transformation for a run of `steps` steps."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -48,7 +55,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _matrices(params):
-    """True for kernels; biases, norms and embedding tables do not decay."""
+    """The weight decay mask: True for kernels; False for biases, norms and embedding tables."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(str(getattr(key, "key", "")).endswith("kernel") for key in path), params
     )

@@ -1,6 +1,7 @@
-"""A run made ready to compile: from a config and a mesh, without computing anything.
+"""The jitted init and train step of a run, with the shapes and shardings of the state and the batch.
 
-`train.py` runs it, `dito hlo` prints it, for real devices and for compile-only ones alike.
+Nothing is computed when a Program is made. `train.py` runs it; `dito hlo` compiles it ahead of time (AOT), for real
+devices or compile-only ones.
 """
 
 import dataclasses
@@ -28,40 +29,50 @@ DEFAULT_GUARD = GuardConfig()
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long and how to train."""
+    """Length, batch size and precision of training."""
 
     steps: int
-    batch_size: int  # images a step, over all devices
-    gradient_accumulation_steps: int = 1  # parts that a batch is cut into, to fit memory
-    trainable: Names = ()  # names on the way to the parameters that are trained (trainable.py); none: all
+    """Number of training steps."""
+    batch_size: int
+    """Images per step over all devices (global batch size)."""
+    gradient_accumulation_steps: int = 1
+    """Number of parts that a batch is computed in, one after the other, to save memory."""
+    trainable: Names = ()
+    """Names of the parameters to train, e.g. attention or lora_a; the others are frozen; empty: train all."""
     compute_dtype: ComputeDtype = "bfloat16"
+    """Dtype of the network's computation; parameters, loss and optimizer state stay float32."""
     ema_decays: tuple[float, ...] = (0.9999,)
+    """Decay rates of the EMA parameters; one EMA copy is kept for each."""
     seed: int = 0
-    log_every: int = 50  # steps
+    """Seed of the initialization, the data order and all random draws of training."""
+    log_every: int = 50
+    """Log metrics every this many steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The jitted parts of a run, and the shapes and shardings of what they take."""
+    """Jitted init and train step of a run, and the shapes and shardings of their arguments."""
 
     graph: nnx.GraphDef
     init: Callable[[], TrainState]  # jitted
     step: Any  # jitted, state donated: step(state, batch) -> (state, metrics)
-    state: TrainState  # of ShapeDtypeStructs with shardings: what a checkpoint is restored into
+    state: TrainState  # ShapeDtypeStructs with shardings; a checkpoint is restored into this structure
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def share(self) -> tuple[int, int]:
-        """(i, n): a batch cut into n equal shares, this process's devices need the i-th."""
+        """(i, n): this process loads the i-th of n equal shares of a batch."""
         image = self.batch["image"]
         num = image.shape[0]
         indices = image.sharding.addressable_devices_indices_map(image.shape).values()
         pieces = {index[0].indices(num)[:2] for index in indices if index}
         start, stop = min(piece[0] for piece in pieces), max(piece[1] for piece in pieces)
-        assert sum(b - a for a, b in pieces) == stop - start, f"rows of one process are apart: {sorted(pieces)}"
+        assert sum(b - a for a, b in pieces) == stop - start, (
+            f"the rows of one process are not contiguous: {sorted(pieces)}"
+        )
         return start // (stop - start), num // (stop - start)
 
     def place(self, share: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows of a batch, as part of the whole on all devices."""
+        """Puts this process's rows of a batch on its devices, as shards of the global batch."""
         return jax.tree.map(
             lambda leaf, rows: jax.make_array_from_process_local_data(leaf.sharding, rows), self.batch, share
         )
@@ -75,7 +86,11 @@ def make_program(
     mesh: jax.sharding.Mesh,
     guard: GuardConfig = DEFAULT_GUARD,
 ) -> Program:
-    """The program of this recipe on this mesh; call it under `jax.set_mesh(mesh)`."""
+    """The Program for this model, loss and optimizer on this mesh; call it under `jax.set_mesh(mesh)`.
+
+    Raises:
+      UserError: a name in `loop.trainable` is not that of a parameter.
+    """
     update: optax.GradientTransformation = make_optimizer(optimizer, loop.steps)
     graph, _ = split_model(model)
     step = make_step(
@@ -107,10 +122,10 @@ def assemble(
     step: Step,
     batch: dict[str, jax.ShapeDtypeStruct],
 ) -> Program:
-    """The program of any step of this model and update rule, with the batch that it takes.
+    """The Program for a given step function, with the shapes and shardings of its batch.
 
     Raises:
-      UserError: what is to be trained, by its name, is not there.
+      UserError: a name in `loop.trainable` is not that of a parameter.
     """
     graph, params = split_model(model)
     check_names(params, loop.trainable)

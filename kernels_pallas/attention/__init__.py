@@ -1,4 +1,4 @@
-"""Attention: `flash_attention`, its masks, and its table of implementations."""
+"""Flash attention: `flash_attention`, its attention masks, and its kernel implementations."""
 
 from .api import (
     FLASH_ATTENTION as FLASH_ATTENTION,

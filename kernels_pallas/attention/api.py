@@ -1,4 +1,4 @@
-"""The public attention functions, and the table of what computes them."""
+"""The public attention functions `flash_attention` and `merge_attention`, and the table of implementations."""
 
 import math
 
@@ -45,28 +45,29 @@ def flash_attention(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Softmax attention that never writes its T x S scores to memory.
+    """Softmax attention that does not write the T x S scores to memory (flash attention).
 
-    out[t] = sum_s exp(score[t, s] - lse[t]) v[s] over the keys s that the mask lets query t see, where
+    out[t] = sum_s exp(score[t, s] - lse[t]) v[s] over the keys s that are visible to query t, where
     score[t, s] = scale <q[t], k[s]>, or softcap tanh(scale <q[t], k[s]> / softcap), and
-    lse[t] = log(sum_s exp(score[t, s]) + exp(sink)). The softmax is in float32. Query head n reads the keys and
-    values of head n // (N / K). A query that sees nothing has output 0, and no gradient.
+    lse[t] = log(sum_s exp(score[t, s]) + exp(sink)). The softmax is in float32. Query head n uses key/value head
+    n // (N / K) (grouped-query attention). A query without visible keys has output 0 and no gradient.
 
     Args:
       q, k, v: of one dtype; N a multiple of K.
-      mask: who sees whom; None where every query sees every key.
-      scale: H**-0.5 where None.
-      softcap: bounds the scores; unbounded where None.
-      sinks: for each query head one more score, in units of `score`, that takes weight and has no value.
-      return_lse: also returns lse, float32, -inf where a query sees nothing; its gradient flows. For `merge_attention`.
-      implementation: a name in FLASH_ATTENTION.kernels, or "xla"; None takes the best that runs here.
+      mask: which keys are visible to each query; if None, every key is visible to every query.
+      scale: H**-0.5 if None.
+      softcap: bound of the scores; no bound if None.
+      sinks: one additional score per query head, in the units of `score`; it has weight in the softmax and no value.
+      return_lse: also return lse, float32, -inf for a query without visible keys; it has a gradient. Used by
+        `merge_attention`.
+      implementation: a name in FLASH_ATTENTION.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
       ValueError: the arguments do not fit together, or there is no such implementation.
       NotImplementedError: the named implementation cannot run these arguments here.
 
     Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2. Soft cap: Gemma 2,
-    https://arxiv.org/abs/2408.00118, section 2. Sinks: https://arxiv.org/abs/2309.17453, as a learned score a head.
+    https://arxiv.org/abs/2408.00118, section 2. Attention sinks: https://arxiv.org/abs/2309.17453, as learned scores.
     """
     check("flash_attention", q, k, v, mask, sinks, scale, softcap)
     options = {"scale": scale, "softcap": softcap, "return_lse": return_lse}
@@ -79,14 +80,14 @@ def merge_attention(
     out_b: Float[Array, "B T N H"],
     lse_b: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention over two sets of keys, from the attention over each: what ring attention does at each hop.
+    """Merges the attention over two sets of keys into that over their union, as each step of ring attention does.
 
     lse = log(exp(lse_a) + exp(lse_b)); out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b, in float32.
 
     Source: FlashAttention, https://arxiv.org/abs/2205.14135, section 3.1.
     """
     top = jnp.maximum(lse_a, lse_b)
-    top = jnp.where(top == -jnp.inf, 0, top)  # neither saw anything: -inf - -inf would be nan
+    top = jnp.where(top == -jnp.inf, 0, top)  # no visible key in either set: -inf - -inf would be NaN
     weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     total = weight_a + weight_b
     some = jnp.where(total == 0, 1, total)
@@ -95,7 +96,7 @@ def merge_attention(
 
 
 def check(name: str, q, k, v, mask, sinks, scale, softcap) -> None:
-    """Raises ValueError, in the name of a function, where its arguments make no attention."""
+    """Checks the arguments of an attention function called `name`; raises ValueError if they do not fit together."""
     wrong = _misfit(q, k, v) or _bad_option(q, sinks, scale, softcap)
     if wrong is None and mask is not None:
         wrong = misfit(mask, q.shape[0], q.shape[1], k.shape[1])
@@ -104,9 +105,9 @@ def check(name: str, q, k, v, mask, sinks, scale, softcap) -> None:
 
 
 def _misfit(q, k, v) -> str | None:
-    """Why these are not queries, keys and values of one attention; None where they are."""
+    """The reason why these queries, keys and values do not fit together, or None."""
     if (q.ndim, k.ndim, v.ndim) != (4, 4, 4):
-        return f"want q (B, T, N, H) and k, v (B, S, K, H), got {q.shape}, {k.shape}, {v.shape}; reshape them"
+        return f"wanted q (B, T, N, H) and k, v (B, S, K, H), got {q.shape}, {k.shape}, {v.shape}; reshape them"
     if k.shape != v.shape:
         return f"k and v must have one shape (B, S, K, H), got {k.shape} and {v.shape}"
     if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
@@ -119,11 +120,11 @@ def _misfit(q, k, v) -> str | None:
 
 
 def _bad_option(q, sinks, scale, softcap) -> str | None:
-    """What is wrong with the options; None where nothing is."""
+    """The reason why an option is invalid, or None."""
     if scale is not None and not math.isfinite(scale):
         return f"scale must be a finite number, got {scale}"
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         return f"softcap must be a finite number above 0, got {softcap}"
     if sinks is not None and sinks.shape != q.shape[2:3]:
-        return f"sinks must be one score a query head, (N,) = {q.shape[2:3]}, got {sinks.shape}"
+        return f"sinks must be one score per query head, (N,) = {q.shape[2:3]}, got {sinks.shape}"
     return None

@@ -1,4 +1,4 @@
-"""How the kernels cut their work: as measured where `tune` has measured; else the Triton kernels by these tables."""
+"""Block sizes of the attention kernels: tuned if `tune` has an entry; else, for Triton, from the tables here."""
 
 import dataclasses
 import functools
@@ -12,12 +12,12 @@ from .. import backend, tuning
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How one kernel cuts its work; powers of two, at least 16."""
+    """Block sizes of one kernel: powers of two, at least 16."""
 
     block_q: int
     block_k: int
     num_warps: int
-    num_stages: int  # tiles in flight between memory and the tensor cores
+    num_stages: int  # software pipelining: tiles in flight
 
 
 NAMES = {
@@ -29,25 +29,24 @@ NAMES = {
 
 
 def blocks_for(kernel: str, q, k, mask) -> Blocks:
-    """The blocks of one of NAMES; what was measured counts for lengths like the one that a program walks."""
+    """The block sizes of one of NAMES. A tuned entry is looked up by the length that a program loops over."""
     default = untuned(kernel, q.shape[-1], q.dtype, mask is not None)
     return measured(NAMES[kernel], default, q, mask, walked=q if kernel == "dkv" else k)
 
 
 def measured[B](name: str, default: B, q, mask, *, walked) -> B:
-    """What `tune` found for a kernel of any road, else the default; `walked` is the array whose length decides."""
+    """The tuned block sizes of a kernel, else the default; `walked` is the array whose length a program loops over."""
     kind = "none" if mask is None else mask.kind
     return tuning.blocks(name, default, dtype=q.dtype, width=q.shape[-1], mask=kind, size=walked.shape[1])
 
 
 def untuned(kernel: str, width: int, dtype, masked: bool) -> Blocks:
-    """Without a measurement. None spills on sm_90a and sm_80 at the cases' shapes; elsewhere some may.
+    """The default block sizes. At the cases' shapes they do not spill on sm_90a and sm_80; at other shapes they may.
 
-    Float32 does in "tangent" above a width of 96, by some 700 bytes in any blocks.
+    The exception is float32 "tangent" above a head width of 96, which spills some 700 bytes with any block sizes.
     """
     if jnp.dtype(dtype).itemsize == 4:
-        # Products that keep all of float32 run on the plain cores, and larger tiles spill; so do, where heads are
-        # narrow, more warps.
+        # Full float32 products run on the CUDA cores, and larger tiles spill; so do more warps with narrow heads.
         narrow = {"forward": 32, "dkv": 64}.get(kernel, 0)
         return Blocks(16, 16, 4 if width <= narrow else 8, 2)
     bucket = next(w for w in (64, 96, 128, 256) if width <= w)
@@ -60,7 +59,7 @@ def untuned(kernel: str, width: int, dtype, masked: bool) -> Blocks:
 
 
 def candidates(default: Blocks, *, kernel: str, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
-    """What `tune` tries: 64 or 128 rows of a program's own, 16 or 32 for each warp, and tiles of what it walks."""
+    """The search space of `tune`: 64 or 128 rows per program, 16 or 32 rows per warp, and the tiles it loops over."""
     del default, width, mask, size
     if dtype == "float32":
         return
@@ -91,8 +90,8 @@ _HOPPER = {
     ("tangent", 128): Blocks(128, 64, 8, 2),
     ("tangent", 256): Blocks(64, 32, 4, 2),
 }
-_DKV_MASKED = Blocks(32, 128, 8, 3)  # two loops, one with the mask, take more registers than one
-_AMPERE = {  # 163 KiB of shared memory to Hopper's 227, and both operands of a product in registers
+_DKV_MASKED = Blocks(32, 128, 8, 3)  # a second loop for masked tiles takes more registers
+_AMPERE = {  # 163 KiB of shared memory (Hopper: 227), and both operands of a product are in registers
     ("forward", 64): Blocks(128, 64, 8, 2),
     ("forward", 96): Blocks(128, 64, 8, 2),
     ("forward", 128): Blocks(128, 64, 8, 2),

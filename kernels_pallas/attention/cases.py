@@ -1,4 +1,4 @@
-"""Named attention shapes: tiny ones that a CPU interprets in a second or two, and those of models."""
+"""Named cases of attention: tiny ones for interpret mode on a CPU, and the shapes of published models."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def _case(
     B, T, N, H, *, S=None, K=None, mask: Callable[[], AttentionMask] | None = None, sinks=False,
     dtype=jnp.float32, softcap=None, return_lse=False, origin="", tiny=False, huge=False,
 ) -> Case:  # fmt: skip
-    """`mask` is called when the values are wanted, not when the package is imported: that would start JAX."""
+    """A case. `mask` is a function that is called when inputs are made; calling it at import would start JAX."""
     q = jax.ShapeDtypeStruct((B, T, N, H), dtype)
     kv = jax.ShapeDtypeStruct((B, S or T, K or N, H), dtype)
     sink = jax.ShapeDtypeStruct((N,), jnp.float32) if sinks else None
@@ -32,7 +32,7 @@ def _make(shapes, mask, key):
 
 
 def _unified(lengths: list[tuple[int, int, int]], padding: int = 0) -> AttentionMask:
-    """Documents of (text, noised copy, clean copy and text after it): their lengths, and padding at the end."""
+    """A mask of packed documents with lengths (text, image, text after it); the image is there noised and clean."""
     documents, spans, noise = [], [], []
     for number, (text, image, after) in enumerate(lengths):
         documents += [number] * (text + 2 * image + after)
@@ -48,33 +48,33 @@ def _packed(*lengths: int, padding: int = 0, causal: bool = False) -> AttentionM
 
 
 def _mixed(*lengths: int) -> AttentionMask:
-    """Text, image, text, image, ... of these lengths."""
+    """A mask of alternating text and images, with these lengths."""
     spans = np.repeat([-1 if i % 2 == 0 else i for i in range(len(lengths))], lengths)
     return AttentionMask.mixed(spans[None])
 
 
 tiny = functools.partial(_case, tiny=True)
 TINY = {
-    "tiny_full_h64": tiny(2, 64, 2, 64, origin="a tile that nothing hangs over"),
+    "tiny_full_h64": tiny(2, 64, 2, 64, origin="lengths that are multiples of the tile"),
     "tiny_full_h72": tiny(2, 40, 2, 72, S=77, origin="DiT-XL's head width over 77 text tokens"),
     "tiny_causal_h64": tiny(1, 77, 2, 64, mask=lambda: AttentionMask.causal(77), origin="an odd length"),
     "tiny_causal_longer_keys": tiny(
         1, 33, 2, 64, S=77, mask=lambda: AttentionMask.causal(33, 77), origin="queries after a prefix"
     ),
     "tiny_causal_unseeing": tiny(
-        1, 77, 2, 64, S=40, mask=lambda: AttentionMask.causal(77, 40), origin="queries that see nothing"
+        1, 77, 2, 64, S=40, mask=lambda: AttentionMask.causal(77, 40), origin="queries without visible keys"
     ),
     "tiny_grouped_h128": tiny(
-        2, 48, 4, 128, K=2, mask=lambda: AttentionMask.causal(48), origin="two query heads a key head"
+        2, 48, 4, 128, K=2, mask=lambda: AttentionMask.causal(48), origin="two query heads per key head"
     ),
     "tiny_one_query": tiny(2, 1, 2, 64, S=77, origin="one query"),
     "tiny_one_key": tiny(2, 77, 2, 64, S=1, origin="one key"),
     "tiny_padding": tiny(
-        2, 40, 2, 64, S=50, mask=lambda: AttentionMask.padding(np.array([50, 13]), 40, 50), origin="padded texts"
+        2, 40, 2, 64, S=50, mask=lambda: AttentionMask.padding(np.array([50, 13]), 40, 50), origin="padding mask"
     ),
     "tiny_unified_bf16_h72": tiny(
         1, 99, 4, 72, K=2, mask=lambda: _unified([(9, 16, 11), (3, 20, 2)], padding=2), dtype=jnp.bfloat16,
-        origin="the model dtype, all at once",
+        origin="bfloat16 with packing, private keys, grouped queries and padding",
     ),
     "tiny_options": tiny(
         2, 40, 4, 32, K=2, mask=lambda: AttentionMask.sliding_window(40, left=9, right=4), sinks=True, softcap=3.0,
@@ -114,7 +114,7 @@ MODEL = {
 
 CASES = {**TINY, **MODEL}
 
-# FlashAttention's protocol: 16,384 tokens in all, width 2,048 in heads of 64, 128 and 256.
+# The benchmark protocol of FlashAttention: 16,384 tokens per batch, model width 2,048 in heads of 64, 128 and 256.
 SWEEP = {
     f"protocol_{length}_h{H}{suffix}": model(
         16384 // length, length, 2048 // H, H, mask=functools.partial(AttentionMask.causal, length) if suffix else None,
@@ -127,7 +127,7 @@ SWEEP = {
 
 
 def _tangent(case: Case) -> Case:
-    """The tangent at a case of attention: its output and lse, and tangents beside q, k and v."""
+    """The case of the tangent op at a case of attention: adds the output, its lse, and tangents of q, k and v."""
     q, k, v, mask, _ = case.arrays
     lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
     static = {name: case.static[name] for name in ("scale", "softcap")}
@@ -149,5 +149,5 @@ TANGENT_CASES = {
         "tiny_unified_bf16_h72", "dit_b2_256", "dit_xl2_256", "dit_xl2_text", "llm_4k", "packed_8k",
     )
 }  # fmt: skip
-TANGENT_CASES["tiny_bf16_h128"] = _tangent(tiny(1, 40, 2, 128, dtype=jnp.bfloat16, origin="the widest of the common"))
+TANGENT_CASES["tiny_bf16_h128"] = _tangent(tiny(1, 40, 2, 128, dtype=jnp.bfloat16, origin="the widest common head"))
 TANGENT_CASES["tiny_softcap"] = _tangent(tiny(1, 40, 2, 32, softcap=3.0, origin="soft cap"))

@@ -1,10 +1,10 @@
-"""The work of attention: two matrix products forward, five backward, over the pairs that the mask leaves.
+"""Cost model of attention: two matrix products forward and five backward, over the visible (query, key) pairs.
 
-Each product takes 2 H flops a (query, key) pair and head: scores and output forward; scores again, d_weights,
-d_v, d_q and d_k backward. So forward is 4 N H pairs flops, where pairs = B T S if nothing is masked, and
-backward 2.5 times that. Each pair and head takes one exponential a pass. Bytes are one read of each input and
-one write of each output; the log-sum-exp of the scores, float32 (B, N, T), is written forward and read
-backward. Options cost nothing that is counted.
+Each product takes 2 H flops per pair and head. Forward computes scores and output; backward recomputes the scores and
+computes d_weights, d_v, d_q and d_k. So forward takes 4 N H pairs flops, where pairs = B T S without a mask, and
+backward takes 2.5 times as many. Each pair and head takes one exponential per pass. Bytes are one read of each input
+and one write of each output; the log-sum-exp of the scores, float32 (B, N, T), is written forward and read backward.
+The work of the options (soft cap, sinks) is not counted.
 """
 
 import jax
@@ -27,37 +27,37 @@ def backward(q, k, v, mask, sinks, **options) -> Cost:
 
 
 def backward_dq(q, k, v, mask) -> Cost:
-    """The kernel that computes scores, d_weights and d_q, and writes rowsum(out * d_out) for the other."""
+    """The d_q kernel: scores, d_weights and d_q; it also writes rowsum(out * d_out) for the d_k/d_v kernel."""
     return _cost(q, k, mask, products=3, traffic=_size(q, k, v, mask, q, q, q) + 2 * _statistic(q))
 
 
 def backward_dkv(q, k, v, mask) -> Cost:
-    """The kernel that computes scores and d_weights once more, d_v and d_k."""
+    """The d_k/d_v kernel: scores, d_weights, d_v and d_k."""
     return _cost(q, k, mask, products=4, traffic=_size(q, k, v, mask, q, k, v) + 2 * _statistic(q))
 
 
 def tangent_forward(q, k, v, mask, out, lse, *tangents, **options) -> Cost:
-    """10 N H pairs flops: scores, their tangent (two products), and its two sums of values."""
+    """10 N H pairs flops: scores, their tangent (two products), and two weighted sums of values."""
     del options
     return _cost(q, k, mask, products=5, traffic=_size(q, k, v, mask, out, lse, tangents, out))
 
 
 def tangent_backward(q, k, v, mask, out, lse, *tangents, **options) -> Cost:
-    """The backward of attention itself, for the cotangents of t_q, t_k and t_v."""
+    """The same as the backward of attention; it gives the cotangents of t_q, t_k and t_v."""
     del options
     return _cost(q, k, mask, products=5, traffic=_size(q, k, v, mask, out, lse, out, tangents))
 
 
 def without_values(mask: AttentionMask | None) -> AttentionMask | None:
-    """Its shapes: what a kernel estimates its cost by, lest it be compiled anew for each mask."""
+    """The shapes of a mask. A cost estimate from its values would make every mask compile a new kernel."""
     return jax.eval_shape(lambda mask: mask, mask)
 
 
 def visible_pairs(mask: AttentionMask | None, B: int, T: int, S: int) -> int:
-    """How many (query, key) pairs of one head the mask leaves, over the batch; B T S where its values are not known.
+    """The number of visible (query, key) pairs of one head, over the batch; B T S if the mask's values are not known.
 
-    Of the keys in a query's range all are seen but the private ones of others: the sum of end - start, less the
-    private keys in the range, plus those with the query's own number.
+    In its range a query sees all public keys and the private keys with its own number. So the count is the sum of
+    end - start, minus the private keys in the ranges, plus those with the query's own number.
     """
     if mask is None or not all(known(a) for a in jax.tree.leaves(mask)):
         return B * T * S
@@ -73,7 +73,7 @@ def visible_pairs(mask: AttentionMask | None, B: int, T: int, S: int) -> int:
 
 
 def _in_ranges(counted, start, end) -> int:
-    """How many of the keys that are counted lie in the queries' ranges."""
+    """The number of keys with `counted` true in the ranges of the queries, summed over the queries."""
     before = np.pad(np.cumsum(counted, axis=1), ((0, 0), (1, 0)))
     return int((np.take_along_axis(before, end, axis=1) - np.take_along_axis(before, start, axis=1)).sum())
 
@@ -89,5 +89,5 @@ def _size(*arrays) -> int:
 
 
 def _statistic(q) -> int:
-    """Bytes of one float32 for each query and head."""
+    """Bytes of one float32 per query and head."""
     return 4 * q.size // q.shape[-1]

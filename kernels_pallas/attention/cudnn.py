@@ -1,7 +1,7 @@
-"""Attention by cuDNN, as JAX calls it: a rival to measure, and the choice where it was measured to be faster.
+"""cuDNN attention through JAX: a baseline, and the implementation that is chosen where it was measured to be faster.
 
-cuDNN knows full and causal attention; any other mask it gets as the dense T x S tensor, which it reads as a bias.
-Whether its backward repeats to the bit is cuDNN's affair: JAX gives no say in it.
+cuDNN supports full and causal attention. Any other mask is passed as a dense T x S tensor, which cuDNN reads as a bias.
+Its backward may differ from run to run; JAX offers no option for a deterministic one.
 """
 
 import functools
@@ -13,13 +13,13 @@ from .. import backend
 
 
 def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
-    """Why these arguments cannot run here, or None: the rules of JAX's own check of a training call."""
+    """The reason why these arguments cannot run here, or None. The rules are those of JAX's check for training."""
     del v, scale
     device = backend.target()
     if backend.interpret() or device.platform != "gpu":
         return f"needs an NVIDIA GPU, got {'interpret mode' if backend.interpret() else device.kind}"
     if device.capability is None or device.capability < 8.0:
-        return f"needs compute capability 8.0, got {device.capability} ({device.kind})"
+        return f"needs compute capability 8.0 or higher, got {device.capability} ({device.kind})"
     if q.dtype.name not in ("bfloat16", "float16"):
         return f"needs bfloat16 or float16, got {q.dtype}"
     widest = 256 if device.capability >= 9.0 else 128
@@ -27,14 +27,14 @@ def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | No
         return f"needs a head width that is a multiple of 8 up to {widest}, got {q.shape[-1]}"
     if softcap is not None or sinks is not None or return_lse:
         return "has no soft cap, no sinks, and no gradient of lse"
-    if q.shape[1] % 2 or k.shape[1] % 2:  # JAX's vjp counts a bias that is not there, and refuses
+    if q.shape[1] % 2 or k.shape[1] % 2:  # JAX's vjp assumes a bias and rejects odd lengths
         return f"needs even T and S, got {q.shape[1]} and {k.shape[1]}"
     return None
 
 
 def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
-    """out, and what JAX's own vjp keeps."""
-    del sinks, softcap, return_lse  # `unsupported` has refused them
+    """The output, and the vjp function of JAX as the residual."""
+    del sinks, softcap, return_lse  # `unsupported` rejects them
     return jax.vjp(functools.partial(_attention, mask=mask, scale=scale), q, k, v)
 
 
@@ -52,10 +52,10 @@ def _attention(q, k, v, *, mask, scale):
         return attend(is_causal=True)
     dense = mask.dense()
     out = attend(mask=dense[:, None])
-    # cuDNN gives a query that sees nothing the mean of all values.
+    # cuDNN returns the mean of all values for a query without visible keys.
     return jnp.where(jnp.any(dense, axis=-1)[:, :, None, None], out, 0)
 
 
 def _own_causal(mask) -> bool:
-    """Whether cuDNN's causal mask is this one; where T and S differ it starts the diagonal elsewhere."""
+    """Whether the mask is cuDNN's causal mask. If T and S differ, cuDNN's diagonal starts elsewhere."""
     return mask.kind == "causal" and mask.num_queries == mask.num_keys

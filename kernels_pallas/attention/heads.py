@@ -1,7 +1,8 @@
-"""How the Triton kernels hold one head: as pieces of its width, and what lies past an array's edge.
+"""Masked loads, stores and products of one attention head in Triton, whose width is split into powers of two.
 
-Triton wants powers of two, so a head of 72 is 64 + 16 with the last 8 masked, where padding to 128 would waste
-almost half of the arithmetic. Loads are zero past the edges, stores end there.
+Triton needs power-of-two block shapes. A head of width 72 is split into 64 + 16, with the last 8 columns masked;
+padding to 128 would waste almost half of the arithmetic. Loads return zero outside the array; stores write nothing
+there.
 """
 
 import functools
@@ -27,10 +28,10 @@ def rows(start, count: int) -> jax.Array:
 
 
 def _places(ref, batch, head, start: jax.Array, block: int):
-    """(view, mask) of each piece of ref[batch, start : start + block, head]; no mask where all is inside."""
+    """Yields (view, mask) of each piece of ref[batch, start : start + block, head]; mask None if all is inside."""
     _, length, _, width = ref.shape
     for first, size in pieces(width):
-        column = pl.ds(jnp.int32(first), size)  # a static slice past the edge would be refused
+        column = pl.ds(jnp.int32(first), size)  # JAX rejects a static slice past the edge
         row_exists = (rows(start, block) < length)[:, None] if length % block else None
         column_exists = (rows(first, size) < width)[None, :] if first + size > width else None
         exist = [x for x in (row_exists, column_exists) if x is not None]
@@ -45,14 +46,14 @@ def load(ref, batch, head, start, block: int) -> list[jax.Array]:
 
 
 def store(ref, batch, head, start, values) -> None:
-    """Writes pieces to rows start, ... of one head, in its dtype."""
+    """Writes pieces to rows start, ... of one head, cast to the dtype of ref."""
     places = _places(ref, batch, head, start, values[0].shape[0])
     for (at, mask), value in zip(places, values, strict=True):
         pltriton.store(at, value.astype(ref.dtype), mask=mask)
 
 
 def load_row(ref, *index, start, block: int) -> jax.Array:
-    """ref[*index, start : start + block]: one number a position; zero past the edge."""
+    """ref[*index, start : start + block], one number per position; zero past the edge."""
     mask = rows(start, block) < ref.shape[-1] if ref.shape[-1] % block else None
     at = ref.at[(*index, pl.ds(start, block))]
     return pltriton.load(at, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
@@ -66,7 +67,7 @@ def store_row(ref, *index, start, values) -> None:
 
 
 def zeros(block: int, ref) -> tuple[jax.Array, ...]:
-    """Accumulators of `block` rows of a head, as pieces."""
+    """Accumulators of zeros for `block` rows of a head, as pieces."""
     return tuple(jnp.zeros((block, size), jnp.float32) for _, size in pieces(ref.shape[3]))
 
 

@@ -1,8 +1,8 @@
-"""Attention that can be differentiated forward as well: `flash_attention_jvp`.
+"""Attention with forward-mode derivatives: `flash_attention_jvp`.
 
-JAX ties a custom_vjp to reverse mode and a custom_jvp to a tangent that it must transpose by itself; a kernel needs
-both. A `HiPrim` has both: reverse mode is the kernels' own backward, forward mode adds the tangent's kernel, and the
-tangent's transpose is that backward again, which is how `jax.remat` comes to its gradient.
+In JAX a custom_vjp supports reverse mode only, and a custom_jvp needs a tangent that JAX can transpose, which a kernel
+is not. A `HiPrim` primitive supports both: reverse mode calls the kernels' backward, forward mode calls the tangent
+kernel, and the transpose of the tangent calls the backward again, which `jax.remat` needs for its gradient.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ from .reference import flash_attention_tangent as reference
 
 
 SECOND_ORDER = (
-    "flash_attention_jvp: the tangent has no derivative of its own; put jax.lax.stop_gradient around what is made of "
-    'it, or use flash_attention(implementation="xla").'
+    "flash_attention_jvp: second derivatives are not supported; apply jax.lax.stop_gradient to what is computed from "
+    'the tangent, or use flash_attention(implementation="xla").'
 )
 FLASH_ATTENTION_TANGENT = Op(
     name="flash_attention_tangent",
@@ -49,14 +49,14 @@ def flash_attention_jvp(
     sinks: Float[Array, " N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`flash_attention`, for models that are differentiated forward, as MeanFlow does.
+    """`flash_attention` with forward-mode derivatives (`jax.jvp`), which MeanFlow training needs.
 
-    `jax.jvp` runs one more kernel, for the tangent; `jax.grad` is that of `flash_attention`, also through the value
-    of a `jax.jvp`. First order: what comes of the tangent has no gradient, and asking for one raises; put
-    `jax.lax.stop_gradient` around it, as MeanFlow does, or use flash_attention(implementation="xla").
+    `jax.jvp` runs an additional kernel for the tangent. `jax.grad` is that of `flash_attention`, also through the value
+    of a `jax.jvp`. Only first derivatives are supported: a gradient of the tangent raises an error. Apply
+    `jax.lax.stop_gradient` to the tangent, as MeanFlow does, or use flash_attention(implementation="xla").
 
-    Args and raises: as `flash_attention`; `implementation` names that of the value, and of the tangent where it is
-    "xla". NotImplementedError where a gradient is asked of the tangent.
+    Args and raises: as `flash_attention`; `implementation` is that of the value, and also of the tangent if it is
+    "xla". Raises NotImplementedError for a gradient of the tangent.
 
     Source: MeanFlow, https://arxiv.org/abs/2505.13447, algorithm 1; the tangent, sCM,
     https://arxiv.org/abs/2410.11081.
@@ -67,7 +67,7 @@ def flash_attention_jvp(
 
 
 class _LikeQueries(hijax.HiPrim):
-    """A function of arrays whose value has the shape of the first; under vmap the examples come first."""
+    """A primitive whose result has the shape and dtype of its first argument; vmap batches along dim 0."""
 
     params: dict[str, Any]
 
@@ -83,7 +83,7 @@ class _LikeQueries(hijax.HiPrim):
 
 
 class _Attention(_LikeQueries):
-    """out of (q, k, v, mask, sinks)."""
+    """The primitive (q, k, v, mask, sinks) -> out."""
 
     def expand(self, *arrays):
         return FLASH_ATTENTION(*arrays, return_lse=False, **self.params)
@@ -111,7 +111,7 @@ class _Attention(_LikeQueries):
 
 
 class _Tangent(_LikeQueries):
-    """t_out of (q, k, v, mask, out, lse, t_q, t_k, t_v): linear in the last three, and of first order."""
+    """The primitive (q, k, v, mask, out, lse, t_q, t_k, t_v) -> t_out: linear in the tangents, first order only."""
 
     def expand(self, *arrays):
         return FLASH_ATTENTION_TANGENT(*arrays, **self.params)
@@ -121,7 +121,7 @@ class _Tangent(_LikeQueries):
         zeros = [jnp.zeros(a.shape, a.dtype) for a in self.in_avals[6:]]
         _, vjp = jax.vjp(lambda *tangents: self.expand(*known, *tangents), *zeros)
         for accumulator, cotangent in zip(linear, vjp(d_t_out), strict=True):
-            if isinstance(accumulator, hijax.GradAccum):  # a tangent that is zero has none
+            if isinstance(accumulator, hijax.GradAccum):  # a zero tangent has no accumulator
                 accumulator.accum(cotangent)
 
     def jvp(self, primals, tangents):
@@ -137,7 +137,7 @@ class _Tangent(_LikeQueries):
 
 
 class _SecondOrder(hijax.HiPrim):
-    """Stands where the tangent of the tangent would, for `jax.remat` makes one even where nothing reads it."""
+    """Placeholder for the tangent of the tangent: `jax.remat` traces one even if nothing uses it."""
 
     def __init__(self, in_avals, out_aval):
         self.in_avals, self.out_aval, self.params = in_avals, out_aval, {"out_aval": out_aval}

@@ -1,10 +1,10 @@
-"""Who sees whom: an attention mask as vectors, one entry a position, never a T x S tensor.
+"""Attention masks (causal, sliding window, padding, packed documents, mixed) as vectors of O(T + S) memory.
 
-    query t sees key s  iff  start[t] <= s < end[t]  and  (k_private[s] == 0 or k_private[s] == q_private[t])
+    key s is visible to query t  iff  start[t] <= s < end[t]  and  (k_private[s] == 0 or k_private[s] == q_private[t])
 
-A range says full, causal, sliding window, padding, packed documents, and text that is causal around images that are
-not. `private` hides what only its own tokens may see: the noised copy of an image, in a sequence that goes on after
-the image.
+A key range per query expresses full, causal, sliding-window and padding masks, packed documents, and causal text with
+bidirectional images. Private numbers hide keys from all queries but those with the same number, for example the noised
+copy of an image, which the tokens after the image must not see.
 """
 
 import dataclasses
@@ -19,28 +19,28 @@ from jax.core import Tracer
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """One mask for all heads; M is the batch, or 1 for a mask that all examples share.
+    """An attention mask for all heads. M is the batch size, or 1 for a mask that all examples share.
 
-    `kind` names the constructor, "custom" without one: it chooses tile sizes and lets cuDNN have its own causal mask,
-    and changes no answer. `num_keys` is S.
+    `kind` is the name of the constructor, or "custom". It selects tuned block sizes and cuDNN's own causal mask, and
+    does not change the result. `num_keys` is S.
     """
 
-    start: Any  # int32 (M, T): the first key that each query sees
-    end: Any  # int32 (M, T): one past the last; start == end sees nothing
-    q_private: Any = None  # int32 (M, T) >= 0, or None where nothing is private
-    k_private: Any = None  # int32 (M, S) >= 0; 0 is public
+    start: Any  # int32 (M, T): the first key in the range of each query
+    end: Any  # int32 (M, T): one past the last key of the range; empty if start == end
+    q_private: Any = None  # int32 (M, T) >= 0, or None if no key is private
+    k_private: Any = None  # int32 (M, S) >= 0; 0 means public
     num_keys: int = 0
     kind: str = "custom"
 
     @classmethod
     def full(cls, num_queries: int, num_keys: int | None = None) -> "AttentionMask":
-        """Every query sees every key; the same as no mask."""
+        """Every key is visible to every query: the same as mask=None."""
         S = num_queries if num_keys is None else num_keys
         return _ranges(np.zeros(num_queries), np.full(num_queries, S), S, "full")
 
     @classmethod
     def causal(cls, num_queries: int, num_keys: int | None = None) -> "AttentionMask":
-        """Query t sees keys s <= t + S - T: the last query sees every key; where T > S the first see none."""
+        """Query t sees keys s <= t + S - T: the last query sees every key; if T > S, the first T - S see none."""
         S = num_queries if num_keys is None else num_keys
         end = np.arange(num_queries) + (S - num_queries + 1)
         return _ranges(np.zeros(num_queries), end, S, "causal")
@@ -49,9 +49,9 @@ class AttentionMask:
     def sliding_window(
         cls, num_queries: int, num_keys: int | None = None, *, left: int, right: int = 0
     ) -> "AttentionMask":
-        """Query t sees keys from t' - left to t' + right, both included, where t' = t + S - T.
+        """Query t sees keys t' - left to t' + right, both included, where t' = t + S - T.
 
-        right = 0 is a causal window; left = right one that is centred.
+        right = 0 gives a causal window, left = right a centred one.
         """
         if left < 0 or right < 0:
             raise ValueError(f"AttentionMask.sliding_window: left and right must be >= 0, got {left} and {right}.")
@@ -61,10 +61,10 @@ class AttentionMask:
 
     @classmethod
     def padding(cls, key_lengths, num_queries: int, num_keys: int | None = None, *, query_lengths=None):
-        """Example b has key_lengths[b] keys; queries from query_lengths[b] on, if that is given, see none.
+        """Padding mask: example b has key_lengths[b] keys; queries from query_lengths[b] on, if given, see none.
 
         Args:
-          key_lengths, query_lengths: integers, (B,); at most S and T.
+          key_lengths, query_lengths: integers, (B,), at most S and at most T.
         """
         S = num_queries if num_keys is None else num_keys
         key_lengths = _integers("padding", key_lengths=key_lengths, ndim=1)
@@ -80,11 +80,11 @@ class AttentionMask:
 
     @classmethod
     def packed(cls, documents, *, causal: bool = False) -> "AttentionMask":
-        """Tokens see the tokens of their own document, or, causal, those up to themselves.
+        """Packed documents: each token sees its own document, or with `causal` the document up to itself.
 
         Args:
-          documents: integers, (M, T): equal where tokens are of one document, which lie side by side; negative
-            where there is no token: padding sees nothing and is seen by nothing.
+          documents: integers, (M, T): the document of each token. The tokens of a document must be contiguous. Negative
+            numbers are padding tokens, which see no key and are visible to no query.
         """
         documents = _integers("packed", documents=documents, ndim=2)
         _require_runs("packed", documents=documents)
@@ -94,10 +94,11 @@ class AttentionMask:
 
     @classmethod
     def mixed(cls, spans) -> "AttentionMask":
-        """Text is causal; a token of an image sees all before its image, and its image whole.
+        """Causal text with bidirectional images: a token of an image sees all earlier tokens and the whole image.
 
         Args:
-          spans: integers, (M, T): equal where tokens are of one image, which lie side by side; negative in text.
+          spans: integers, (M, T): the image of each token, negative for text. The tokens of an image must be
+            contiguous.
         """
         spans = _integers("mixed", spans=spans, ndim=2)
         _require_runs("mixed", spans=spans)
@@ -106,14 +107,14 @@ class AttentionMask:
 
     @classmethod
     def unified(cls, documents, spans, noise) -> "AttentionMask":
-        """`mixed` inside each packed document, with images that are being denoised hidden from all but themselves.
+        """`mixed` inside packed documents, where noised images are visible only to their own tokens.
 
-        An image that is generated and then read on appears twice: as a noised copy, which only its own tokens
-        see, and clean, which all that follows sees.
+        An image that is generated and used as context appears twice: as a noised copy, which only its own tokens see,
+        and as a clean copy, which all later tokens of the document see.
 
         Args:
-          documents, spans: as for `packed` and `mixed`; a span lies in one document.
-          noise: booleans, (M, T): true in the spans that are noised copies; whole spans.
+          documents, spans: as for `packed` and `mixed`; a span must lie in one document.
+          noise: booleans, (M, T): true for the tokens of noised copies; constant inside each span.
 
         Source: BAGEL, https://arxiv.org/abs/2505.14683, section 2 (generalised causal attention).
         """
@@ -137,7 +138,7 @@ class AttentionMask:
         return self.start.shape[1]
 
     def dense(self) -> jax.Array:
-        """bool (M, T, S): true where query t sees key s. For tests, and for what takes no vectors."""
+        """The dense mask, bool (M, T, S): true if key s is visible to query t. For tests and other libraries."""
         key = jnp.arange(self.num_keys, dtype=jnp.int32)[None, None]
         seen = (jnp.asarray(self.start)[:, :, None] <= key) & (key < jnp.asarray(self.end)[:, :, None])
         if self.k_private is None:
@@ -154,9 +155,9 @@ jax.tree_util.register_dataclass(
 
 
 def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> str | None:
-    """Why a mask is none for queries (B, T) and keys (B, S), in the words of an error; None where it is one."""
+    """The reason why a mask does not fit queries (B, T) and keys (B, S), for an error message; None if it fits."""
     if mask.num_keys != num_keys:
-        return f"the mask is for {mask.num_keys} keys (num_keys), k has {num_keys}; make the mask for this S"
+        return f"the mask has num_keys = {mask.num_keys}, but k has S = {num_keys} keys; make the mask for this S"
     for name in ("start", "end", "q_private", "k_private"):
         array: Any = getattr(mask, name)
         if array is None:
@@ -167,7 +168,7 @@ def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> 
         if array.ndim != 2 or array.shape[0] not in (1, batch) or array.shape[1] != length:
             return f"mask.{name} must be (1 or {batch}, {length}), got {array.shape}"
     if (mask.q_private is None) != (mask.k_private is None):
-        return "mask.q_private and mask.k_private must be given both or neither"
+        return "mask.q_private and mask.k_private must both be given, or neither"
     values = known(mask.start) and known(mask.end)
     if values and np.any(np.asarray(mask.start) > np.asarray(mask.end)):
         return "mask.start must be <= mask.end, got a query whose range starts after it ends"
@@ -177,23 +178,23 @@ def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> 
 
 
 def row_of(array, batch):
-    """Which row of a mask's array is an example's, in a kernel; one row may serve all."""
+    """The row of a mask's array for an example, in a kernel; 0 if all examples share one row."""
     return jnp.int32(0) if array.shape[0] == 1 else batch
 
 
 def _ranges(start, end, num_keys: int, kind: str) -> AttentionMask:
-    """A mask that all examples share, its ranges cut to the keys there are."""
+    """A mask that all examples share, with its ranges clipped to the keys."""
     start, end = (np.clip(x, 0, num_keys).astype(np.int32)[None] for x in (start, end))
     return AttentionMask(start, end, num_keys=num_keys, kind=kind)
 
 
 def _own(ids):
-    """Each token's own position."""
+    """The position of each token."""
     return jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
 
 
 def _runs(ids):
-    """First position and end of the run of equal ids that each token lies in."""
+    """(start, end) of the run of equal ids that each token is in."""
     edge = jnp.ones_like(ids[:, :1], bool)
     changes = ids[:, 1:] != ids[:, :-1]
     first = jnp.concatenate([edge, changes], axis=1)
@@ -204,15 +205,15 @@ def _runs(ids):
 
 
 def _or_nothing(sees, start, end):
-    """The range where `sees`, elsewhere an empty one."""
+    """The range where `sees` is true, an empty range elsewhere."""
     return jnp.where(sees, start, 0), jnp.where(sees, end, 0)
 
 
-# What a constructor is given. Values are checked where they are known: a traced array has none.
+# Checks of the arguments of the constructors. Values are checked if they are known, which those of a tracer are not.
 
 
 def known(array) -> bool:
-    """Whether an array has values that this process can see: not when tracing, nor in another host's memory."""
+    """Whether the values of an array are known: false while tracing and for arrays in another host's memory."""
     return not isinstance(array, Tracer | jax.ShapeDtypeStruct) and getattr(array, "is_fully_addressable", True)
 
 
@@ -235,7 +236,7 @@ def _require(array, rule: Callable, constructor: str, name: str, wanted: str) ->
 
 
 def _require_runs(constructor: str, **named) -> None:
-    """Ids that are not negative must lie side by side."""
+    """Raises ValueError if the tokens of an id >= 0 are not contiguous."""
     for name, ids in named.items():
         if not known(ids):
             continue
@@ -245,8 +246,8 @@ def _require_runs(constructor: str, **named) -> None:
             if np.any(counts > 1):
                 twice = values[counts > 1][0]
                 raise ValueError(
-                    f"AttentionMask.{constructor}: {name} must hold each id in one run of neighbours, got {twice} in "
-                    f"{counts.max()} runs; sort the tokens or number the runs apart."
+                    f"AttentionMask.{constructor}: {name} must have each id in one contiguous run, got {twice} in "
+                    f"{counts.max()} runs; sort the tokens or give each run its own id."
                 )
 
 

@@ -1,21 +1,23 @@
-"""Attention on Hopper with Pallas-Mosaic-GPU: TMA brings tiles, wgmma multiplies them, warpgroups have roles.
+"""Flash attention for Hopper in Pallas-Mosaic-GPU: warp-specialised, with TMA copies and wgmma products.
 
-One warpgroup, the producer, copies tiles into a ring of slots in shared memory; two consumers multiply. Forward,
-each consumer has 64 queries of its own, and they take turns: one multiplies while the other computes exponentials.
-The weights of the second product never leave the registers. As on the Triton road, every output is written once,
-by one program, in one order: no atomics; hidden tiles are not walked, and those seen whole know no mask (tiles.py).
+One producer warpgroup copies tiles into a ring buffer of slots in shared memory; two consumer warpgroups multiply them.
+In the forward each consumer has its own 64 queries. The consumers alternate (ping-pong scheduling): one multiplies
+while the other computes exponentials. The softmax weights stay in registers as the operand of the second product. As
+in the Triton kernels, every output is written once, by one program, in a fixed order, without atomics; hidden tiles are
+skipped, and fully visible tiles are not masked (tiles.py).
 
-Scores are kept times log2(e), because the chip computes exp2 and not exp. log-sum-exps are float32 (B, N, rows), to
-that base, LOWEST for a query that sees nothing; rows is T rounded up to whole tiles.
+Scores are in base 2 (multiplied by log2(e)), because GPUs have an instruction for exp2 and none for exp. log-sum-exps
+are float32 (B, N, rows), in base 2, LOWEST for a query without visible keys; rows is T rounded up to whole tiles.
 
-wgmma multiplies 16 columns of bfloat16 at a time, and TMA needs rows of tiles of 8: a head of 72 is padded to 80, not
-to 128, and an odd length to a multiple of 8, by XLA, before the kernel. Other widths and lengths are read in place.
+wgmma multiplies 16 columns of bfloat16 at a time, and TMA copies swizzled blocks of 8 rows. So XLA pads a head of width
+72 to 80 (not to 128), and an odd length to a multiple of 8, before the kernel. Other widths and lengths are read in
+place.
 
-What is proven, without a GPU: the arithmetic and the order of the copies, by JAX's interpreter and its race detector,
-at small sizes (the tests teach it products with a left operand in registers, which JAX 0.11 cannot interpret);
-machine code for sm_90a at every width, with and without a mask; no register is spilled but under a soft cap. The
-interpreter multiplies at once where the chip multiplies in the background: that each product is awaited before its
-operands go is shown by no test on a CPU.
+What is verified without a GPU: the arithmetic and the synchronisation of the copies, by JAX's interpreter and its race
+detector, at small sizes (JAX 0.11 cannot interpret products with a left operand in registers; the tests add that); and
+the machine code for sm_90a at every width, with and without a mask, which spills no registers except with a soft cap.
+The interpreter runs products synchronously, while they are asynchronous on the GPU. So no test on a CPU shows that each
+product is awaited before its operands are overwritten.
 
 Source: FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3.1 and algorithm 1 (without its overlap inside a
 warpgroup); backward, FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 2.
@@ -54,18 +56,18 @@ from .scores import LOG2_E, LOWEST, Scores, natural
 
 WIDTHS = (64, 72, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile, as the tensor cores lay it out
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # the register layout of one number per row of a wgmma tile; COLUMNS: per column
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How one kernel cuts its work: multiples of 64, one consumer's part of the tile that a program owns."""
+    """Block sizes of one kernel, multiples of 64. A program's own tile has such a block for each consumer."""
 
     block_q: int
     block_k: int
-    stages: int  # slots of the ring
-    overlap: bool = True  # backward: whether the second product runs while the first one's exponentials do
+    stages: int  # slots of the ring buffer
+    overlap: bool = True  # backward: whether the second product overlaps with the exponentials of the first
 
 
 NAMES = {
@@ -76,13 +78,13 @@ NAMES = {
 
 
 def blocks_for(kernel: str, q, k, mask) -> Blocks:
-    """The blocks of one of NAMES; what was measured counts for lengths like the one that a program walks."""
+    """The block sizes of one of NAMES. A tuned entry is looked up by the length that a program loops over."""
     default = untuned(kernel, q.shape[-1], mask is not None)
     return measured(NAMES[kernel], default, q, mask, walked=q if kernel == "dkv" else k)
 
 
 def candidates(default: Blocks, *, kernel: str, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
-    """What `tune` tries: tiles of what a program walks, slots, and in the backward both orders of its products."""
+    """The search space of `tune`: the tiles a program loops over, the slots, and overlap or none in the backward."""
     del default, dtype, width, mask, size
     for walked, stages, overlap in itertools.product((64, 128), (1, 2, 3, 4), (True, False)):
         if overlap or kernel != "forward":
@@ -94,9 +96,9 @@ CANDIDATES = {name: functools.partial(candidates, kernel=kernel) for kernel, nam
 
 
 def untuned(kernel: str, width: int, masked: bool) -> Blocks:
-    """Without a measurement: none spills without a soft cap, and all fit in shared memory."""
+    """The default block sizes: without a soft cap none spills, and all fit in shared memory."""
     if kernel == "dq" and masked and 64 < width <= 96:
-        return _DQ_MASKED  # two loops, one with the mask, take more registers than one
+        return _DQ_MASKED  # a second loop for masked tiles takes more registers
     return _BLOCKS[kernel, next(w for w in (64, 96, 128, 256) if width <= w)]
 
 
@@ -118,7 +120,7 @@ _DQ_MASKED = Blocks(64, 64, 3)
 
 
 def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """The reason why these arguments cannot run here, or None."""
     del mask, sinks, softcap, return_lse
     device = backend.target()
     if not backend.interpret() and (device.platform != "gpu" or device.capability != 9.0):
@@ -158,12 +160,13 @@ def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
 
 
 def to_blocks(x, block: int):
-    """Zeros after the last dimension, to whole blocks: TMA wants rows of 16 bytes, and loads past no edge."""
+    """Pads the last dimension with zeros to whole blocks: TMA needs rows of whole 16 bytes, and these loads are not
+    masked."""
     return jnp.pad(jnp.asarray(x), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
 
 
 def whole_rows(x):
-    """(B, T, N, H) with T and H as TMA and wgmma want them; x itself where they are."""
+    """Pads T of (B, T, N, H) to a multiple of 8 and H to one of 16, for TMA and wgmma; x itself if they are."""
     rows, columns = -x.shape[1] % 8, -x.shape[3] % 16
     return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) if rows or columns else x
 
@@ -173,9 +176,10 @@ def like_of(x) -> jax.ShapeDtypeStruct:
 
 
 def tile_lists(lists: Callable, mask, q, k, tile_q: int, tile_k: int, *, only_keys: bool):
-    """The mask, padded to whole tiles, and its tile lists; neither where every tile is seen whole.
+    """The mask, padded to whole tiles, and its tile lists; (None, None) if every tile is fully visible.
 
-    Keys past the edge have to be hidden, where keys are walked; queries there are zero, and add zero.
+    `only_keys`: the kernel loops over keys, so keys past the end must be masked. Queries past the end need no mask:
+    they are zero and add zero.
     """
     T, S = q.shape[1], k.shape[1]
     if mask is None and not (only_keys and S % tile_k):
@@ -197,7 +201,7 @@ def _forward_kernel(
     q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free, turn,
     *, scores, blocks,
 ):  # fmt: skip
-    """Online softmax over the key tiles: FlashAttention-3, algorithm 1, and its scheduling barrier (section 3.1)."""
+    """Online softmax over the key tiles: FlashAttention-3, algorithm 1, with ping-pong scheduling (section 3.1)."""
     block_q, block_k = blocks.block_q, blocks.block_k
     batch, head, tile = program_of(q_ref, CONSUMERS * block_q)
     kv_head = lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[2]))
@@ -242,7 +246,7 @@ def _forward_kernel(
             weights = jnp.exp2(score - down(new_top, score.shape))
             total = total * decay + jnp.sum(weights, axis=1)
             acc = acc * down(decay, acc.shape)
-            # All of it before the turn changes: the compiler would move it into the other's time.
+            # Without this barrier the compiler would move this work past the hand-over to the other consumer.
             acc, total, narrow = lax.optimization_barrier((acc, total, weights.astype(v_ref.dtype)))
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(v_ready.at[slot])
@@ -253,13 +257,13 @@ def _forward_kernel(
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, new_top, total
 
-        # A sink is a key with this score and no value: the sum begins with it.
+        # A sink is a key with this score and no value: the sum starts with it.
         first, one = (LOWEST, 0.0) if sinks_ref is None else (sinks_ref[head] * LOG2_E, 1.0)
         row = lambda x: plgpu.layout_cast(jnp.full((block_q,), x, jnp.float32), ROWS)
-        pl.when(me == 1)(change_turns)  # the second begins half a step later
+        pl.when(me == 1)(change_turns)  # the second consumer starts half a step later
         acc, top, total = walk.run(step, (zeros(q_smem), row(first), row(one)))
         pl.when(me == 0)(change_turns)
-        total = jnp.where(total == 0.0, 1.0, total)  # a query that saw nothing: its output is 0
+        total = jnp.where(total == 0.0, 1.0, total)  # a query without visible keys has output 0
         q_smem.at[me][...] = (acc * down(1.0 / total, acc.shape)).astype(out_ref.dtype)
         lse_smem.at[me][...] = top + jnp.log2(total)
         plgpu.commit_smem()
@@ -270,7 +274,7 @@ def _forward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The tiles of one program, for each of `group` heads: first those seen whole, then those seen in part."""
+    """The tiles a program loops over, for each of `group` heads: first fully visible, then partially visible ones."""
 
     order: Callable
     whole: Any
@@ -291,7 +295,7 @@ class Walk:
         return self.group * self.seen
 
     def place(self, i):
-        """(head of the group, tile) of a step."""
+        """(head in the group, tile) of a step."""
         if self.group == 1:
             return 0, self.order(i)
         first = i < self.group * self.whole
@@ -310,7 +314,7 @@ class Walk:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Which scores of a tile count: loads its own side once, the other for each tile."""
+    """Masking of a tile: loads the mask of the program's own side once, that of the other side for each tile."""
 
     mask: Any
     batch: Any
@@ -358,7 +362,7 @@ class Seen:
 
 
 def program_of(ref, block: int):
-    """Batch index, head and number of this program's tile; a head's tiles run side by side."""
+    """(batch index, head, tile index) of this program; consecutive programs have the tiles of one head."""
     _, length, heads, _ = ref.shape
     program, count = lax.axis_index("program"), jnp.int32(pl.cdiv(length, block))
     rest = lax.div(program, count)
@@ -370,12 +374,12 @@ def load(ref, layout):
 
 
 def down(row, shape):
-    """A number for each row of a tile, at all its columns."""
+    """Broadcasts one number per row to all columns of a tile."""
     return lax.broadcast_in_dim(row, shape, [0])
 
 
 def along(column, shape):
-    """A number for each column of a tile, at all its rows."""
+    """Broadcasts one number per column to all rows of a tile."""
     return lax.broadcast_in_dim(column, shape, [1])
 
 
@@ -384,5 +388,5 @@ def _positions(shape, axis: int, start):
 
 
 def zeros(smem):
-    """An accumulator for the rows of one tile."""
+    """An accumulator of zeros for the rows of one tile."""
     return plgpu.layout_cast(jnp.zeros(smem.shape[1:], jnp.float32), plgpu.Layout.WGMMA)

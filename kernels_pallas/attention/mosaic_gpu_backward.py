@@ -1,10 +1,10 @@
-"""Backward of attention on Hopper with Pallas-Mosaic-GPU: two kernels, in which mosaic_gpu.py's roles come again.
+"""Backward of flash attention for Hopper in Pallas-Mosaic-GPU: a d_q kernel and a d_k/d_v kernel, warp-specialised.
 
-One has a row of tiles for each query tile and sums d_q; the other one for each key tile, over all query heads that
-read it, and sums d_k and d_v. Both compute the weights anew from the log-sum-exp. No atomics: two runs agree to the
-bit. What is proven is as for the forward.
+The d_q kernel loops over the key tiles of each query tile. The d_k/d_v kernel loops over the query tiles of each key
+tile, for all query heads of the key/value head. Both recompute the softmax weights from the log-sum-exp. There are no
+atomics, so results are bit-reproducible. mosaic_gpu.py describes the warpgroups and what is verified without a GPU.
 
-Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 2; roles of warpgroups, FlashAttention-3,
+Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 2; warp specialisation, FlashAttention-3,
 https://arxiv.org/abs/2407.08608, section 3.1.
 """
 
@@ -50,7 +50,7 @@ from .scores import Scores, d_sinks
 
 
 def backward(residuals, d_out, *, scale, softcap, return_lse):
-    """d_q, d_k, d_v and d_sinks; delta = rowsum(out * d_out) - d_lse is left to XLA."""
+    """d_q, d_k, d_v and d_sinks; XLA computes delta = rowsum(out * d_out) - d_lse."""
     q, k, v, mask, sinks, out, lse = residuals
     d_out, d_lse = d_out if return_lse else (d_out, None)
     T, S, H = q.shape[1], k.shape[1], q.shape[3]
@@ -109,9 +109,9 @@ def _dkv(q, k, v, d_out, mask, lse, delta, scores):
 
 
 def shared_keys(width: int) -> bool:
-    """Whether both consumers of the backward for keys work on the same keys, one on d_k, the other on d_v.
+    """Whether both consumers of the d_k/d_v kernel have the same keys, one for d_k and the other for d_v.
 
-    At this width the registers of one hold one of the two.
+    Above this width the registers of a consumer hold only one of the two accumulators.
     """
     return width > 128
 
@@ -184,9 +184,9 @@ def _dkv_kernel(
     k_smem, v_smem, q_smem, d_out_smem, lse_smem, delta_smem, own_ready, q_ready, d_out_ready, q_free, d_out_free, done,
     *, scores, blocks,
 ):  # fmt: skip
-    """d_v = weights^T d_out and d_k = scale d_scores^T q, over every query head that reads this key head.
+    """d_v = weights^T d_out and d_k = scale d_scores^T q, summed over the query heads of this key/value head.
 
-    Scores are transposed, (block_k, block_q), so that the weights are a left operand as they stand.
+    Scores are transposed, (block_k, block_q), so that the weights are the left operand without a transposition.
     """
     block_q, block_k = blocks.block_q, blocks.block_k
     owners = k_smem.shape[0]
@@ -247,7 +247,7 @@ def _dkv_kernel(
                 plgpu.barrier_wait(d_out_ready.at[slot])
                 left = {"d_v": weights}
             left = [left[name].astype(q_ref.dtype) for name in wanted]
-            plgpu.commit_smem()  # lse and delta are read: orders that before the copies that write them next
+            plgpu.commit_smem()  # orders the reads of lse and delta before the next copies into their slots
 
             def accumulate(acc_refs):
                 for name, acc_ref, x in zip(wanted, acc_refs, left, strict=True):
@@ -259,7 +259,7 @@ def _dkv_kernel(
             return carry
 
         found = walk.run(step, tuple(zeros(k_smem) for _ in wanted))
-        if owners < CONSUMERS:  # until here the other one reads them
+        if owners < CONSUMERS:  # until here the other consumer reads k and v
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)
         for name, x in zip(wanted, found, strict=True):
@@ -277,7 +277,7 @@ def _dkv_kernel(
 
 
 def product_of(shape, issue: Callable):
-    """What `issue(accumulator)` adds up."""
+    """The product that `issue(accumulator)` computes, from an accumulator of zeros."""
 
     def run(acc_ref):
         issue(acc_ref)
@@ -287,7 +287,7 @@ def product_of(shape, issue: Callable):
 
 
 def two_products(shape, first: Callable, use: Callable, second: Callable, overlap: bool):
-    """(*use(first), second): with `overlap` the second product runs while `use` does, and takes its registers."""
+    """(*use(first), second). With `overlap` the second product runs while `use` does, and needs more registers."""
     if not overlap:
         return *use(product_of(shape, first)), product_of(shape, second)
 

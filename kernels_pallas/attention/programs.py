@@ -1,4 +1,4 @@
-"""What a program of the Triton kernels does: one tile of the output, the tiles it walks, the scores that count."""
+"""Shared code of the Triton attention kernels: the program's output tile, the loop over visible tiles, and masking."""
 
 import jax
 from jax.experimental import pallas as pl
@@ -9,7 +9,7 @@ from .mask import AttentionMask, row_of
 
 
 def key_lists(mask, q, k, blocks):
-    """The mask and its tile lists; neither where every key tile is seen whole."""
+    """The mask and its tile lists; (None, None) if every key tile is fully visible."""
     if mask is None and k.shape[1] % blocks.block_k == 0:
         return None, None
     mask = AttentionMask.full(q.shape[1], k.shape[1]) if mask is None else mask
@@ -17,7 +17,7 @@ def key_lists(mask, q, k, blocks):
 
 
 def program(ref, block: int):
-    """Batch index, head and number of this program's tile; a head's tiles run side by side."""
+    """(batch index, head, tile index) of this program; consecutive programs have the tiles of one head."""
     _, length, heads, _ = ref.shape
     count = pl.cdiv(length, block)
     rest = jax.lax.div(pl.program_id(0), count)
@@ -25,14 +25,15 @@ def program(ref, block: int):
 
 
 def kv_head_of(head, q_ref, k_ref):
-    """Whose keys and values a query head reads."""
+    """The key/value head of a query head."""
     return jax.lax.div(head, q_ref.shape[2] // k_ref.shape[2])
 
 
 def walk(step, carry, lists, batch, row, count: int, *, group: int = 1):
-    """Runs step(tile, member, carry) over one row's tiles, for each of a group of heads in one loop.
+    """Runs step(tile, member, carry) over the visible tiles of one row of tiles, for each head of a group.
 
-    First those seen whole, then those seen in part; without lists, all `count` are seen whole.
+    Fully visible tiles come first, without masking, then partially visible tiles. Without lists, all `count` tiles are
+    fully visible.
     """
     if lists is None:
         return _loop(step, carry, lambda i: i, count, group, masked=False)
@@ -52,7 +53,7 @@ def _loop(step, carry, tile_at, count, group: int, *, masked: bool):
 
 
 def seen_in(mask, batch, start_q, start_k, blocks, *, transposed=False):
-    """Which scores of a tile count; a query past the edge sees nothing, and no query sees a key past it."""
+    """The visible scores of a tile, as booleans. Queries and keys past the ends of the arrays are masked."""
     down, across = (slice(None), None), (None, slice(None))
     of_queries, of_keys = (across, down) if transposed else (down, across)
     example = row_of(mask.start, batch)

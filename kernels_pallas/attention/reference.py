@@ -1,4 +1,4 @@
-"""The definition of attention, in float32; what every kernel is held to."""
+"""Reference implementation of attention in float32 jnp; all kernels are tested against it."""
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ def flash_attention(
     softcap: float | None,
     return_lse: bool,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """out = softmax(scale q k^T, masked) v, all scores at once; lse = log(sum(exp(scores))).
+    """out = softmax(scale q k^T, masked) v, with all scores in memory; lse = log(sum(exp(scores))).
 
     Source: Attention Is All You Need, https://arxiv.org/abs/1706.03762, equation 1.
     """
     scores = _scores(q, k, mask, scale, softcap)
-    # A finite floor under the maximum: a row that sees nothing then weighs exp(-inf - floor) = 0, not nan.
+    # A finite lower bound of the maximum: without visible keys the weights are exp(-inf - bound) = 0, not NaN.
     top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
     if sinks is not None:
         top = jnp.maximum(top, sinks.astype(jnp.float32)[None, None, :, None])
@@ -57,7 +57,7 @@ def flash_attention_tangent(
     With p = exp(score - lse) and t_score the tangent of the scores,
     t_out = sum_s p (t_score v + t_v) - (sum_s p t_score) out.
 
-    A linear function of the tangents, and of them alone: nothing else is differentiated through it.
+    It is linear in the tangents. The other arguments are constants to its gradient.
 
     Source: sCM, https://arxiv.org/abs/2410.11081, appendix on the Jacobian-vector product of flash attention.
     """
@@ -84,7 +84,7 @@ def _scores(q, k, mask, scale, softcap):
 
 
 def _weighted(weights, v):
-    """Sums of values by (B, T, N, S) weights: (B, T, N, H) in float32."""
+    """Weighted sums of the values with (B, T, N, S) weights: (B, T, N, H) in float32."""
     B, T, N, S = weights.shape
     K, H = v.shape[2:]
     grouped = weights.reshape(B, T, K, N // K, S)

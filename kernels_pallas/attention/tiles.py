@@ -1,9 +1,9 @@
-"""Which tiles of the scores a mask leaves: what lets a kernel skip some and spare others the mask.
+"""Block-sparse tile lists of an attention mask: kernels skip hidden tiles and mask only partially visible ones.
 
-A tile is block_q queries by block_k keys. From the minima and maxima of the mask's vectors over each block, a tile is
-seen whole (no score in it is masked), in part, or not at all. A kernel walks, for its row of tiles, those seen whole
-and then those seen in part, by a list. The forward and the backward for queries have a row a query block, the
-backward for keys a row a key block.
+A tile is block_q queries by block_k keys. The minima and maxima of the mask's vectors over each block classify a tile
+as fully visible (no score is masked), partially visible, or hidden. A program loops over a list of tiles: first the
+fully visible ones, then the partially visible ones. The forward and the d_q kernel have one list per query block, the
+d_k/d_v kernel one per key block.
 """
 
 import dataclasses
@@ -17,29 +17,30 @@ from .mask import AttentionMask
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Row i walks order[m, i, :whole[m, i]] without a mask, then order[m, i, whole[m, i]:seen[m, i]] with it."""
+    """The lists: row i has the fully visible tiles order[m, i, :whole[m, i]] and the partially visible tiles
+    order[m, i, whole[m, i]:seen[m, i]]."""
 
     order: Any  # int32 (M, rows, columns), a permutation of the columns in each row
-    whole: Any  # int32 (M, rows)
-    seen: Any  # int32 (M, rows), at least `whole`
+    whole: Any  # int32 (M, rows): the number of fully visible tiles
+    seen: Any  # int32 (M, rows): the number of visible tiles, fully or partially
 
 
 jax.tree_util.register_dataclass(Tiles, data_fields=("order", "whole", "seen"), meta_fields=())
 
 
 def key_tiles(mask: AttentionMask, block_q: int, block_k: int) -> Tiles:
-    """For each query block, the key blocks it sees; M is the mask's."""
+    """For each query block, the key blocks that are visible to it; M is that of the mask."""
     return _lists(*_classes(mask, block_q, block_k))
 
 
 def query_tiles(mask: AttentionMask, block_q: int, block_k: int) -> Tiles:
-    """For each key block, the query blocks that see it."""
+    """For each key block, the query blocks that it is visible to."""
     return _lists(*(jnp.swapaxes(x, 1, 2) for x in _classes(mask, block_q, block_k)))
 
 
 def _classes(mask: AttentionMask, block_q: int, block_k: int) -> tuple[jax.Array, jax.Array]:
-    """(whole, seen), bool (M, query blocks, key blocks). `seen` may be true of a tile with nothing to see."""
-    sees = mask.start < mask.end  # a query that sees nothing stretches no range
+    """(whole, seen), bool (M, query blocks, key blocks). `seen` may be true of a tile without visible scores."""
+    sees = mask.start < mask.end  # queries without visible keys do not extend the range of their block
     start_min, start_max = _extremes(jnp.where(sees, mask.start, mask.num_keys), block_q)
     end_min, end_max = _extremes(jnp.where(sees, mask.end, 0), block_q)
     first = jnp.arange(0, mask.num_keys, block_k, dtype=jnp.int32)[None, None]
@@ -55,7 +56,7 @@ def _classes(mask: AttentionMask, block_q: int, block_k: int) -> tuple[jax.Array
 
 
 def _extremes(vector, block: int) -> tuple[jax.Array, jax.Array]:
-    """Minimum and maximum over each block of (M, length); the last block may be short."""
+    """The minimum and maximum over each block of (M, length); the last block may be shorter."""
     M, length = vector.shape
     blocks = jnp.pad(vector, ((0, 0), (0, -length % block)), mode="edge").reshape(M, -1, block)
     return blocks.min(axis=-1), blocks.max(axis=-1)

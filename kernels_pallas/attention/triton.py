@@ -1,8 +1,9 @@
-"""Attention with Pallas-Triton: one program an output tile; its scores live and die in registers.
+"""Flash attention in Pallas-Triton: one program per output tile; the scores stay in registers.
 
-Forward, and the backward for queries, walk the key tiles that a query tile sees; the backward for keys walks the
-query tiles that see a key tile. So every output is written once, by one program, in one order: no atomics, and two
-runs agree to the bit. Tiles that the mask hides are not walked, and those seen whole know no mask (tiles.py).
+The forward and the d_q kernel loop over the key tiles that are visible to a query tile; the d_k/d_v kernel loops over
+the query tiles that a key tile is visible to. So every output is written once, by one program, in a fixed order: there
+are no atomics, and results are bit-reproducible. Hidden tiles are skipped, and fully visible tiles are not masked
+(tiles.py).
 
 Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
 """
@@ -27,7 +28,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """The reason why these arguments cannot run here, or None."""
     del k, v, mask, sinks, scale, softcap, return_lse
     if q.dtype.name not in DTYPES:
         return f"needs a dtype among {', '.join(DTYPES)}, got {q.dtype}"
@@ -39,7 +40,7 @@ def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | No
 def forward(q, k, v, mask, sinks, *, scale, softcap, return_lse):
     """The output, and (q, k, v, mask, sinks, out, lse) for `backward`.
 
-    lse, float32 (B, N, T), is log2(sum_s exp(score)), with LOWEST for a query that sees nothing.
+    lse, float32 (B, N, T), is log2(sum_s exp(score)), and LOWEST for a query without visible keys.
     """
     B, T, N, _ = q.shape
     blocks = blocks_for("forward", q, k, mask)
@@ -69,7 +70,7 @@ def backward(residuals, d_out, *, scale, softcap, return_lse):
 def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scores, name):
     """d_q, d_k, d_v and delta = rowsum(out * d_out) - d_lse, by two kernels.
 
-    The first writes delta, which is all that the second needs of out and d_lse.
+    The d_q kernel writes delta; the d_k/d_v kernel reads delta instead of out and d_lse.
     """
     B, T, N, _ = q.shape
     S, K = k.shape[1:3]
@@ -116,12 +117,12 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_re
         acc = tuple(a * decay[:, None] + dot(weights.astype(v_ref.dtype), x) for a, x in zip(acc, v, strict=True))
         return acc, new_top, total * decay + jnp.sum(weights, axis=1)
 
-    # A sink is a key with this score and no value: the sum begins with it. One of -inf is none.
+    # A sink is a key with this score and no value: the sum starts with it. Without sinks the score is -inf.
     sink = -jnp.inf if sinks_ref is None else sinks_ref[head].astype(jnp.float32) * LOG2_E
     top = jnp.maximum(jnp.full((blocks.block_q,), sink, jnp.float32), LOWEST)
     carry = zeros(blocks.block_q, q_ref), top, jnp.exp2(sink - top)
     acc, top, total = walk(step, carry, lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
-    total = jnp.where(total == 0, 1.0, total)  # a query that saw nothing: its output is 0
+    total = jnp.where(total == 0, 1.0, total)  # a query without visible keys has output 0
     store(out_ref, batch, head, start_q, [a / total[:, None] for a in acc])
     store_row(lse_ref, batch, head, start=start_q, values=top + jnp.log2(total))
 
@@ -158,11 +159,11 @@ def _dq_kernel(
 
 
 def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref, d_k_ref, d_v_ref, *, scores, blocks):
-    """d_v = weights^T d_out and d_k = scale d_scores^T q, over every query head that reads this key head.
+    """d_v = weights^T d_out and d_k = scale d_scores^T q, summed over the query heads of this key/value head.
 
-    Scores are transposed, (block_k, block_q), so that the weights are a left operand as they stand. Past the
-    edges they need no mask: q, d_out, lse and delta of a query there are 0, and it adds 0; a key there is not
-    stored.
+    Scores are transposed, (block_k, block_q), so that the weights are the left operand without a transposition. Rows
+    and columns past the ends of the arrays need no mask: q, d_out, lse and delta of a query there are 0, so it adds 0;
+    a key there is not stored.
     """
     batch, kv_head, tile_k = program(k_ref, blocks.block_k)
     start_k = tile_k * blocks.block_k

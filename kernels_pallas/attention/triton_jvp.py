@@ -1,7 +1,7 @@
-"""The tangent of attention with Pallas-Triton: one pass over the key tiles, beside the forward's.
+"""The forward-mode tangent of flash attention in Pallas-Triton: one additional pass over the key tiles.
 
-The output and lse are there already, so nothing is rescaled on the way: five products a tile, one accumulator.
-Its transpose is the backward of attention, with the tangent's cotangent for the output's.
+The output and lse are given, so no online rescaling is needed: five products per tile and one accumulator. The
+transpose of the tangent is the backward of attention, applied to the cotangent of the tangent.
 
 Source: sCM, https://arxiv.org/abs/2410.11081, appendix on the Jacobian-vector product of flash attention.
 """
@@ -21,7 +21,7 @@ from .scores import LOG2_E, LOWEST, Scores
 
 
 def unsupported(q, k, v, mask, out, lse, t_q, t_k, t_v, *, scale, softcap) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """The reason why these arguments cannot run here, or None."""
     del out, lse, t_q, t_k, t_v
     return triton.unsupported(q, k, v, mask, None, scale=scale, softcap=softcap, return_lse=False)
 

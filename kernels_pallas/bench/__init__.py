@@ -1,1 +1,1 @@
-"""The commands that compile, time and tune kernels."""
+"""The commands that benchmark, autotune and inspect kernels."""

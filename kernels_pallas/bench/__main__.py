@@ -1,8 +1,7 @@
-"""`python -m kernels_pallas.bench`."""
+"""`python -m kernels_pallas.bench`: benchmarks the operations; the code is in main.py."""
 
-import sys
-
+from . import command_line
 from .main import main
 
 
-sys.exit(main())
+command_line.run("bench", main)

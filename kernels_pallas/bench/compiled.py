@@ -1,8 +1,9 @@
-"""What was compiled: the committed results/compiled/<family>.json, and whether it is of today's source and compiler.
+"""The committed results of cross-compilation, results/compiled/<family>.json, and whether they are up to date.
 
-The CUDA compiler says the same of the same source: a record whose digest is today's proves what compiling again
-would. A digest covers the code of a family, what its kernels import, the block sizes that were tuned, how rows are
-made, and the versions of the compilers. `python -m kernels_pallas.inspect --record` writes the records.
+Compiling the same code with the same compilers gives the same machine code, so a record whose digest is the current one
+proves what compiling again would prove. The digest covers the code of the family, the code that it imports, the tuned
+tile sizes, the code that makes the rows, and the versions of the compilers. `python -m kernels_pallas.inspect --record`
+writes the records.
 """
 
 import functools
@@ -19,16 +20,16 @@ from ..op import Op
 
 RECORDED = ("h200", "a100")
 PACKAGE = Path(__file__).parents[1]
-# What the code of every family, or its row, depends on outside the family. The test of this module holds it complete.
+# The files outside a family on which its rows depend. tests/kernels_pallas/test_compiled.py checks that none is missing.
 SHARED = (
-    "op.py", "backend.py", "tuning.py", "hardware.py", "deviceless.py", "bench/inspect.py", "ffi/custom_calls.py",
+    "op.py", "backend.py", "tuning.py", "hardware.py", "deviceless.py", "bench/machine_code.py", "ffi/custom_calls.py",
     "ffi/libraries.py", "ffi/ranges.py",
 )  # fmt: skip
 COMPILERS = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-nvvm")
 
 
 def families(ops: Iterable[Op]) -> dict[str, list[Op]]:
-    """The ops of each family that has a kernel of ours, by the family's name."""
+    """The ops that have kernels of this package, by the name of their family."""
     by_name: dict[str, list[Op]] = {}
     for op in ops:
         if not all(kernel.external for kernel in op.kernels.values()):
@@ -42,14 +43,14 @@ def path(family: str) -> Path:
 
 
 def digest(ops: Sequence[Op]) -> str:
-    """Of a family, by its ops: of all that its rows depend on."""
+    """The digest of everything that the rows of a family depend on, given the ops of the family."""
     shared = [PACKAGE / name for name in SHARED]
     return measured.digest(ops[0], [*shared, *sorted(tuning.SHIPPED.glob("*.json")), *compilers()])
 
 
 @functools.cache
 def compilers() -> tuple[str, ...]:
-    """Name and version of everything that compiles."""
+    """Name and version of each compiler, and of each package that contains one."""
     versions = [f"{name} {metadata.version(name)}" for name in COMPILERS]
     for tool in ("ptxas", "nvdisasm"):
         said = subprocess.run([deviceless.compiler(tool), "--version"], capture_output=True, text=True, check=True)
@@ -58,18 +59,18 @@ def compilers() -> tuple[str, ...]:
 
 
 def is_current(family: str, ops: Sequence[Op]) -> bool:
-    """Whether the family's record is of today's source and compilers."""
+    """Whether the record of the family was made from the current code by the current compilers."""
     return path(family).exists() and json.loads(path(family).read_text())["digest"] == digest(ops)
 
 
 def read(family: str) -> list[dict]:
-    """The rows of the family's record."""
+    """The rows in the record of the family."""
     record = json.loads(path(family).read_text())
     return [dict(zip(record["columns"], row, strict=True)) for row in record["rows"]]
 
 
 def write(family: str, ops: Sequence[Op], columns: Sequence[str], rows: Sequence[dict]) -> None:
-    """Makes `rows` the family's record; rows with an error are left out, and leave the record out of date."""
+    """Writes the record of the family. If a kernel did not compile, its row is omitted and the record stays out of date."""
     complete = not any("error" in row for row in rows)
     head = {
         "digest": digest(ops) if complete else "incomplete",

@@ -1,24 +1,25 @@
-"""Times every implementation of every op, and those of other people, against the device's best.
+"""Benchmarks every implementation of the operations, and baselines from other libraries, against the roofline.
 
     python -m kernels_pallas.bench [op ...] [--case NAME] [--tiny | --sweep | --all] [--out FILE] [--jobs N]
     python -m kernels_pallas.bench [op ...] --stale
 
-On a GPU the cases of real models, into results/<device>.csv; elsewhere the tiny ones, and no file unless
---out names one. The rows of a pass of a case replace its earlier ones once it is measured: a run cut short keeps the
-rest. With --jobs, processes compile side by side and are timed one at a time (side_by_side.py).
+On a GPU it runs the cases of real models and writes results/<device>.csv. Without a GPU it runs the tiny cases on the
+CPU and writes no file unless --out names one. The rows of one pass of one case are written as soon as they are
+measured and replace the earlier ones, so an interrupted run keeps what it has measured. With --jobs N, N processes
+compile in parallel and are timed one at a time (side_by_side.py).
 
-A row is the median, 20th and 80th percentile of ROUNDS runs on normally distributed inputs, with the
-implementations taking turns; timing.py says by which clock, and how the GPU's cache is kept out. The passes are
-`forward`; `backward`, which is vjp(d_out) alone after `out, vjp = jax.vjp(...)`; and `both` in one compiled
-function. Implementations are "xla", the op's kernels, and its peers: peers.py says how those are run.
-`tflops`, `gbps` and `of_roofline` follow from the op's Cost for these inputs, the work that no implementation can
-avoid; `of_roofline` is empty where hardware.py does not know the device. `copy_gbps` is what the device reached in
-the same run when it only read and wrote.
+A row holds the median and the 20th and 80th percentile of ROUNDS runs on normally distributed inputs. The
+implementations are run in turn; timing.py describes the clock and how the GPU's L2 cache is kept cold. The passes are
+`forward`; `backward`, which is vjp(d_out) alone after `out, vjp = jax.vjp(...)`; and `both`, forward and backward in
+one compiled function. The implementations are "xla", the op's kernels, and the baselines (peers/__init__.py describes
+how those are run). `tflops`, `gbps` and `of_roofline` are computed from the op's Cost for these inputs, the minimum
+work; `of_roofline` is empty if hardware.py does not know the device. `copy_gbps` is the bandwidth that the device
+reached in the same run with a kernel that only reads and writes.
 
-`status` is "ok", or why there is no time: what the implementation raised, or "wrong" and its error relative
-to "xla" on the same inputs. Where "xla" gives no answer, for its scores may not fit, the first library or peer that
-gives one stands in. "unchecked" rows have a time, and no answer of anybody else's to hold theirs against; a
-"yardstick" does the same work on other data.
+`status` is "ok", or the reason why there is no time: the error that was raised, or "wrong" with the error relative to
+"xla" on the same inputs. If "xla" gives no result, for example because its scores do not fit in memory, the first
+library or baseline that gives one is the reference. An "unchecked" row has a time, but there was no reference to
+compare with. A "yardstick" row is an upper bound on speed: as much work as the op, with another result.
 """
 
 import csv
@@ -44,8 +45,8 @@ from .peers import PEERS
 
 
 ROUNDS = 20
-HOPPER = re.compile(r"\bG?H[12]00\b")  # in what JAX calls a device: every card of an H100, H200 or GH200
-YARDSTICK = "yardstick: as much work, and another answer"
+HOPPER = re.compile(r"\bG?H[12]00\b")  # matches JAX's device kinds of all H100, H200 and GH200 cards
+YARDSTICK = "yardstick: as much work, another result"
 SHOWN = {
     "op": 16, "case": 24, "pass": 8, "implementation": 14, "median_us": 11, "p20_us": 11, "p80_us": 11,
     "tflops": 9, "gbps": 9, "of_roofline": 11, "status": 0,
@@ -53,15 +54,19 @@ SHOWN = {
 
 
 def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
-    """The command; its exit code."""
+    """Runs the command and returns its exit code."""
     parser = command_line.parser("bench", __doc__)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tiny", action="store_true", help="the tiny cases, which a CPU can run")
-    which.add_argument("--sweep", action="store_true", help="the cases that are for this command alone")
-    which.add_argument("--all", action="store_true", help="all of these, and the cases of real models")
+    which.add_argument("--tiny", action="store_true", help="run the tiny cases, which a CPU can run")
+    which.add_argument(
+        "--sweep", action="store_true", help="run the sweep cases: more sizes, which only this command runs"
+    )
+    which.add_argument("--all", action="store_true", help="run all cases: tiny, sweep and those of real models")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the CSV file to write")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile side by side (1)")
-    parser.add_argument("--stale", action="store_true", help="list what should be measured again; measure nothing")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="compile in N parallel processes (default: 1)")
+    parser.add_argument(
+        "--stale", action="store_true", help="list benchmarks that are missing or older than the source; run none"
+    )
     args = parser.parse_args(argv)
     chosen = command_line.choose_ops(parser, args, [with_sweep(op) for op in ops])
     if args.stale:
@@ -80,10 +85,13 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
             out.open("a").close()
         except OSError as error:
             parser.error(f"cannot write {out} ({error.strerror}); give another --out.")
-    run = facts(device)
-    print(f"{device.kind}, by {timing.clock()}; a copy: {run['copy_gbps'] or 'not measured'} GB/s", file=sys.stderr)
-    print(_line({column: column for column in SHOWN}))
     tasks = [(op, name, pass_) for op in chosen for name in _cases(op, args, device.platform) for pass_ in passes(op)]
+    if device.platform != "gpu":
+        print(_without_gpu(tasks, out), file=sys.stderr)
+    run = facts(device)
+    copy = f"; copy bandwidth: {run['copy_gbps']} GB/s" if run["copy_gbps"] else ""
+    print(f"{device.kind}, timed by {timing.clock()}{copy}", file=sys.stderr)
+    print(_line({column: column for column in SHOWN}))
     for rows in _measured(tasks, args.jobs):
         rows = [row | run for row in rows]
         for row in rows:
@@ -91,6 +99,16 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
         if out is not None:
             merge(out, rows)
     return 0
+
+
+def _without_gpu(tasks: Sequence[tuple[Op, str, str]], out: Path | None) -> str:
+    """One line that says what a run without a GPU does."""
+    cases = {(op.name, name) for op, name, _ in tasks}
+    where = f"into {out}" if out else "nothing is saved without --out"
+    return (
+        f"No GPU: timing {len(tasks)} passes of {len(cases)} cases on the CPU, where GPU kernels do not run; {where}. "
+        "Name an op or a --case to run fewer; Ctrl-C stops."
+    )
 
 
 def _measured(tasks: Sequence[tuple[Op, str, str]], jobs: int) -> Iterator[list[dict[str, str]]]:
@@ -101,7 +119,7 @@ def _measured(tasks: Sequence[tuple[Op, str, str]], jobs: int) -> Iterator[list[
 
 
 def with_sweep(op: Op) -> Op:
-    """The op with all its cases in one table, so that --case finds them."""
+    """The op with its sweep cases among its cases, so that --case finds them."""
     return dataclasses.replace(op, cases={**op.cases, **op.sweep})
 
 
@@ -114,18 +132,18 @@ def _cases(op: Op, args, platform: str) -> list[str]:
 
 
 def passes(op: Op) -> tuple[str, ...]:
-    """The op's own, and "both" where there are two: a training step runs them so."""
+    """The op's own passes, and "both" if it has two: a training step runs forward and backward in one function."""
     return (*op.passes, "both") if len(op.passes) > 1 else op.passes
 
 
 def measure(op: Op, name: str, pass_: str) -> list[dict[str, str]]:
-    """One row an implementation, "xla" first, of one pass at the case called `name`."""
+    """The rows of one pass of the case called `name`: one per implementation, "xla" first."""
     return finish(prepare(op, name, pass_))
 
 
 @dataclasses.dataclass
 class Ready:
-    """Every implementation of one pass of a case: what is known of it before it is timed, and those that can be."""
+    """One pass of one case, ready to be timed: the status of every implementation, and the calls that can be timed."""
 
     head: dict[str, str]
     status: dict[str, str]
@@ -135,7 +153,7 @@ class Ready:
 
 
 def prepare(op: Op, name: str, pass_: str) -> Ready:
-    """Compiles them, and holds their answers to each other's."""
+    """Compiles every implementation and checks the results against the reference."""
     case = (op.cases | op.sweep)[name]
     arrays = case.random(jax.random.key(0))
     status, calls, want = {}, {}, None
@@ -146,10 +164,10 @@ def prepare(op: Op, name: str, pass_: str) -> Ready:
         try:
             call = ready()
             got = call.answer()
-            timing.microseconds(call)  # what cannot be timed shows here
+            timing.microseconds(call)  # raises here if the call cannot be timed
             want = got if want is None and independent else want
-            status[implementation] = YARDSTICK if independent is None else final_evaluation(got, want, arrays)
-        except Exception as error:  # whatever it is, the other implementations still have their rows
+            status[implementation] = YARDSTICK if independent is None else check_result(got, want, arrays)
+        except Exception as error:  # any error: the other implementations are still measured
             status[implementation] = command_line.one_line(error)
             continue
         if not status[implementation].startswith("wrong"):
@@ -163,7 +181,7 @@ def _prepare_named(op: str, name: str, pass_: str) -> Ready:
 
 
 def finish(ready: Ready) -> list[dict[str, str]]:
-    """Times them, in turns; a row each."""
+    """Times the calls in turn and returns one row per implementation."""
     samples = timing.in_turns(ready.calls, ROUNDS)
     figures = lambda i: _figures(ready.work, ready.dtype, samples[i]) if i in samples else {}
     return [ready.head | {"implementation": i, "status": ready.status[i]} | figures(i) for i in ready.status]
@@ -173,9 +191,9 @@ type Contestant = tuple[str, bool | None, str | Callable[[], timing.Call]]
 
 
 def _contestants(op: Op, case: Case, pass_: str, copies: Sequence[timing.Arrays]) -> Iterator[Contestant]:
-    """(name, whether its answer may stand in for "xla", its call or why there is none): ours last.
+    """Yields (name, independent, call or the reason why there is none) of each implementation, our kernels last.
 
-    None instead of whether: it is a yardstick, whose answer is another.
+    `independent` is true if the result may be the reference instead of that of "xla", and None for a yardstick.
     """
     runnable = op.runnable(*case.arrays, **case.static)
     kernels = {name: kernel for name, kernel in op.kernels.items() if name in runnable}
@@ -192,25 +210,25 @@ def _contestants(op: Op, case: Case, pass_: str, copies: Sequence[timing.Arrays]
 
 
 def call(op: Op, implementation: str, static, pass_: str, copies: Sequence[timing.Arrays]) -> timing.Call:
-    """One pass of one implementation of ours."""
+    """One pass of one implementation of the op."""
     return timing.call(functools.partial(op, implementation=implementation, **static), pass_, copies)
 
 
 def cost(op: Op, pass_: str, arrays, static) -> Cost:
-    """The work of one pass on these inputs, whose values may decide it; of "both", that of the two."""
+    """The minimum work of one pass on these inputs (it may depend on their values); for "both", of the two passes."""
     costs = [op.cost[name](*arrays, **static) for name in (op.passes if pass_ == "both" else (pass_,))]
     add = lambda field: sum(getattr(c, field) for c in costs)
     return Cost(add("flops"), add("bytes"), add("transcendentals"))
 
 
-def final_evaluation(got, want, arrays) -> str:
-    """Whether `got` may be timed. This keeps nonsense out of the table; accuracy is the tests' business."""
+def check_result(got, want, arrays) -> str:
+    """The status of a result: "ok", "wrong: ..." or "unchecked: ...". A sanity check; the tests check the accuracy."""
     if want is None:
-        return "unchecked: nobody else gave an answer"
-    # Four units in the last place of the coarsest input, taken over whole arrays. float32 counts as
-    # TensorFloat-32 (10 bits of mantissa), which a GPU's matrix units may make of it.
+        return "unchecked: no other implementation gave a result"
+    # The tolerance is four units in the last place of the coarsest input, in norms of whole arrays. float32 counts as
+    # TensorFloat-32 (10 bits of mantissa), to which a GPU's tensor cores may round it.
     if any(not np.array_equal(g, w) for g, w in zip(_integers(got), _integers(want), strict=True)):
-        return "wrong: other bits"
+        return "wrong: integers differ"
     if not _floating(want):
         return "ok"
     units = [float(jnp.finfo(a.dtype).eps) for a in _floating(arrays)]
@@ -219,7 +237,7 @@ def final_evaluation(got, want, arrays) -> str:
 
 
 def _floating(tree) -> list:
-    """The arrays of a tree that are not integers: those have cotangents without values."""
+    """The floating-point arrays of a tree; cotangents of integers (float0) have no values."""
     return [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
 
 
@@ -228,7 +246,7 @@ def _integers(tree) -> list:
 
 
 def _dtype(arrays) -> str:
-    """What the arithmetic is in: of integers alone there is none."""
+    """The dtype of the arithmetic, which chooses the peak rate; "float32" if all arrays are integers."""
     return next((a.dtype.name for a in _floating(arrays)), "float32")
 
 
@@ -238,7 +256,7 @@ def _relative_error(got, want) -> jax.Array:
     errors = []
     for g, w in zip(got, want, strict=True):
         g32, w32 = g.astype(jnp.float32).ravel(), w.astype(jnp.float32).ravel()
-        difference = jnp.linalg.norm(jnp.where(g32 == w32, 0.0, g32 - w32))  # both may be -inf, and right
+        difference = jnp.linalg.norm(jnp.where(g32 == w32, 0.0, g32 - w32))  # -inf in both is no difference
         size = jnp.linalg.norm(jnp.where(jnp.isinf(w32), 0.0, w32))
         errors.append(jnp.where(difference == 0, 0.0, difference / size))
     return jnp.stack(errors).max()
@@ -257,7 +275,7 @@ def _figures(work: Cost, dtype: str, samples: list[float]) -> dict[str, str]:
 
 
 def facts(device: backend.Target) -> dict[str, str]:
-    """What is true of all that one run measures."""
+    """The columns that all rows of one run share."""
     return {
         "device": device.kind,
         "copy_gbps": f"{timing.copy_gbps():.0f}" if device.platform == "gpu" else "",
@@ -269,7 +287,7 @@ def facts(device: backend.Target) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit checked out, "+dirty" if the tree differs beyond results/; "unknown" where git has none."""
+    """The current git commit, with "+dirty" if anything but results/ differs from it; "unknown" without git."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -287,7 +305,7 @@ def _line(row: dict[str, str]) -> str:
 
 
 def merge(path: Path, rows: list[dict[str, str]]) -> None:
-    """Puts `rows` in a CSV file, in place of what it held of their ops, cases and passes, all at once."""
+    """Writes `rows` to a CSV file atomically; they replace the file's rows of the same ops, cases and passes."""
     what = lambda row: (row["op"], row["case"], row["pass"])
     replaced = {what(row) for row in rows}
     kept = [row for row in _read(path) if what(row) not in replaced]
@@ -308,9 +326,9 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def stale(ops: list[Op], *, everything: bool) -> list[str]:
-    """A line for what was measured on other source than today's, and for each kernel that no Hopper card has timed.
+    """One line for each benchmark that is older than the source, and for each kernel never measured on Hopper.
 
-    `everything`: `ops` are all there are, so that rows of other ops are of ops that are gone.
+    `everything`: `ops` is the full list, so that rows of any other op belong to an op that no longer exists.
     """
     today = {op.name: measured.digest(op) for op in ops}
     lines, timed = {}, set()
@@ -327,7 +345,3 @@ def stale(ops: list[Op], *, everything: bool) -> list[str]:
                 lines[f"stale: {path.stem}: blocks of {key}: measured {entry['date']}"] = None
     missing = [(op.name, kernel) for op in ops for kernel in op.kernels if (op.name, kernel) not in timed]
     return [*lines, *(f"never measured on Hopper: {op} {kernel}" for op, kernel in missing)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,15 +1,18 @@
-"""`bench --jobs N`: N processes compile side by side; the clock runs for one at a time, with the GPU to itself.
+"""`bench --jobs N`: N processes compile in parallel; they are timed one at a time, each with the GPU to itself.
 
-Compiling is most of a benchmark's time and takes the CPU. Timing takes the GPU, and takes it alone. So the work goes
-in rounds: each process makes one pass of one case ready, compiled and checked, and waits for the others; then they
-time theirs in turn. What ran out of memory beside the others is measured again at the end, alone.
+Compilation takes most of a benchmark's time and runs on the CPU. Timing needs the GPU exclusively. The work is done in
+rounds: each process prepares (compiles and checks) one pass of one case and waits at a barrier for the others; then
+the processes time their calls one after the other. A task that ran out of memory beside the others is repeated at the
+end, alone.
 
-A process whose GPU has failed (an illegal address, say) keeps failing whatever it is asked, so it takes no more work.
+A process whose GPU context has failed (after an illegal address, for example) fails on every later call, so it takes
+no more tasks.
 """
 
 import multiprocessing
 import os
 import queue
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 type Task = tuple[str, str, str]  # op, case, pass
 type Rows = list[dict[str, str]]
 
-# Several processes share the GPU's memory, so that each gives back at once what it no longer needs.
+# Several processes share the GPU's memory, so each has to free at once what it no longer needs.
 SHARED_MEMORY = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
@@ -28,23 +31,24 @@ SHARED_MEMORY = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
-PATIENCE = 900  # seconds that the processes of a round wait for the last
+BARRIER_TIMEOUT = 900  # seconds that the processes of a round wait for the last one
 
 
 def share_memory() -> None:
-    """To be called before JAX starts, in the process that starts the others."""
+    """Sets the environment of the worker processes. Call it in their parent, before JAX starts."""
     os.environ.update(SHARED_MEMORY)
 
 
 def measure_all(prepare: Callable, finish: Callable, tasks: Sequence[Task], jobs: int) -> Iterator[Rows]:
-    """The rows of each task, as they come; last those that are measured alone.
+    """Yields the rows of each task as they are measured; tasks that ran out of memory come last, measured alone.
 
     Args:
-      prepare: of (op, case, pass): makes it ready to be timed. A function of a module: processes import it.
-      finish: of what `prepare` returned: times it. Returns its rows.
+      prepare: prepare(op, case, pass) compiles and checks a task. It must be a module-level function, so that worker
+        processes can import it.
+      finish: finish(result of `prepare`) times the task and returns its rows.
 
     Raises:
-      RuntimeError: a process died. What came before it stays measured.
+      RuntimeError: a process died. The rows that were yielded before are valid.
     """
     again = []
     for task, rows in _rounds(prepare, finish, tasks, min(jobs, len(tasks))):
@@ -58,13 +62,13 @@ def measure_all(prepare: Callable, finish: Callable, tasks: Sequence[Task], jobs
 
 
 class _Shared(NamedTuple):
-    """What the processes of one run have in common."""
+    """Synchronisation objects that the processes of one run share."""
 
     barrier: Any
-    turn: Any  # whoever holds it has the GPU to itself
-    taken: Any  # tasks, so far
-    healthy: Any  # processes whose GPU still answers
-    results: Any  # (task, rows), and None from each process that ends
+    turn: Any  # a lock: the process that holds it has the GPU to itself
+    taken: Any  # number of tasks taken so far
+    healthy: Any  # number of processes whose GPU still works
+    results: Any  # a queue of (task, rows), and of None from each process that ends
 
 
 def _rounds(prepare: Callable, finish: Callable, tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Rows]]:
@@ -72,8 +76,10 @@ def _rounds(prepare: Callable, finish: Callable, tasks: Sequence[Task], jobs: in
     counts = context.Value("i", 0), context.Value("i", jobs)
     shared = _Shared(context.Barrier(jobs), context.Lock(), *counts, context.Queue())
     processes = [context.Process(target=_work, args=(prepare, finish, tasks, shared)) for _ in range(jobs)]
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled here, not in the processes
     for process in processes:
         process.start()
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         ended = 0
         while ended < jobs:
@@ -82,6 +88,10 @@ def _rounds(prepare: Callable, finish: Callable, tasks: Sequence[Task], jobs: in
             ended += found is None
         if missing := len(tasks) - shared.taken.value:
             raise RuntimeError(f"{missing} of {len(tasks)} were not measured: the GPU failed in every process")
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise
     finally:
         shared.barrier.abort()
         for process in processes:
@@ -90,7 +100,7 @@ def _rounds(prepare: Callable, finish: Callable, tasks: Sequence[Task], jobs: in
 
 
 def _next(results: Any, processes: Sequence[Any]) -> tuple[Task, Rows] | None:
-    """The next task and its rows; None when one more process has ended."""
+    """The next task and its rows, or None if a process has ended."""
     while True:
         try:
             return results.get(timeout=1)
@@ -100,14 +110,15 @@ def _next(results: Any, processes: Sequence[Any]) -> tuple[Task, Rows] | None:
 
 
 def _work(prepare: Callable, finish: Callable, tasks: Sequence[Task], shared: _Shared) -> None:
-    """One process: a task a round, until none is left, or no process's GPU answers."""
+    """The worker process: one task per round, until no task is left or no process has a working GPU."""
     healthy = True
     while True:
         task = _take(tasks, shared.taken) if healthy else None
         ready = prepare(*task) if task else None
-        nobody = shared.healthy.value == 0  # it changes after the first wait only, `taken` before it only:
-        shared.barrier.wait(PATIENCE)
-        done = nobody or shared.taken.value >= len(tasks)  # all processes come to the same
+        # `healthy` changes only after the first wait, `taken` only before it: all processes compute the same `done`.
+        all_failed = shared.healthy.value == 0
+        shared.barrier.wait(BARRIER_TIMEOUT)
+        done = all_failed or shared.taken.value >= len(tasks)
         with shared.turn:
             if task:
                 shared.results.put((task, finish(ready)))
@@ -115,7 +126,7 @@ def _work(prepare: Callable, finish: Callable, tasks: Sequence[Task], shared: _S
                 if not _gpu_answers():
                     healthy = False
                     shared.healthy.value -= 1
-        shared.barrier.wait(PATIENCE)
+        shared.barrier.wait(BARRIER_TIMEOUT)
         if done:
             shared.results.put(None)
             return

@@ -1,12 +1,11 @@
-"""How long a call takes: on a GPU its kernels' time as CUPTI saw them, elsewhere the wall clock.
+"""Timing of a call: on a GPU the time of its kernels as CUPTI records it, elsewhere wall-clock time.
 
-CUPTI sees every kernel that the process starts, whoever starts it: JAX, and PyTorch beside it, are timed alike,
-and what their hosts do between kernels counts for neither. The wall clock counts it, which for a small kernel is
-most of the time: figures of a GPU taken by it, where CUPTI cannot be loaded, are upper bounds. `clock` says which
-is in use.
+CUPTI records every kernel that the process launches, from JAX or from PyTorch, so both are timed alike, and host time
+between kernels is not counted. Wall-clock time includes host time, which is most of the time of a small kernel: GPU
+times by the wall clock, used if CUPTI cannot be loaded, are upper bounds. `clock` returns the clock in use.
 
-A call has several copies of its inputs and takes the next at every run, so that none finds its own in the GPU's
-cache: a layer of a model does not either.
+A call has several copies of its inputs and uses the next copy in each run, so that no run finds its inputs in the GPU's
+L2 cache. A layer in a model does not find them there either.
 """
 
 import dataclasses
@@ -24,13 +23,13 @@ from .. import backend, hardware
 
 type Arrays = tuple[Any, ...]
 
-UNKNOWN_CACHE = 128 * 2**20  # bytes; no GPU that we name has more
+UNKNOWN_CACHE = 128 * 2**20  # bytes of L2 cache assumed for a GPU that hardware.py does not know
 MOST_COPIES = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A compiled function, and the copies of its arguments that it is run with in turn."""
+    """A compiled function and copies of its arguments; each run uses the next copy."""
 
     function: Callable[..., Any]
     copies: Sequence[Arrays]
@@ -38,21 +37,21 @@ class Call:
     to_jax: Callable[[Any], Any] = lambda out: out
 
     def __call__(self, turn: int = 0) -> Any:
-        """Runs it with the arguments of one turn, to the end."""
+        """Runs the function with the arguments of one turn and waits for the result."""
         out = self.function(*self.copies[turn % len(self.copies)])
         self.wait(out)
         return out
 
     def answer(self) -> Any:
-        """What it computes, as JAX arrays."""
+        """The result, as JAX arrays."""
         return self.to_jax(self())
 
 
 def copies(arrays: Arrays, cache: int | None = None) -> list[Arrays]:
-    """`arrays` as often as makes them three times the GPU's cache, 32 at most; once where there is no GPU.
+    """Copies of `arrays`: as many as take three times the GPU's L2 cache, at most 32; one copy without a GPU.
 
     Args:
-      cache: bytes of the cache; that of JAX's default device if None.
+      cache: size of the L2 cache in bytes; if None, that of JAX's default device.
     """
     cache = _cache_bytes() if cache is None else cache
     size = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(arrays))
@@ -68,10 +67,10 @@ def _cache_bytes() -> int:
 
 
 def call(function: Callable[..., Any], pass_: str, inputs: Sequence[Arrays]) -> Call:
-    """One pass of a function of arrays that JAX can differentiate, ready to be timed.
+    """One pass of a differentiable JAX function, ready to be timed.
 
-    "forward" is function(*arrays); "backward" is vjp(d_out) alone, after `out, vjp = jax.vjp(function, *arrays)`;
-    "both" is the two as one compiled function, which returns (out, gradients). d_out is standard normal.
+    "forward" is function(*arrays). "backward" is vjp(d_out) alone, after `out, vjp = jax.vjp(function, *arrays)`.
+    "both" is forward and backward in one compiled function, which returns (out, gradients). d_out is standard normal.
     """
     forward = jax.jit(function)
     if pass_ == "forward":
@@ -90,7 +89,7 @@ def call(function: Callable[..., Any], pass_: str, inputs: Sequence[Arrays]) -> 
 
 
 def cotangent(out: Any) -> Any:
-    """Standard normal numbers in the shapes and dtypes of a tree of arrays; the same at every call."""
+    """Standard normal numbers in the shapes and dtypes of a tree of arrays; every call returns the same ones."""
     leaves, tree = jax.tree.flatten(out)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     draw = lambda key, leaf: jax.random.normal(key, leaf.shape).astype(leaf.dtype)
@@ -99,29 +98,29 @@ def cotangent(out: Any) -> Any:
 
 @functools.cache
 def clock() -> str:
-    """ "CUPTI" where JAX's default device is an NVIDIA GPU that can be profiled, else "wall clock"."""
+    """ "CUPTI" if JAX's default device is an NVIDIA GPU that can be profiled, else "wall clock"."""
     if jax.default_backend() != "gpu":
         return "wall clock"
     try:
         _by_cupti(Call(jax.jit(jnp.sin), [(jnp.ones(8),)]), 0)
-    except (ImportError, RuntimeError):  # not in this jaxlib; no libcupti, or another profiler holds it
+    except (ImportError, RuntimeError):  # jaxlib without GPU support; no libcupti, or another profiler uses it
         return "wall clock"
     return "CUPTI"
 
 
 def microseconds(call: Call, turn: int = 0) -> float:
-    """One run of an already compiled call, in microseconds: with its next arguments, after a run that is not counted.
+    """The time of one run of a compiled call, in microseconds, after a warm-up run that is not counted.
 
     Raises:
-      RuntimeError: it launched nothing on the GPU.
+      RuntimeError: the call launched no GPU kernel.
     """
     return _by_cupti(call, turn) if clock() == "CUPTI" else _by_wall_clock(call, turn)
 
 
 def in_turns(calls: Mapping[str, Call], rounds: int, *, first: int = 0) -> dict[str, list[float]]:
-    """`rounds` runs of each call, in microseconds; `first` is the number of the first round.
+    """The times of `rounds` runs of each call, in microseconds; `first` is the number of the first round.
 
-    Every round runs each call once, so that a device that heats up or slows down does so for all alike.
+    Every round runs each call once, so that thermal throttling affects all calls alike.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(first, first + rounds):
@@ -131,9 +130,9 @@ def in_turns(calls: Mapping[str, Call], rounds: int, *, first: int = 0) -> dict[
 
 
 def copy_gbps(size: int = 2**30) -> float:
-    """What this device reaches when it only reads and writes, in 10^9 bytes/s: x -> x + 1 over `size` bytes of x.
+    """The memory bandwidth that this device reaches, in 10^9 bytes/s: x -> x + 1 over `size` bytes of x.
 
-    The yardstick for kernels that are bound by memory; a plain copy would be no kernel, and CUPTI not see it.
+    The upper bound for memory-bound kernels. A plain copy is no kernel, so CUPTI would not record it.
     """
     x = jnp.arange(size // 4, dtype=jnp.int32)
     plus_one = call(lambda x: x + 1, "forward", [(x,)])
@@ -143,9 +142,9 @@ def copy_gbps(size: int = 2**30) -> float:
 
 
 class _Turns(jax.stages.Wrapped):
-    """A call as CUPTI's wrapper takes it: that runs a function twice, and each run is the next turn's.
+    """Adapter of a call for CUPTI's wrapper, which runs a function twice; each run uses the next copy of the inputs.
 
-    Only what `jax.jit` returns is taken as it is; anything else would be compiled, with its inputs in it.
+    It is a `Wrapped` because the wrapper would pass anything else to `jax.jit`, with the inputs as constants.
     """
 
     def __init__(self, call: Call, turn: int):
@@ -156,7 +155,7 @@ class _Turns(jax.stages.Wrapped):
         return self.call(self.turn - 1)
 
     def trace(self, *_, **__):
-        raise NotImplementedError("it is only called")
+        raise NotImplementedError("this object can only be called")
 
     lower = trace
 
@@ -164,15 +163,15 @@ class _Turns(jax.stages.Wrapped):
 def _by_cupti(call: Call, turn: int) -> float:
     from jax.experimental.mosaic.gpu import profiler  # needs a jaxlib with GPU support
 
-    # finalize=False keeps CUPTI attached between runs. Each run is preceded by one that is not counted.
+    # finalize=False keeps CUPTI attached between runs. CUPTI's wrapper runs each call once before it measures.
     milliseconds = profiler.Cupti(finalize=False).measure(_Turns(call, turn))()[1]
     if milliseconds is None:
-        raise RuntimeError("it launched no GPU kernel")
+        raise RuntimeError("the call launched no GPU kernel")
     return milliseconds * 1e3
 
 
 def _by_wall_clock(call: Call, turn: int) -> float:
-    call(turn)  # the counterpart of CUPTI's uncounted run
+    call(turn)  # the warm-up run that CUPTI's wrapper makes too
     start = time.perf_counter()
     call(turn + 1)
     return (time.perf_counter() - start) * 1e6

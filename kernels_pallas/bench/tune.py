@@ -1,22 +1,22 @@
-"""Searches block sizes for this GPU, and writes what is faster than the defaults; tuning.py looks it up.
+"""Autotunes block sizes for this GPU and writes those that are faster than the defaults; tuning.py reads them.
 
     python -m kernels_pallas.tune [op ...] [--case NAME] [--kernel triton] [--ship | --out FILE] [--seconds 180]
     python -m kernels_pallas.tune [op ...] --prune-only [--device h200]
     python -m kernels_pallas.tune [op ...] --dry-run
 
-For every case of a real model, and each kernel in it whose family names candidates:
-  1. Candidates are compiled as for a GPU that is not there, in a process of their own. Those that do not compile,
-     spill registers, or ask for more shared memory than there is, are out. Where the compiler's wheels are missing
-     this is left out.
-  2. On a GPU, each is run once, and held to the default's result: one that raises, or is wrong, is out.
-  3. The others take turns, timed as timing.py does. After 3 rounds those that take 1.5 times the best are out.
-  4. The fastest is written, if it is 2 % faster than the default; else the default is.
-Each kernel and case has --seconds at most, compiling included; the candidates that were not reached are named in
-its entry. An entry is written once it is done: a run cut short keeps the rest, and the next goes on where it
-stopped. --again measures anew what today's source was measured for.
+For every case of a real model, and each of its kernels that has candidates:
+  1. Pruning: a separate process cross-compiles the candidates. Those that do not compile, spill registers, or need
+     more shared memory than the GPU has, are dropped. This step is skipped if the compiler's wheels are missing.
+  2. On a GPU, each remaining candidate runs once and is compared with the result of the default block sizes. One that
+     raises, or gives another result, is dropped.
+  3. The others are timed in turn (timing.py). After 3 rounds those slower than 1.5 times the fastest are dropped.
+  4. The fastest is written if it is 2 % faster than the default, else the default is.
+Each kernel and case takes at most --seconds, compilation included; the entry names the candidates that were not
+reached. An entry is written as soon as it is done: an interrupted run keeps its entries, and the next run continues
+after them. --again also measures what has been measured with the current source.
 
-Entries go to the user's own file (tuning.py says which), --ship puts them in kernels_pallas/tuned/. Without a GPU
-the command does the first step alone.
+Entries go to the user's own file (tuning.py describes which one); --ship writes them to kernels_pallas/tuned/. Without
+a GPU only step 1 is run.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ import numpy as np
 
 from .. import OPS, backend, deviceless, hardware, measured, tuning
 from ..op import Case, Kernel, Op
-from . import command_line, inspect, main as bench, timing
+from . import command_line, machine_code, main as bench, timing
 
 
 FIRST_ROUNDS, ROUNDS = 3, 20
-TOO_SLOW = 1.5  # times the best, after the first rounds
-COMPILING = 0.7  # of the time that a search has, at most; the rest is for measuring
-MARGIN = 0.98  # of the default's time: what is less than that is noise
+TOO_SLOW = 1.5  # candidates slower than this many times the fastest are dropped after the first rounds
+COMPILING = 0.7  # the largest share of a search's time for compilation; the rest is for measuring
+MARGIN = 0.98  # the largest share of the default's time that counts as faster: smaller gains are noise
 PRUNED = (
     "kernel", "dtype", "width", "mask", "size", "config", "registers", "spill_bytes", "shared_memory_bytes", "verdict",
 )  # fmt: skip
@@ -51,7 +51,7 @@ PRUNED = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One search: a kernel at the first case that asks for its blocks with this key."""
+    """One search: a kernel at the first case that looks up block sizes with this key."""
 
     op: Op
     implementation: str
@@ -66,18 +66,20 @@ class Task:
 
 
 def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
-    """The command; its exit code."""
+    """Runs the command and returns its exit code."""
     parser = command_line.parser("tune", __doc__)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="list what would be searched")
-    what.add_argument("--prune-only", action="store_true", help="compile the candidates; time nothing")
+    what.add_argument("--dry-run", action="store_true", help="list the searches; run none")
+    what.add_argument("--prune-only", action="store_true", help="only drop candidates that spill or do not compile")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--ship", action="store_true", help="write to kernels_pallas/tuned/")
     where.add_argument("--out", type=Path, metavar="FILE", help="write to this file")
-    parser.add_argument("--kernel", metavar="NAME", help="only the kernel of this name, e.g. triton")
-    parser.add_argument("--device", metavar="|".join(hardware.GPUS), help="the GPU to compile for; h200, or this one")
-    parser.add_argument("--seconds", type=float, default=180.0, help="most for one kernel and case (180)")
-    parser.add_argument("--again", action="store_true", help="also what was measured already")
+    parser.add_argument("--kernel", metavar="NAME", help="only this kernel implementation, e.g. triton")
+    parser.add_argument(
+        "--device", metavar="|".join(hardware.GPUS), help="the GPU to compile for (default: this machine's, else h200)"
+    )
+    parser.add_argument("--seconds", type=float, default=180.0, help="time limit per kernel and case (default: 180)")
+    parser.add_argument("--again", action="store_true", help="also repeat searches that are up to date")
     parser.add_argument("--json", action="store_true", help="with --prune-only: print one JSON list")
     args = parser.parse_args(argv)
     chosen = command_line.choose_ops(parser, args, [bench.with_sweep(op) for op in ops])
@@ -86,16 +88,19 @@ def main(argv: list[str] | None = None, ops: tuple[Op, ...] = OPS) -> int:
         parser.error(f"no kernel named {args.kernel!r}; choose from {', '.join(kernels)}.")
     if args.dry_run:
         backend.settle_platform()
-        with backend.interpret_mode():  # every kernel can be traced
+        with backend.interpret_mode():  # in interpret mode every kernel can be traced
             print(*tasks(chosen, args), sep="\n")
         return 0
-    if args.prune_only or not backend.gpu_present():
+    if not (args.prune_only or backend.gpu_present()):
+        print("No GPU: only dropping candidates that spill or do not compile (--prune-only).", file=sys.stderr)
+        args.prune_only = True
+    if args.prune_only:
         return _prune_command(parser, args, chosen)
     return _search_command(parser, args, chosen)
 
 
 def tasks(ops: Sequence[Op], args) -> list[Task]:
-    """What there is to search: one task a key, of the cases of real models or of the one that is named."""
+    """The searches: one task per key, over the cases of real models, or over the case that --case names."""
     found: dict[tuning.Key, Task] = {}
     for op in ops:
         for implementation, (name, case) in itertools.product(op.kernels, op.cases.items()):
@@ -113,7 +118,7 @@ def tasks(ops: Sequence[Op], args) -> list[Task]:
                         configs = tuple(dict.fromkeys([default, *more]))
                         found[key] = Task(op, implementation, name, pass_, key, default, configs)
     if not found:
-        print("nothing to search: no kernel here names candidates for such a case", file=sys.stderr)
+        print("nothing to search: no kernel has candidates for such a case", file=sys.stderr)
     return list(found.values())
 
 
@@ -122,7 +127,7 @@ def _problem(key: tuning.Key) -> dict[str, Any]:
 
 
 def keys(op: Op, kernel: Kernel, case: Case) -> dict[str, dict[tuning.Key, Any]]:
-    """What a case's passes ask tuning.blocks for, and with which defaults; found by tracing them."""
+    """The keys and defaults of the block-size look-ups in each pass of a case, found by tracing the passes."""
     with tuning.listening() as forward:
         out, residuals = jax.eval_shape(functools.partial(kernel.forward, **case.static), *case.arrays)
     if "backward" not in op.passes:
@@ -132,7 +137,7 @@ def keys(op: Op, kernel: Kernel, case: Case) -> dict[str, dict[tuning.Key, Any]]
     return {"forward": forward, "backward": backward}
 
 
-# Pruning: what the compiler makes of a candidate.
+# Pruning: candidates that do not compile, or spill, are dropped.
 
 
 def _prune_command(parser, args, ops) -> int:
@@ -141,12 +146,12 @@ def _prune_command(parser, args, ops) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder, "dump")
-        inspect.dump_ptx_to(dump)
+        machine_code.dump_ptx_to(dump)
         try:
             mesh = deviceless.mesh(device)
         except ValueError as error:
             parser.error(str(error))
-        with jax.set_mesh(mesh):  # Pallas, and the defaults, read the GPU to compile for off it
+        with jax.set_mesh(mesh):  # Pallas, and the default block sizes, take the target GPU from the mesh
             for task in {_any_size(task.key): task for task in tasks(ops, args)}.values():
                 print(task, file=sys.stderr)
                 rows += prune(task, hardware.GPUS[device], mesh, dump)
@@ -157,12 +162,12 @@ def _prune_command(parser, args, ops) -> int:
 
 
 def _any_size(key: tuning.Key) -> tuning.Key:
-    """The key without its size, which changes nothing that pruning asks about."""
+    """The key without its size: the size does not change what pruning measures."""
     return dataclasses.replace(key, size=0)
 
 
 def prune(task: Task, gpu: hardware.Hardware, mesh: jax.sharding.Mesh, dump: Path) -> list[dict[str, Any]]:
-    """A row a candidate: its registers, spills and shared memory, and a verdict: "plausible", or why not."""
+    """One row per candidate: registers, spills, shared memory, and a verdict: "plausible", or why it is dropped."""
     rows = []
     for config in task.configs:
         row: dict[str, Any] = {"kernel": task.key.kernel, **_problem(task.key), "config": dataclasses.asdict(config)}
@@ -170,11 +175,11 @@ def prune(task: Task, gpu: hardware.Hardware, mesh: jax.sharding.Mesh, dump: Pat
             with tuning.trying(task.key.kernel, config):
                 kernel, case = task.op.kernels[task.implementation], task.op.cases[task.case]
                 function = task.key.kernel.rpartition(".")[0]
-                functions = inspect.functions_of(function, kernel, case, task.pass_, gpu, mesh, dump)
+                functions = machine_code.functions_of(function, kernel, case, task.pass_, gpu, mesh, dump)
             for column in ("registers", "spill_bytes", "shared_memory_bytes") if functions else ():
                 row[column] = max(function[column] for function in functions)
-            row["verdict"] = _verdict(row, gpu) if functions else "plausible: it compiles, and no PTX says more"
-        except Exception as error:  # whatever it is, the other candidates still have their rows
+            row["verdict"] = _verdict(row, gpu) if functions else "plausible: it compiles; there is no PTX to inspect"
+        except Exception as error:  # any error: the other candidates are still checked
             row["verdict"] = command_line.one_line(error)
         print(f"  {_name(config)}: {row['verdict']}", file=sys.stderr)
         rows.append(row)
@@ -205,7 +210,7 @@ def _short(config: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in config.items())
 
 
-# Searching: what a candidate takes on the GPU at hand.
+# Searching: candidates are timed on this machine's GPU.
 
 
 def _search_command(parser, args, ops) -> int:
@@ -217,12 +222,12 @@ def _search_command(parser, args, ops) -> int:
         done = tuning.load(out)
     except (OSError, ValueError) as error:
         parser.error(f"cannot write {out}: {error}" if isinstance(error, OSError) else str(error))
-    print(f"{device.kind}, by {timing.clock()}, into {out}", file=sys.stderr)
+    print(f"{device.kind}, timed by {timing.clock()}, into {out}", file=sys.stderr)
     run = {name: value for name, value in bench.facts(device).items() if name in ("device", "jax", "date")}
     pruned: dict[tuning.Key, list[dict[str, Any]]] = {}
     for task in tasks(ops, args):
         if not args.again and _is_done(done.get(task.key), task, run):
-            print(f"{task.key}: measured already", file=sys.stderr)
+            print(f"{task.key}: up to date", file=sys.stderr)
             continue
         print(task, file=sys.stderr)
         start = time.monotonic()
@@ -246,9 +251,9 @@ def _summary(entry: dict[str, Any]) -> str:
 
 
 def _survivors(task: Task, name: str | None, device: backend.Target, pruned: dict) -> tuple[Any, ...]:
-    """The candidates that pruning leaves, the default among them; all where there is nothing to prune with.
+    """The candidates that are left after pruning, the default among them; all of them if pruning is not possible.
 
-    `pruned` holds the configs that are out, by key without size, of this run so far.
+    `pruned` holds the configs that this run has dropped so far, by key without size.
     """
     known = hardware.by_device_kind(device.kind)
     name = name or (known.name if known else None)
@@ -265,7 +270,10 @@ def _survivors(task: Task, name: str | None, device: backend.Target, pruned: dic
 
 
 def _pruned_apart(task: Task, device: str) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows of --prune-only, by a process of its own: XLA reads where to write PTX once. Or why there are none."""
+    """(rows of --prune-only, None) or ([], the reason why there are none).
+
+    A separate process makes them, because XLA reads its dump flags only once.
+    """
     words = [task.op.name, "--case", task.case, "--kernel", task.implementation, "--device", device]
     command = [sys.executable, "-m", "kernels_pallas.tune", *words, "--prune-only", "--json"]
     child = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
@@ -275,7 +283,7 @@ def _pruned_apart(task: Task, device: str) -> tuple[list[dict[str, Any]], str | 
 
 
 def search(task: Task, configs: Sequence[Any], seconds: float) -> dict[str, Any]:
-    """The entry of one task, without what is true of the whole run. Its status is "ok", or why there is no config."""
+    """The entry of one task, without the columns of the whole run. Its status is "ok", or why there is no config."""
     start = time.monotonic()
     calls, failed = _ready(task, configs, start + COMPILING * seconds)
     entry = dataclasses.asdict(task.key) | {
@@ -294,7 +302,7 @@ def search(task: Task, configs: Sequence[Any], seconds: float) -> dict[str, Any]
 
 
 def _ready(task: Task, configs: Sequence[Any], deadline: float) -> tuple[dict[Any, timing.Call], dict[str, str]]:
-    """A compiled call of each candidate that gives the default's result, and what is wrong with the others."""
+    """(a compiled call of each candidate that gives the default's result, the errors of the other candidates)."""
     case = task.op.cases[task.case]
     arrays = case.random(jax.random.key(0))
     copies = timing.copies(arrays)
@@ -307,16 +315,16 @@ def _ready(task: Task, configs: Sequence[Any], deadline: float) -> tuple[dict[An
             with tuning.trying(task.key.kernel, config), tuning.listening() as asked:
                 call = bench.call(task.op, task.implementation, case.static, task.pass_, copies)
                 got = call.answer()
-                timing.microseconds(call)  # what cannot be timed shows here
+                timing.microseconds(call)  # raises here if the call cannot be timed
             if task.key not in asked:
-                raise RuntimeError("it did not ask for its blocks: something in it was compiled before")
-        except Exception as error:  # whatever it is, the other candidates still have their turn
+                raise RuntimeError("the kernel did not look up its block sizes: part of it was already compiled")
+        except Exception as error:  # any error: the other candidates are still tried
             failed[_name(config)] = command_line.one_line(error)
             if config == task.default:
-                break  # there is nothing to hold the others to
+                break  # there is no result to compare the others with
             continue
         want = got if config == task.default else want
-        if (status := bench.final_evaluation(got, want, arrays)) == "ok":
+        if (status := bench.check_result(got, want, arrays)) == "ok":
             calls[config] = call
         else:
             failed[_name(config)] = status
@@ -324,7 +332,7 @@ def _ready(task: Task, configs: Sequence[Any], deadline: float) -> tuple[dict[An
 
 
 def _race(calls: dict[Any, timing.Call], default: Any, deadline: float) -> dict[Any, list[float]]:
-    """Microseconds of every candidate that stayed to the end, the default always among them."""
+    """The times in microseconds of every candidate that was not dropped; the default is always among them."""
     names = {_name(config): config for config in calls}
     racing = {name: calls[config] for name, config in names.items()}
     samples = timing.in_turns(racing, FIRST_ROUNDS)
@@ -340,7 +348,3 @@ def _race(calls: dict[Any, timing.Call], default: Any, deadline: float) -> dict[
 
 def _name(config: Any) -> str:
     return _short(dataclasses.asdict(config))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

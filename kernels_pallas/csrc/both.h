@@ -1,4 +1,4 @@
-// What runs on a CPU and on a GPU alike.
+// BOTH: the qualifier of functions that are compiled for the CPU and for the GPU.
 
 #pragma once
 

@@ -1,7 +1,7 @@
-// Normal numbers out of ChaCha20: the arithmetic, the same to the bit on a CPU and on a GPU.
+// Normal random numbers from ChaCha20: the arithmetic, bit-identical on a CPU and on a GPU.
 //
-// Integer operations, and float32 products and sums that are rounded one by one: what compiles this must not fuse them
-// (-ffp-contract=off; on a GPU the intrinsics see to it). reference.py has the same definition in jnp.
+// It consists of integer operations and of float32 products and sums that are rounded separately. The compiler must not
+// fuse them to multiply-adds (-ffp-contract=off; on a GPU intrinsics are used). reference.py is the same in jnp.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace kernels_pallas {
 
-constexpr int kPerBlock = 8;      // normals of a block of 64 bytes: 64 bits each
+constexpr int kPerBlock = 8;      // numbers per block of 64 bytes: 64 bits each
 constexpr int kSegments = 1024;   // 64 octaves of the tail probability, 16 parts each
 struct Segment { float c0, c1, c2, c3; };
 
@@ -68,8 +68,9 @@ BOTH int LeadingZeros(uint64_t x) {
 #endif
 }
 
-// The first bit is the sign; the others, with a 1 behind them, are the tail probability q = tail / 2^65 < 1/2. Leading
-// zeros and the four bits after the first 1 choose the segment of q -> x, the next 24 are the place in it.
+// The first bit is the sign. The others, followed by a 1, are the tail probability q = tail / 2^65 < 1/2. The number of
+// leading zeros and the four bits after the first 1 select the segment of q -> x; the next 24 bits are the position in
+// the segment.
 BOTH float Normal(uint32_t high, uint32_t low, const Segment* segments) {
   uint64_t tail = (static_cast<uint64_t>(high) << 33) | (static_cast<uint64_t>(low) << 1) | 1;
   const int octave = LeadingZeros(tail);
@@ -80,13 +81,13 @@ BOTH float Normal(uint32_t high, uint32_t low, const Segment* segments) {
   return high >> 31 ? -x : x;
 }
 
-// What secure_normal takes beside the piece; a counter of 32 bits must number the blocks of the whole.
+// Checks the arguments of secure_normal other than the shard; the block counter has 32 bits.
 inline ffi::Error CheckNormal(const Shard& shard, int64_t key, int64_t nonce, int64_t table) {
   if (key != 8 || nonce != 3 || table != 4 * kSegments)
     return ffi::Error::InvalidArgument("wanted a key of 8 words, a nonce of 3, and the table of segments");
   int64_t blocks = (shard.all_columns + kPerBlock - 1) / kPerBlock;
   for (int i = 0; i < shard.num_groups; ++i) blocks *= shard.whole[i];
-  if (blocks > int64_t{1} << 32) return ffi::Error::InvalidArgument("more numbers than a nonce has blocks for");
+  if (blocks > int64_t{1} << 32) return ffi::Error::InvalidArgument("the array takes more than 2^32 ChaCha20 blocks");
   return ffi::Error::Success();
 }
 

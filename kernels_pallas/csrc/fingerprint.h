@@ -1,4 +1,4 @@
-// The fingerprint of an array: the arithmetic. reference.py has the same definition in jnp.
+// The checksum of an array: the arithmetic. reference.py is the same in jnp.
 
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace kernels_pallas {
 
-// What a word of 32 bits at a place adds to the four sums. Every step can be undone, so for one place no two words add
-// the same to any of them.
+// Adds a 32-bit word at a row and column to the four sums. Every step is invertible, so at one position two different
+// words never add the same number to any of the sums.
 BOTH void AddWord(uint32_t word, uint32_t row, uint32_t column, uint32_t* sums) {
   uint32_t a = word ^ (column * 0x9e3779b1u);
   a ^= a >> 16; a *= 0x7feb352du;
@@ -20,7 +20,7 @@ BOTH void AddWord(uint32_t word, uint32_t row, uint32_t column, uint32_t* sums) 
   a ^= a >> 15; sums[3] += a;
 }
 
-// Bits of a number as words: one of 8, 16 or 32 bits is one word, one of 64 bits two.
+// Adds an element: 8, 16 or 32 bits are one word, 64 bits are two words.
 template <typename Bits>
 BOTH void AddNumber(Bits bits, uint32_t row, uint32_t column, uint32_t* sums) {
   if (sizeof(Bits) == 8) {
@@ -39,7 +39,7 @@ ffi::Error OfWidth(ffi::DataType type, Run run) {
     case 2: return run(uint16_t{});
     case 4: return run(uint32_t{});
     case 8: return run(uint64_t{});
-    default: return ffi::Error::InvalidArgument("wanted numbers of 1, 2, 4 or 8 bytes");
+    default: return ffi::Error::InvalidArgument("elements must have 1, 2, 4 or 8 bytes");
   }
 }
 

@@ -1,4 +1,4 @@
-// NVTX ranges that open and close where the stream is given their neighbours, for Nsight Systems to show.
+// Custom calls that open and close NVTX ranges between the launches of a stream, for profiling with Nsight Systems.
 
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
@@ -13,13 +13,13 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// The arrays themselves; where XLA did not let both have the same memory, copies. The last argument, and the result
-// that takes its place, order the calls and hold nothing.
+// Passes the arrays through: in place if XLA has aliased input and output, else by a copy. The last argument and result
+// is a token that only orders the calls.
 ffi::Error Pass(cudaStream_t stream, ffi::RemainingArgs arrays, ffi::RemainingRets out) {
   for (size_t i = 0; i + 1 < arrays.size(); ++i) {
     const auto from = arrays.get<ffi::AnyBuffer>(i);
     const auto to = out.get<ffi::AnyBuffer>(i);
-    if (!from || !to) return ffi::Error::InvalidArgument("a range: an array is missing");
+    if (!from || !to) return ffi::Error::InvalidArgument("profile_range: an array is missing");
     if (from->untyped_data() == (*to)->untyped_data()) continue;
     const cudaError_t status = cudaMemcpyAsync((*to)->untyped_data(), from->untyped_data(), from->size_bytes(),
                                                cudaMemcpyDeviceToDevice, stream);
@@ -42,7 +42,7 @@ ffi::Error Pop(cudaStream_t stream, ffi::RemainingArgs arrays, ffi::RemainingRet
 }  // namespace
 }  // namespace kernels_pallas
 
-// Neither may be captured in a CUDA graph: a range is of the thread that launches.
+// These calls must not be captured in a CUDA graph, because an NVTX range belongs to the launching thread.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(range_push, kernels_pallas::Push,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()

@@ -1,5 +1,5 @@
-// secure_normal on an NVIDIA GPU: a thread makes a block's eight numbers, all in registers; the table is in shared
-// memory.
+// secure_normal on an NVIDIA GPU: a thread computes the eight numbers of a block in registers; the table of segments is
+// in shared memory.
 
 #include <cuda_runtime.h>
 
@@ -11,7 +11,7 @@ namespace kernels_pallas {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksOfProcessor = 8;  // of threads: the table is loaded once for many rows
+constexpr int kBlocksOfProcessor = 8;  // thread blocks per SM; each loads the table once and loops over many rows
 
 __global__ void __launch_bounds__(kThreads)
     SecureNormalKernel(const float* x, const uint32_t* key, const uint32_t* nonce, const int32_t* start,
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
   for (Walk at(static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, stride, parts); at.row < shard.rows;
        at.Step()) {
     const int64_t row = at.row, block = first / kPerBlock + at.part;
-    const int64_t column = block * kPerBlock - first;  // of the block's first number, perhaps left of the piece
+    const int64_t column = block * kPerBlock - first;  // of the block's first number; may be left of the shard
     if (column >= columns) continue;
     uint32_t words[16];
     ChaCha20Block(own_key, static_cast<uint32_t>(shard.Row(row, start) * blocks + block), own_nonce, words);

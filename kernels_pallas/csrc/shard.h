@@ -1,4 +1,4 @@
-// A device's piece of an array: where its rows lie in the whole one. A row is what lies along the last dim.
+// A device's shard of an array and the row numbers of the whole array. A row extends along the last dim.
 
 #pragma once
 
@@ -13,14 +13,14 @@ namespace ffi = xla::ffi;
 constexpr int kMostDims = 8;
 
 struct Shard {
-  int num_groups;  // of dims of rows, those that are cut nowhere being one with the dim before
-  int num_dims;    // of rows: one less than the array's, which has at least one
+  int num_groups;  // groups of row dims: an unsharded dim is merged into the dim before it
+  int num_dims;    // row dims: one less than the dims of the array, which has at least one
   int64_t rows, columns, all_columns;
-  int64_t local[kMostDims], whole[kMostDims];  // of a group
-  int64_t step[kMostDims];                     // rows between two starts of its first dim
-  int first[kMostDims];                        // that dim
+  int64_t local[kMostDims], whole[kMostDims];  // sizes of each group in the shard and in the whole array
+  int64_t step[kMostDims];                     // rows of the group per index of its first dim
+  int first[kMostDims];                        // the first dim of each group
 
-  // The whole array's number of a row of the piece.
+  // The row number in the whole array of a row of the shard.
   BOTH int64_t Row(int64_t row, const int32_t* start) const {
     int64_t number = 0, scale = 1;
     for (int i = num_groups - 1; i > 0; --i) {
@@ -32,7 +32,7 @@ struct Shard {
   }
 };
 
-// Walks the pairs (row, part) of a piece in strides, in the order of row * parts + part, with one division in all.
+// Iterates over the pairs (row, part) of a shard in strides, in the order of row * parts + part, with one division.
 struct Walk {
   int64_t row, part, parts, rows_a_stride, parts_a_stride;
 
@@ -50,23 +50,23 @@ struct Walk {
   }
 };
 
-// Where a piece lies, or why it cannot lie there; of a start in the host's memory.
+// Checks that the shard lies inside the whole array; `start` is in host memory.
 inline ffi::Error CheckStart(ffi::AnyBuffer::Dimensions local, ffi::Span<const int64_t> whole, const int32_t* start) {
   for (size_t i = 0; i < local.size(); ++i)
     if (start[i] < 0 || start[i] > whole[i] - local[i])
-      return ffi::Error::InvalidArgument("a piece begins, or ends, outside of the whole");
+      return ffi::Error::InvalidArgument("the shard is not inside the whole array");
   return ffi::Error::Success();
 }
 
-// What shapes a Shard must have, or why these are not.
+// Fills in a Shard from the shapes, or returns why they do not fit.
 inline ffi::Error MakeShard(ffi::AnyBuffer::Dimensions local, ffi::Span<const int64_t> whole, int64_t starts,
                             Shard* shard) {
   const int dims = static_cast<int>(local.size());
   if (dims < 1 || dims > kMostDims || whole.size() != local.size() || starts != dims)
-    return ffi::Error::InvalidArgument("wanted 1 to 8 dims, and start and whole with a number for each");
+    return ffi::Error::InvalidArgument("the array must have 1 to 8 dims, and start and whole one number for each");
   *shard = Shard{0, dims - 1, 1, local[dims - 1], whole[dims - 1], {}, {}, {}, {}};
   for (int i = 0; i < dims; ++i)
-    if (local[i] > whole[i]) return ffi::Error::InvalidArgument("a piece is larger than the whole");
+    if (local[i] > whole[i]) return ffi::Error::InvalidArgument("the shard is larger than the whole array");
   for (int i = 0; i < dims - 1; ++i) {
     shard->rows *= local[i];
     const bool cut = i == 0 || local[i] != whole[i];

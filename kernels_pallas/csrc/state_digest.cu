@@ -1,5 +1,5 @@
-// state_digest on an NVIDIA GPU: threads walk the rows in words of 128 bits, and add their sums up by atomics, whose
-// order is no matter to integers.
+// state_digest on an NVIDIA GPU: threads read the rows in 128-bit loads and add up their sums by atomics. The order of
+// the atomics does not matter, because the sums are integers.
 
 #include <cuda_runtime.h>
 

@@ -1,4 +1,4 @@
-"""Attention of one new token an example to the keys and values cached before it: what generation repeats."""
+"""Decode attention: one query token per example against a KV cache, contiguous or paged."""
 
 from .api import (
     DECODE_ATTENTION as DECODE_ATTENTION,

@@ -1,4 +1,4 @@
-"""The public functions of decoding, and the tables of what computes them."""
+"""The public decode-attention functions, for contiguous and paged KV caches, and their implementation tables."""
 
 import math
 
@@ -41,24 +41,24 @@ def decode_attention(
     softcap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B N H"]:
-    """Attention of one query token an example to the keys and values cached before it.
+    """Decode attention: one query token per example attends to a contiguous KV cache.
 
     out = sum_s softmax_s(score[s]) v_cache[s] over s < lengths[b], where score[s] = scale <q, k_cache[s]>, or
-    softcap tanh(scale <q, k_cache[s]> / softcap). The softmax is in float32. Query head n reads the keys and values
-    of head n // (N / K). An example of length 0 has output 0. What the cache holds past a length is not read, and
-    may be anything.
+    softcap tanh(scale <q, k_cache[s]> / softcap). The softmax is in float32. Query head n uses key/value head
+    n // (N / K). An example of length 0 has output 0. The cache past the length of an example is not read and may hold
+    any values.
 
     Args:
       q, k_cache, v_cache: of one dtype; N a multiple of K.
-      lengths: how many keys of its cache each example has, from 0 to S; the new token's own among them.
-      scale: H**-0.5 where None.
-      softcap: bounds the scores; unbounded where None.
-      implementation: one of DECODE_ATTENTION's; the best that runs here where None.
+      lengths: the number of keys of each example in its cache, from 0 to S, including the new token's key.
+      scale: H**-0.5 if None.
+      softcap: bound of the scores; no bound if None.
+      implementation: a name in DECODE_ATTENTION.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
-      ValueError: the arrays do not fit each other, a length is not in 0, ..., S (which is checked where values are
-        known, so not under jit), an option is no such number, or the implementation does not exist.
-      NotImplementedError: the implementation named cannot run these arguments here.
+      ValueError: the shapes or dtypes do not fit together, a length is outside 0, ..., S (checked if its value is
+        known, which it is not under jit), an option is out of range, or there is no such implementation.
+      NotImplementedError: the named implementation cannot run these arguments here.
 
     Source: Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
@@ -83,22 +83,22 @@ def paged_decode_attention(
     softcap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B N H"]:
-    """`decode_attention` to a cache in pages of W keys, which lie anywhere and of which an example owns as it grows.
+    """`decode_attention` with a paged KV cache: pages of W keys, assigned to examples by a block table.
 
-    Keys j W, ..., j W + W - 1 of example b are k_pages[block_table[b, j]], and so the values. Entries of the table
-    for which example b has no key, j W >= lengths[b], are not read, and may be anything.
+    Keys j W, ..., j W + W - 1 of example b are k_pages[block_table[b, j]]; the values are in v_pages at the same place.
+    Entries of the table past the length, j W >= lengths[b], are not read and may hold any numbers.
 
     Args:
-      q, k_pages, v_pages: of one dtype; N a multiple of K; W a power of two, 16 at least.
-      block_table: the numbers of the pages of each example, in order.
-      lengths: how many keys each example has, from 0 to J W; the new token's own among them.
-      scale, softcap: as of `decode_attention`.
-      implementation: one of PAGED_DECODE_ATTENTION's; the best that runs here where None.
+      q, k_pages, v_pages: of one dtype; N a multiple of K; W a power of two, at least 16.
+      block_table: the page numbers of each example, in order.
+      lengths: the number of keys of each example, from 0 to J W, including the new token's key.
+      scale, softcap: as in `decode_attention`.
+      implementation: a name in PAGED_DECODE_ATTENTION.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
-      ValueError: as `decode_attention`; W is no such power, or the table names a page that is not there (where
-        values are known).
-      NotImplementedError: the implementation named cannot run these arguments here.
+      ValueError: as `decode_attention`; or W is not such a power of two, or the table has a page number out of range
+        (checked if its values are known).
+      NotImplementedError: the named implementation cannot run these arguments here.
 
     Source: PagedAttention, https://arxiv.org/abs/2309.06180, section 4.1.
     """
@@ -111,10 +111,10 @@ def paged_decode_attention(
 
 
 def _misfit(q, k, v, lengths, *, paged: bool) -> str | None:
-    """Why these are not a query an example and a cache; None where they are."""
+    """The reason why the queries and the cache do not fit together, or None."""
     names, layout = ("k_pages and v_pages", "(P, W, K, H)") if paged else ("k_cache and v_cache", "(B, S, K, H)")
     if (q.ndim, k.ndim, v.ndim) != (3, 4, 4):
-        return f"want q (B, N, H) and {names} {layout}, got {q.shape}, {k.shape} and {v.shape}; reshape them"
+        return f"wanted q (B, N, H) and {names} {layout}, got {q.shape}, {k.shape} and {v.shape}; reshape them"
     if k.shape != v.shape:
         return f"{names} must have one shape {layout}, got {k.shape} and {v.shape}"
     if q.shape[2] != k.shape[3]:
@@ -124,7 +124,7 @@ def _misfit(q, k, v, lengths, *, paged: bool) -> str | None:
     if not q.dtype == k.dtype == v.dtype:
         return f"q, {names} must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them"
     if lengths.shape != q.shape[:1]:
-        return f"lengths must be one number an example, (B,) = {q.shape[:1]}, got {lengths.shape}"
+        return f"lengths must be one number per example, (B,) = {q.shape[:1]}, got {lengths.shape}"
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         return f"lengths must be integers, got {lengths.dtype}; cast them to int32"
     return None
@@ -152,7 +152,7 @@ def _bad_length(lengths, most: int, name: str) -> str | None:
 def _bad_table(block_table, lengths, k_pages) -> str | None:
     P, W = k_pages.shape[:2]
     if W < SMALLEST_PAGE or W.bit_count() != 1:
-        return f"k_pages must hold a power of two of keys a page, W >= {SMALLEST_PAGE}, got W = {W}"
+        return f"the page size must be a power of two, W >= {SMALLEST_PAGE}, got W = {W}"
     if block_table.ndim != 2 or block_table.shape[0] != lengths.shape[0]:
         return f"block_table must be (B, J), with B = {lengths.shape[0]}, got {block_table.shape}"
     if not jnp.issubdtype(block_table.dtype, jnp.integer):
@@ -165,11 +165,11 @@ def _bad_table(block_table, lengths, k_pages) -> str | None:
     wrong = np.argwhere(needed & ((table < 0) | (table >= P)))
     if len(wrong):
         b, j = wrong[0]
-        return f"block_table must name pages from 0 to {P - 1} below the lengths, got {table[b, j]} at [{b}, {j}]"
+        return f"block_table must hold page numbers 0 to {P - 1} below the lengths, got {table[b, j]} at [{b}, {j}]"
     return None
 
 
 def _values(array) -> np.ndarray | None:
-    """What is in an array, where this process can know: not when tracing, nor in another host's memory."""
+    """The values of an array if they are known; None while tracing and for arrays in another host's memory."""
     traced = isinstance(array, Tracer)
     return None if traced or not getattr(array, "is_fully_addressable", True) else np.asarray(array)

@@ -1,9 +1,9 @@
-"""The work of attention to a cache: one read of the keys and values that are there.
+"""Cost model of decode attention: one read of the keys and values below the lengths.
 
-With `keys` the lengths added up over the examples: a query head and a key take 2 H flops for their score and 2 H for
-the sum of values, so 4 N H keys in all, and N keys exponentials. Keys and values are 2 K H numbers a key, and a byte
-of bfloat16 has N / K flops where a GPU could do hundreds: bandwidth alone is the limit. Lengths whose values are not
-known, as when tracing, count as what the cache can hold.
+Let `keys` be the sum of the lengths. A query head and a key take 2 H flops for the score and 2 H for the sum of values,
+so there are 4 N H keys flops and N keys exponentials. Keys and values are 2 K H numbers per key. In bfloat16 that is
+N / K flops per byte, far below what a GPU can do: decode attention is memory-bound. If the lengths are not known, as
+while tracing, the capacity of the cache is counted.
 """
 
 import jax
@@ -20,7 +20,7 @@ def forward(q, k_cache, v_cache, lengths, **options) -> Cost:
 
 
 def paged_forward(q, k_pages, v_pages, block_table, lengths, **options) -> Cost:
-    """The same, and one read of the table's entries below the lengths."""
+    """As `forward`, plus one read of the block table's entries below the lengths."""
     del v_pages, options
     (B, J), W = block_table.shape, k_pages.shape[1]
     known = _known(lengths, B, J * W)
@@ -29,7 +29,7 @@ def paged_forward(q, k_pages, v_pages, block_table, lengths, **options) -> Cost:
 
 
 def merge(q, splits: int) -> Cost:
-    """The kernel that adds up the parts: each an output and its log-sum-exp, float32; 2 flops a number of them."""
+    """The merge kernel: reads the output and log-sum-exp of each split, float32; 2 flops per number."""
     heads = q.size // q.shape[-1]
     return Cost(
         flops=2 * splits * q.size,
@@ -49,7 +49,7 @@ def _cost(q, k, lengths: np.ndarray, *, traffic: int) -> Cost:
 
 
 def _known(lengths, B: int, most: int) -> np.ndarray:
-    """The lengths, or `most` for each of B examples where their values are not known."""
+    """The lengths, or `most` for each of B examples if their values are not known."""
     if isinstance(lengths, Tracer | jax.ShapeDtypeStruct):
         return np.full(B, most, np.int64)
     return np.asarray(lengths, np.int64)

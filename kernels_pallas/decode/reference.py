@@ -1,4 +1,4 @@
-"""The definition of attention to a cache, in float32, and its gradient; what every kernel is held to."""
+"""Reference implementation of decode attention in float32 jnp, and its gradient; kernels are tested against it."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ def decode_attention(
     scale: float | None,
     softcap: float | None,
 ) -> Float[Array, "B N H"]:
-    """out = softmax(scale q k^T) v over the first lengths[b] keys, all scores at once; 0 where there are none.
+    """out = softmax(scale q k^T) v over the first lengths[b] keys, with all scores in memory; 0 without keys.
 
     Source: Attention Is All You Need, https://arxiv.org/abs/1706.03762, equation 1.
     """
     B, N, H = q.shape
     S, K = k_cache.shape[1:3]
     exists = jnp.arange(S, dtype=jnp.int32)[None, :] < lengths[:, None]
-    # What lies past the length is no number: a weight of 0 does not take a NaN away, in the sum or its gradient.
+    # The cache past the length may be NaN, and 0 * NaN is NaN, in the sum and in its gradient: set it to 0.
     k32, v32 = (jnp.where(exists[:, :, None, None], x.astype(jnp.float32), 0) for x in (k_cache, v_cache))
     q32 = q.astype(jnp.float32).reshape(B, K, N // K, H)
     scores = jnp.einsum("bkgh,bskh->bkgs", q32, k32, precision=jax.lax.Precision.HIGHEST)
@@ -29,7 +29,7 @@ def decode_attention(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(exists[:, None, None, :], scores, -jnp.inf)
-    # A finite floor under the maximum: without a key the weights are exp(-inf - floor) = 0, not nan.
+    # A finite lower bound of the maximum: without keys the weights are exp(-inf - bound) = 0, not NaN.
     top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -48,18 +48,18 @@ def paged_decode_attention(
     scale: float | None,
     softcap: float | None,
 ) -> Float[Array, "B N H"]:
-    """`decode_attention` to each example's pages, put one after the other."""
+    """`decode_attention` on the concatenated pages of each example."""
     B, J = block_table.shape
     P, W, K, H = k_pages.shape
-    page = jnp.clip(block_table, 0, P - 1)  # entries past the length may be anything, and are not seen
+    page = jnp.clip(block_table, 0, P - 1)  # entries past the length may be any numbers; they are masked
     k_cache, v_cache = (pages[page].reshape(B, J * W, K, H) for pages in (k_pages, v_pages))
     return decode_attention(q, k_cache, v_cache, lengths, scale=scale, softcap=softcap)
 
 
 def decode_attention_backward(residuals, d_out, **static):
-    """d_q, d_k_cache and d_v_cache, by differentiating the definition.
+    """d_q, d_k_cache and d_v_cache, by differentiating the reference.
 
-    Nobody trains through a cache, so no kernel computes this: it is here to be exact, where somebody asks.
+    Training through a KV cache is rare, so there is no backward kernel.
     """
     q, k_cache, v_cache, lengths = residuals
     _, vjp = jax.vjp(lambda q, k, v: decode_attention(q, k, v, lengths, **static), q, k_cache, v_cache)
@@ -67,7 +67,7 @@ def decode_attention_backward(residuals, d_out, **static):
 
 
 def paged_decode_attention_backward(residuals, d_out, **static):
-    """d_q, d_k_pages and d_v_pages, likewise."""
+    """d_q, d_k_pages and d_v_pages, by differentiating the reference."""
     q, k_pages, v_pages, *integers = residuals
     _, vjp = jax.vjp(lambda q, k, v: paged_decode_attention(q, k, v, *integers, **static), q, k_pages, v_pages)
     return (*vjp(d_out), None, None)

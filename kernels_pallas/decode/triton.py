@@ -1,11 +1,12 @@
-"""Attention to a cache with Pallas-Triton: the keys of an example are split between programs, then merged.
+"""Decode attention in Pallas-Triton, contiguous and paged: split-KV (Flash-Decoding), then a merge kernel.
 
-One query an example is too little work for a GPU, so several programs share the keys of one example and one key
-head. Each takes all query heads that read that key head, as columns of one product, so that keys and values are
-read once; it writes its output and log-sum-exp, and a second kernel adds up the parts. How the keys are shared is
-decided by the length, not by the capacity: no tile past it is read, and no program writes what another does.
+One query per example is too little parallelism for a GPU, so several programs (splits) share the keys of one example
+and key head. A program takes all query heads of its key head as columns of one product, so that keys and values are
+read once. It writes its output and log-sum-exp, and a second kernel merges the splits. The keys are divided by the
+length of the example, not by the capacity of the cache: tiles past the length are not read, and no two programs write
+the same element.
 
-A cache in pages differs in one line: which row of memory a key is in.
+A paged cache differs only in the memory row of a key (`_row`).
 
 Source: Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; pages: PagedAttention,
 https://arxiv.org/abs/2309.06180, section 4.1.
@@ -29,34 +30,34 @@ from . import cost
 WIDEST = 256
 LARGEST_GROUP = 64
 DTYPES = ("bfloat16", "float16", "float32")
-LOG2_E = math.log2(math.e)  # scores are kept times this: the chip computes exp2 and not exp
-# The log-sum-exp of nothing; finite, for exp2(-inf - LOWEST) is 0 where exp2(-inf + inf) is nan.
+LOG2_E = math.log2(math.e)  # scores are in base 2, because GPUs have an instruction for exp2 and none for exp
+# The log-sum-exp without keys. It is finite because exp2(-inf - LOWEST) is 0, while exp2(-inf + inf) is NaN.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
-USUAL_CORES = 132  # of an H200, for a device whose cores are not known
-PROGRAMS_A_CORE = 2  # what shared memory holds at once, heads of 128
-START = 2  # tiles: an estimate of the time a program takes to fill its pipeline and to write its part
-MOST_SPLITS = 128  # what one program merges
+USUAL_CORES = 132  # the SMs of an H200, assumed for a device that hardware.py does not know
+PROGRAMS_A_CORE = 2  # occupancy: programs per SM that shared memory allows, for heads of 128
+START = 2  # in tiles: the estimated time of a program to fill its pipeline and to write its result
+MOST_SPLITS = 128  # the most splits that one program of the merge kernel reads
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How the keys are cut: `splits` programs an example and key head, which walk tiles of block_k keys."""
+    """Block sizes: `splits` programs per example and key head, which loop over tiles of block_k keys."""
 
-    block_k: int  # a power of two; Hopper's matrix unit, for which keys are the rows, wants 64
+    block_k: int  # a power of two; keys are the rows of the product, of which wgmma needs 64
     splits: int
     num_warps: int
-    num_stages: int  # tiles in flight between memory and the matrix units
+    num_stages: int  # software pipelining: tiles in flight
 
 
 def blocks_for(q, kv_heads: int, most: int, *, paged: bool) -> Blocks:
-    """The blocks for q (B, N, H) and caches of up to `most` keys: none spills at the cases' sizes on sm_90a and sm_80.
+    """The block sizes for q (B, N, H) and up to `most` keys: none spills at the cases' sizes on sm_90a and sm_80.
 
-    A tile in pages waits for its page numbers, and Triton's pipeline counts that wait as stages: it takes 2 n - 1
-    for as many tiles in flight as n make of keys that lie in a row.
+    The load of a paged tile depends on the load of its page numbers, which takes stages of Triton's pipeline too:
+    2 n - 1 stages keep as many tiles in flight as n stages do for a contiguous cache.
     """
     B, N, H = q.shape
-    if q.dtype.itemsize == 4:  # products that keep all of float32 run on the plain cores, and larger tiles spill
+    if q.dtype.itemsize == 4:  # full float32 products run on the CUDA cores, and larger tiles spill
         block_k, num_warps, num_stages = 16, 8, 3
     else:
         block_k, num_stages = 64, 3 if H <= 128 else 2
@@ -66,9 +67,9 @@ def blocks_for(q, kv_heads: int, most: int, *, paged: bool) -> Blocks:
 
 
 def _splits(pairs: int, tiles: int) -> int:
-    """How many programs share the keys of each (example, key head): what takes least time, in tiles.
+    """The number of programs that share the keys of each (example, key head): the least estimated time, in tiles.
 
-    Programs run in waves of as many as the GPU holds; each takes its share of the tiles, and START.
+    Programs run in waves of as many as the GPU holds at once; each takes the time of its tiles plus START.
     """
     known = by_device_kind(backend.target().kind)
     slots = PROGRAMS_A_CORE * (known.cores if known else USUAL_CORES)
@@ -77,24 +78,24 @@ def _splits(pairs: int, tiles: int) -> int:
 
 
 def _columns(group: int) -> int:
-    """Of a product: a power of two, 16 at least, that holds the query heads of one key head."""
+    """The columns of the product for the query heads of one key head: a power of two, at least 16."""
     return max(pl.next_power_of_2(group), 16)
 
 
 def unsupported(q, k_cache, *arrays, scale, softcap) -> str | None:
-    """Why these arguments cannot run here, or None; for a cache in pages too."""
+    """The reason why these arguments cannot run here, or None; for contiguous and paged caches."""
     del arrays, scale, softcap
     if q.dtype.name not in DTYPES:
         return f"needs a dtype among {', '.join(DTYPES)}, got {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > WIDEST:
         return f"needs a head width that is a multiple of 8 up to {WIDEST}, got {q.shape[-1]}"
     if q.shape[1] > LARGEST_GROUP * k_cache.shape[2]:
-        return f"needs {LARGEST_GROUP} query heads a key head at most, got {q.shape[1] // k_cache.shape[2]}"
+        return f"needs at most {LARGEST_GROUP} query heads per key head, got {q.shape[1] // k_cache.shape[2]}"
     return backend.why_not_triton()
 
 
 def forward(q, k_cache, v_cache, lengths, *, scale, softcap):
-    """The output, and the arguments for the backward."""
+    """The output, and the arguments as residuals."""
     S = k_cache.shape[1]
     cache = _Cache(k_cache, v_cache, table=None, page=S, most=S)
     work = cost.forward(q, k_cache, v_cache, _unknown(lengths))
@@ -103,7 +104,7 @@ def forward(q, k_cache, v_cache, lengths, *, scale, softcap):
 
 
 def paged_forward(q, k_pages, v_pages, block_table, lengths, *, scale, softcap):
-    """The same of a cache in pages."""
+    """As `forward`, for a paged cache."""
     W = k_pages.shape[1]
     cache = _Cache(k_pages, v_pages, table=block_table, page=W, most=W * block_table.shape[1])
     work = cost.paged_forward(q, k_pages, v_pages, block_table, _unknown(lengths))
@@ -112,28 +113,28 @@ def paged_forward(q, k_pages, v_pages, block_table, lengths, *, scale, softcap):
 
 
 def _unknown(lengths) -> jax.ShapeDtypeStruct:
-    """Outside jit the values are at hand, and an estimate made of them would compile the kernel anew for each token."""
+    """The shape of the lengths. A cost estimate from their values (known outside jit) would recompile per token."""
     return jax.ShapeDtypeStruct(lengths.shape, lengths.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cache:
-    """Keys and values as pages of `page` keys, and whose they are: table[b, j], or page b where there is none."""
+    """Keys and values as pages of `page` keys: page j of example b is table[b, j], or page b without a table."""
 
     k: jax.Array  # (P, W, K, H)
     v: jax.Array
     table: jax.Array | None  # (B, J)
     page: int
-    most: int  # keys an example may have
+    most: int  # the most keys an example can have
 
 
 def _attend(name, q, cache, lengths, scale, softcap, work):
-    """One program for each example, split and key head; then the splits merged."""
+    """Runs one program per example, split and key head, then merges the splits."""
     B, N, H = q.shape
     P, W, K, _ = cache.k.shape
     blocks = blocks_for(q, K, cache.most, paged=cache.table is not None)
     arrays = (q, *(x.reshape(P * W, K, H) for x in (cache.k, cache.v)), cache.table, lengths)
-    # A program that has no other to be merged with writes the output itself.
+    # Without splits the program writes the output itself.
     part = jax.ShapeDtypeStruct((B, blocks.splits, N, H), q.dtype if blocks.splits == 1 else jnp.float32)
     out, lse = run(
         functools.partial(
@@ -154,7 +155,7 @@ def _attend(name, q, cache, lengths, scale, softcap, work):
 
 
 def _merge(name, parts, lse, q):
-    """The output from parts (B, splits, N, H) and their log-sum-exp."""
+    """Merges the outputs of the splits, (B, splits, N, H), by their log-sum-exp."""
     return pl.pallas_call(
         _merge_kernel,
         name=f"{name}_forward_merge",
@@ -171,13 +172,14 @@ def _merge(name, parts, lse, q):
 def _forward_kernel(
     q_ref, k_ref, v_ref, table_ref, lengths_ref, out_ref, lse_ref, *, score_of, page, most, blocks
 ):  # fmt: skip
-    """Online softmax over one program's tiles: FlashAttention-2, algorithm 1, with the scores transposed.
+    """Online softmax over one program's tiles: FlashAttention-2, algorithm 1, with transposed scores.
 
-    Keys are the rows and query heads the columns, 16 at least: what wgmma takes without padding 4 heads to 64.
+    Keys are the rows and query heads the columns, at least 16, of the product: wgmma would need 64 rows, and so pad
+    4 query heads to 64, if the query heads were the rows.
     """
     kv_heads = k_ref.shape[1]
     group = q_ref.shape[1] // kv_heads
-    kv_head = jax.lax.rem(pl.program_id(0), kv_heads)  # heads side by side, as they are in memory
+    kv_head = jax.lax.rem(pl.program_id(0), kv_heads)  # consecutive programs have consecutive heads, as in memory
     rest = jax.lax.div(pl.program_id(0), kv_heads)
     split, batch = jax.lax.rem(rest, blocks.splits), jax.lax.div(rest, blocks.splits)
     length = jnp.clip(lengths_ref[batch], 0, most)
@@ -207,13 +209,13 @@ def _forward_kernel(
     none = tuple(jnp.zeros((size, columns), jnp.float32) for _, size in pieces(q_ref.shape[2]))
     top = jnp.full((columns,), LOWEST, jnp.float32)
     acc, top, total = jax.lax.fori_loop(first, last, step, (none, top, jnp.zeros_like(top)))
-    total = jnp.where(total == 0, 1.0, total)  # no key: the output is 0
+    total = jnp.where(total == 0, 1.0, total)  # without keys the output is 0
     _store(out_ref, (batch, split, heads), head_exists, [(a / total[None, :]).T for a in acc])
     pltriton.store(lse_ref.at[batch, split, heads], top + jnp.log2(total), mask=head_exists)
 
 
 def _merge_kernel(parts_ref, lse_ref, out_ref):
-    """out = sum_i 2^(lse_i - lse) part_i of one query head; where no part has a key all are 0, and so is out."""
+    """out = sum_i 2^(lse_i - lse) part_i for one query head; if no split has keys, all parts and out are 0."""
     _, splits, heads, width = parts_ref.shape
     batch, head = jax.lax.div(pl.program_id(0), heads), jax.lax.rem(pl.program_id(0), heads)
     padded = pl.next_power_of_2(splits)
@@ -229,7 +231,7 @@ def _merge_kernel(parts_ref, lse_ref, out_ref):
 
 
 def _row(table_ref, batch, key, exists, page):
-    """Where in memory each key is; the table is not read past the length."""
+    """The memory row of each key; the block table is not read past the length."""
     if table_ref is None:
         return batch * page + key
     number = pltriton.load(table_ref.at[batch, jax.lax.div(key, page)], mask=exists, other=0)
@@ -237,7 +239,7 @@ def _row(table_ref, batch, key, exists, page):
 
 
 def _score(products, *, scale, softcap):
-    """Scores times log2(e), from products of a query and a key."""
+    """The scores in base 2 (times log2(e)) from the products <q, k>."""
     if softcap is None:
         return products * (scale * LOG2_E)
     return jnp.tanh(products * (scale / softcap)) * (softcap * LOG2_E)
@@ -251,16 +253,16 @@ def pieces(width: int) -> list[tuple[int, int]]:
 
 
 def _load_at(ref, row, head, exists):
-    """ref[row, head] for a vector of rows from anywhere, as pieces; zero where there is no row, and past its end."""
+    """ref[row, head] for a vector of row numbers (a gather), as pieces; zero for masked rows and columns."""
     width = ref.shape[-1]
-    # Not a slice of columns: interpret mode knows no mixture of slices and vectors.
+    # The columns are a vector and not a slice: interpret mode does not support mixing slices and vectors.
     at = [ref.at[row[:, None], head, _count(first, size)[None, :]] for first, size in pieces(width)]
     masks = _masks(width, exists)
     return [pltriton.load(a, mask=mask, other=0.0) for a, mask in zip(at, masks, strict=True)]
 
 
 def _load(ref, index, exists):
-    """ref[*index] where the index ends in a slice of rows, likewise."""
+    """ref[*index], where the index ends in a slice of rows, as pieces; zero for masked rows and columns."""
     return [pltriton.load(at, mask=mask, other=0.0) for at, mask in _places(ref, index, exists)]
 
 
@@ -272,7 +274,8 @@ def _store(ref, index, exists, values) -> None:
 def _places(ref, index, exists):
     """(view, mask) of each piece."""
     width = ref.shape[-1]
-    columns = [pl.ds(jnp.int32(first), size) for first, size in pieces(width)]  # a static slice may not hang over
+    # The start is an array, because a static slice past the edge is an error.
+    columns = [pl.ds(jnp.int32(first), size) for first, size in pieces(width)]
     return [(ref.at[(*index, c)], mask) for c, mask in zip(columns, _masks(width, exists), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Experts: routing as data, and the matrix products of many experts."""
+"""Mixture of experts (MoE): routers, routing, load balancing, grouped GEMM and the MoE MLP."""
 
 from .api import (
     COMBINE as COMBINE,

@@ -1,4 +1,4 @@
-"""The public functions of this family, and their tables."""
+"""The public MoE functions (dispatch, combine, grouped GEMM, expert MLP) and the tables of their implementations."""
 
 from jaxtyping import Array, Float, Int
 
@@ -60,10 +60,12 @@ EXPERT_MLP = Op(
 
 
 def dispatch(x: Float[Array, "T D"], routing: Routing, *, implementation: str | None = None) -> Float[Array, "R D"]:
-    """Each row's token: x[row_index], and zeros past the last row. The backward is a sum over rows, in fixed order.
+    """Gathers tokens into rows sorted by expert: x[row_index], with zeros in padding rows.
+
+    The backward sums the rows of each token in a fixed order, without atomics.
 
     Raises:
-      ValueError: the routing is for another number of tokens, or there is no such implementation.
+      ValueError: the routing has another number of tokens, or there is no such implementation.
       NotImplementedError: the named implementation cannot run these arguments here.
     """
     _check("dispatch", routing, num_tokens=x.shape[0])
@@ -73,7 +75,8 @@ def dispatch(x: Float[Array, "T D"], routing: Routing, *, implementation: str | 
 def combine(y: Float[Array, "R D"], routing: Routing, *, implementation: str | None = None) -> Float[Array, "T D"]:
     """The weighted sum of each token's rows: out[t] = sum over its rows r of row_weight[r] y[r]; 0 without rows.
 
-    Adds in float32, in the order of experts; the result has the dtype of `y`, the weights' gradient is float32.
+    The sum is in float32, in the order of experts. The result has the dtype of `y`; the gradient of the weights is
+    float32.
 
     Raises:
       ValueError: the routing has another number of rows, or there is no such implementation.
@@ -90,12 +93,12 @@ def grouped_matmul(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R F"]:
-    """Rows of one expert after those of another, each times its expert's matrix; jax.lax.ragged_dot's contract.
+    """Grouped GEMM: multiplies each row with its expert's matrix. The contract is that of jax.lax.ragged_dot.
 
-        y[r] = x[r] w[e]   for the group_sizes[e] rows r that follow those of the experts before e
+        y[r] = x[r] w[e]   for the group_sizes[e] rows r of expert e, which follow those of the experts before e
 
-    Rows past sum(group_sizes) give zeros and have no gradient, whatever is in them; an expert without rows has a
-    gradient of exact zeros. Products are added in float32; `y` has the dtype of x and w.
+    Rows from sum(group_sizes) on are padding: they give zeros and have no gradient, even if they are NaN. The gradient
+    of the matrix of an expert without rows is exactly zero. Accumulation is in float32; `y` has the dtype of x and w.
 
     Raises:
       ValueError: the shapes or dtypes do not fit together, or there is no such implementation.
@@ -119,14 +122,14 @@ def expert_mlp(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
-    """A gated MLP for each row at its expert, and the weighted sum of each token's rows.
+    """The MoE MLP (SwiGLU): the gated MLP of each row's expert, and the weighted sum of each token's rows.
 
         out[t] = sum over the rows r of token t of row_weight[r] (silu(x[t] w_gate) * (x[t] w_up)) w_down
 
-    with the weights of the row's expert; w_gate_up holds w_gate in its first F columns and w_up in the others. A token
-    without rows gets 0, and an expert without rows a gradient of exact zeros. Products are added in float32; what lies
-    between them is rounded to the dtype of `x`. For the backward are kept x, the routing, the weights, and the inner
-    columns before the activation, (R, 2 F).
+    with the matrices of the row's expert; w_gate_up holds w_gate in its first F columns and w_up in the others. A token
+    without rows has output 0; the gradient of the matrices of an expert without rows is exactly zero. Accumulation is
+    in float32; intermediate results are rounded to the dtype of `x`. The residuals of the backward are x, the routing,
+    the matrices, and the pre-activations, (R, 2 F).
 
     Raises:
       ValueError: the shapes or dtypes do not fit together, or there is no such implementation.
@@ -151,5 +154,5 @@ def _check(name: str, routing: Routing, *, num_tokens: int | None = None, num_ro
     for what, array, wanted in (("tokens", routing.token_sizes, num_tokens), ("rows", routing.row_index, num_rows)):
         if wanted is not None and array.shape != (wanted,):
             raise ValueError(
-                f"{name}: the routing is for {array.shape[0]} {what}, the array has {wanted}; route these {what}."
+                f"{name}: the routing has {array.shape[0]} {what}, the array has {wanted}; route the array's {what}."
             )

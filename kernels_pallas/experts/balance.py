@@ -1,7 +1,7 @@
-"""How evenly experts are used, what it costs not to, and the bias that evens it without a loss.
+"""Expert load statistics, the load balancing loss, the router z-loss, and the loss-free bias update.
 
-A `Load` is made of sums, so that the loads of pools, of devices and of parts of a batch add up to that of the whole:
-jax.tree.map(jnp.add, ...), a sum over a leading dimension, or a psum.
+A `Load` consists of sums. So the loads of routing pools, devices and micro-batches can be added to give the load of the
+whole batch: by jax.tree.map(jnp.add, ...), a sum over a leading dimension, or a psum.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from .routing import Assignments
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Sums over some tokens, float32."""
+    """Load statistics: sums over tokens, float32."""
 
-    rows: Any  # (E,): choices of each expert
-    probability: Any  # (E,): of each expert, as the router scores it
-    z: Any  # (): logsumexp(logits)^2
-    tokens: Any  # (): how many
+    rows: Any  # (E,): the number of rows of each expert
+    probability: Any  # (E,): the sum of the router's probabilities of each expert
+    z: Any  # (): the sum of logsumexp(logits)^2
+    tokens: Any  # (): the number of tokens
 
 
 def expert_load(assignments: Assignments, probability: Float[Array, "T E"], logits: Float[Array, "T E"]) -> Load:
-    """The load of one pool; `probability` is what the router's scores say, a row summing to 1."""
+    """The load of one routing pool; `probability` is the router's probabilities, each row summing to 1."""
     z = jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
     return Load(
         rows=assignments.rows_of_experts().astype(jnp.float32),
@@ -38,18 +38,18 @@ def expert_load(assignments: Assignments, probability: Float[Array, "T E"], logi
 
 
 def load_balance_loss(load: Load) -> Float[Array, ""]:
-    """E sum_e f_e P_e: f_e an expert's share of all choices, P_e its mean probability. 1 where both are even.
+    """The load balancing loss E sum_e f_e P_e: f_e is an expert's share of all rows, P_e its mean probability.
 
-    Gradients flow through P alone.
+    The loss is 1 if both are uniform. Its gradient flows through P only.
 
-    Source: Switch Transformer, https://arxiv.org/abs/2101.03961, equations 4 to 6, with any number of choices a token.
+    Source: Switch Transformer, https://arxiv.org/abs/2101.03961, equations 4 to 6, for any number of experts per token.
     """
     share = load.rows / jnp.maximum(jnp.sum(load.rows), 1.0)
     return load.rows.size * jnp.sum(lax.stop_gradient(share) * load.probability / load.tokens)
 
 
 def z_loss(load: Load) -> Float[Array, ""]:
-    """The mean over tokens of logsumexp(logits)^2, which keeps logits small.
+    """The router z-loss: the mean over tokens of logsumexp(logits)^2. It penalises large logits.
 
     Source: ST-MoE, https://arxiv.org/abs/2202.08906, equation 5.
     """
@@ -57,7 +57,7 @@ def z_loss(load: Load) -> Float[Array, ""]:
 
 
 def update_bias(bias: Float[Array, " E"], rows: Num[Array, " E"], *, rate: float) -> Float[Array, " E"]:
-    """bias + rate sign(mean(rows) - rows): up for experts with less than the mean, down for those with more.
+    """Loss-free load balancing: bias + rate sign(mean(rows) - rows), which raises the bias of underused experts.
 
     Source: https://arxiv.org/abs/2408.15664, algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""How the Triton kernels cut their work: as measured where `tune` has measured; else by these tables."""
+"""Block sizes of the Triton MoE kernels: tuned if `tune` has an entry, else from the tables here."""
 
 import dataclasses
 import functools
@@ -12,13 +12,13 @@ from .. import backend, tuning
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How one kernel cuts its work: a tile of its output, and what it contracts at a time; powers of two >= 16."""
+    """Block sizes of one kernel: the output tile (rows x columns) and the contraction step; powers of two >= 16."""
 
     rows: int
     columns: int
     depth: int
     num_warps: int
-    num_stages: int  # tiles in flight between memory and the tensor cores
+    num_stages: int  # software pipelining: tiles in flight
 
 
 NAMES = {
@@ -35,9 +35,9 @@ NAMES = {
 
 
 def blocks_for(kernel: str, dtype, depth: int, columns: int, group: int) -> Blocks:
-    """The blocks of one of NAMES, for a contraction of `depth`, so many columns of output, and mean rows of an expert.
+    """The block sizes of one of NAMES, for a contraction size `depth`, output `columns`, and `group` rows per expert.
 
-    A weight's gradient contracts rows: its tile is `rows` of the matrix's inputs by `columns` of its outputs.
+    A weight gradient contracts rows: its tile is `rows` of the matrix's input dim by `columns` of its output dim.
     """
     default = untuned(kernel, dtype, depth)
     name = f"{NAMES[kernel]}.triton"
@@ -45,17 +45,17 @@ def blocks_for(kernel: str, dtype, depth: int, columns: int, group: int) -> Bloc
 
 
 def untuned(kernel: str, dtype, depth: int) -> Blocks:
-    """Without a measurement: none spills at the cases' shapes on sm_90a and sm_80."""
-    if jnp.dtype(dtype).itemsize == 4:  # products that keep all of float32 run on the plain cores
+    """The default block sizes: none spills at the cases' shapes on sm_90a and sm_80."""
+    if jnp.dtype(dtype).itemsize == 4:  # full float32 products run on the CUDA cores
         return Blocks(64, 64, 16, 8, 2)
     if kernel == "dz" and depth % 64:
-        return _DZ_MASKED  # a mask in the loop, and one after it, take more registers than one
+        return _DZ_MASKED  # masks both in the loop and in the epilogue take more registers
     capability = backend.target().capability
     return (_AMPERE if capability is not None and capability < 9.0 else _HOPPER)[_KIND.get(kernel, kernel)]
 
 
 def candidates(default: Blocks, *, kernel: str, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
-    """What `tune` tries: tiles of 64 to 256, four warps for each 64 rows or eight."""
+    """The search space of `tune`: tiles of 64 to 256, with four warps up to 64 x 128 and eight above."""
     del default, width, mask, size
     if dtype == "float32":
         return
@@ -74,7 +74,7 @@ _HOPPER = {
     "forward": Blocks(128, 256, 64, 8, 3),
     "dx": Blocks(128, 256, 64, 8, 3),
     "dw": Blocks(128, 256, 64, 8, 3),
-    "dw_gather": Blocks(128, 256, 64, 8, 5),  # a tile waits for its rows' numbers, which counts as stages
+    "dw_gather": Blocks(128, 256, 64, 8, 5),  # the loads of the row indices take stages too
     "up": Blocks(128, 128, 64, 8, 4),
     "dz": Blocks(128, 128, 64, 8, 3),
 }

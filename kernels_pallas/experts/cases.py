@@ -1,4 +1,4 @@
-"""Sizes that tests, benchmarks and the inspector run, under loads that are even, skewed, and degenerate."""
+"""Named cases of the MoE operations, with balanced, skewed and degenerate expert loads."""
 
 import functools
 
@@ -11,11 +11,11 @@ from .routing import Assignments, Routing
 
 
 def group_sizes(load: str, num_rows: int, num_experts: int) -> np.ndarray:
-    """How many of the rows each expert has, by the name of a load.
+    """The number of rows of each expert for a named load distribution.
 
-    "even"; "random", each row at an expert of chance; "zipf", expert i with weight 1 / i, in an order of chance;
-    "one", all rows at one; "none"; "half", a random half of the experts without rows, and a quarter of the rows of no
-    expert.
+    "even"; "random": each row has a random expert; "zipf": probabilities 1 / i, in random order; "one": one expert has
+    all rows; "none": no expert has rows; "half": half of the experts, chosen at random, have no rows, and a quarter of
+    the rows are padding.
     """
     rng = np.random.default_rng(num_rows + num_experts)
     even = np.full(num_experts, 1 / num_experts)
@@ -38,7 +38,7 @@ def group_sizes(load: str, num_rows: int, num_experts: int) -> np.ndarray:
 
 
 def routing_of(load: str, num_tokens: int, num_experts: int, active: int) -> Routing:
-    """T A rows under a load; tokens are dealt to experts at random, so that some may have an expert twice or none."""
+    """A routing of T A rows with a load distribution. Tokens are random: one may have an expert twice, or none."""
     num_rows = num_tokens * active
     rng = np.random.default_rng(num_rows)
     sizes = group_sizes(load, num_rows, num_experts)
@@ -56,7 +56,7 @@ def _shapes(dtype, *shapes) -> list[jax.ShapeDtypeStruct]:
 
 
 def _normal(key, shape, dtype):
-    """Standard normal; matrices of experts so scaled that their products are too."""
+    """Standard normal numbers; matrices of experts are scaled so that their products are standard normal too."""
     scale = 1.0 if len(shape) == 2 else shape[1] ** -0.5
     return (scale * jax.random.normal(key, shape)).astype(dtype)
 
@@ -66,7 +66,7 @@ def _matmul(R, D, F, E, load, dtype=jnp.bfloat16, *, origin="", tiny=False, huge
         sizes = group_sizes(load, R, E)
         key_x, key_w = jax.random.split(key)
         x, w = _normal(key_x, (R, D), dtype), _normal(key_w, (E, D, F), dtype)
-        return x.at[sizes.sum() :].set(jnp.nan), w, jnp.asarray(sizes)  # what is there must not matter
+        return x.at[sizes.sum() :].set(jnp.nan), w, jnp.asarray(sizes)  # padding rows are NaN
 
     arrays = (*_shapes(dtype, (R, D), (E, D, F)), *_shapes(jnp.int32, (E,)))
     return Case(arrays, {}, origin, tiny, make, huge)
@@ -85,7 +85,7 @@ def _mlp(T, D, F, E, A, load, dtype=jnp.bfloat16, *, origin="", tiny=False, huge
 
 
 def _rows(T, D, E, A, load, dtype=jnp.bfloat16, *, of_rows: bool, origin="", tiny=False) -> Case:
-    """An array and a routing: of T tokens to be dispatched, or of T A rows to be combined."""
+    """An array and a routing: T tokens for dispatch, or T A rows for combine (`of_rows`)."""
     shape = (T * A if of_rows else T, D)
 
     def make(key):
@@ -128,13 +128,15 @@ COMBINE = {
 
 GROUPED_MATMUL = {
     "tiny_even": _matmul(64, 32, 48, 4, "even", jnp.float32, tiny=True),
-    "tiny_random": _matmul(77, 40, 24, 5, "random", jnp.float32, tiny=True, origin="nothing divides a tile"),
-    "tiny_half": _matmul(61, 24, 40, 6, "half", jnp.float32, tiny=True, origin="empty experts and a tail"),
-    "tiny_one": _matmul(50, 32, 16, 7, "one", jnp.float32, tiny=True, origin="all rows at one of a prime number"),
+    "tiny_random": _matmul(77, 40, 24, 5, "random", jnp.float32, tiny=True, origin="sizes that no tile divides"),
+    "tiny_half": _matmul(61, 24, 40, 6, "half", jnp.float32, tiny=True, origin="empty experts and padding rows"),
+    "tiny_one": _matmul(50, 32, 16, 7, "one", jnp.float32, tiny=True, origin="one of seven experts has all rows"),
     "tiny_none": _matmul(20, 16, 32, 3, "none", jnp.float32, tiny=True, origin="every expert is empty"),
     "tiny_short": _matmul(5, 72, 56, 3, "random", jnp.float32, tiny=True, origin="fewer rows than a tile"),
-    "tiny_many": _matmul(700, 24, 80, 3, "zipf", jnp.float32, tiny=True, origin="more row tiles than run side by side"),
-    "tiny_split": _matmul(2100, 24, 40, 2, "random", jnp.float32, tiny=True, origin="experts whose rows are shared"),
+    "tiny_many": _matmul(700, 24, 80, 3, "zipf", jnp.float32, tiny=True, origin="more row tiles than SUPER_ROWS"),
+    "tiny_split": _matmul(
+        2100, 24, 40, 2, "random", jnp.float32, tiny=True, origin="several programs per weight gradient"
+    ),
     "tiny_bf16": _matmul(300, 72, 264, 5, "zipf", tiny=True),
     "tiny_half_bf16": _matmul(200, 152, 40, 3, "half", tiny=True),
     "tiny_f16": _matmul(90, 64, 64, 2, "random", jnp.float16, tiny=True),
@@ -146,12 +148,14 @@ GROUPED_MATMUL = {
 }
 EXPERT_MLP = {
     "tiny_even": _mlp(24, 32, 48, 4, 2, "even", jnp.float32, tiny=True),
-    "tiny_random": _mlp(37, 40, 24, 5, 3, "random", jnp.float32, tiny=True, origin="nothing divides a tile"),
-    "tiny_half": _mlp(24, 24, 40, 6, 2, "half", jnp.float32, tiny=True, origin="empty experts, a tail, idle tokens"),
+    "tiny_random": _mlp(37, 40, 24, 5, 3, "random", jnp.float32, tiny=True, origin="sizes that no tile divides"),
+    "tiny_half": _mlp(
+        24, 24, 40, 6, 2, "half", jnp.float32, tiny=True, origin="empty experts, padding, unrouted tokens"
+    ),
     "tiny_one": _mlp(19, 16, 24, 3, 1, "one", jnp.float32, tiny=True, origin="all tokens at one expert"),
     "tiny_none": _mlp(9, 16, 16, 3, 2, "none", jnp.float32, tiny=True, origin="every expert is empty"),
-    "tiny_halves": _mlp(20, 24, 96, 3, 2, "zipf", jnp.float32, tiny=True, origin="half a tile of columns to spare"),
-    "tiny_bf16": _mlp(100, 72, 192, 5, 2, "zipf", tiny=True, origin="the same"),
+    "tiny_halves": _mlp(20, 24, 96, 3, 2, "zipf", jnp.float32, tiny=True, origin="the last column tile is half empty"),
+    "tiny_bf16": _mlp(100, 72, 192, 5, 2, "zipf", tiny=True, origin="the last column tile is half empty"),
     "dit_moe_b_zipf": _mlp(8192, 768, 3072, 8, 2, "zipf", origin=ORIGINS["dit_moe_b"]),
     "dit_moe_xl": _mlp(8192, 1152, 4608, 8, 2, "random", origin=ORIGINS["dit_moe_xl"]),
     "dsmoe_l_e48": _mlp(16384, 1024, 448, 48, 5, "random", origin=ORIGINS["dsmoe_l_e48"]),
@@ -160,7 +164,7 @@ EXPERT_MLP = {
 
 
 def _loads(case, *sizes, origin) -> dict[str, Case]:
-    """One size under an even and a skewed load."""
+    """One size with a balanced and with a skewed load."""
     return {load: case(*sizes, load, origin=origin, huge=True) for load in ("even", "zipf")}
 
 

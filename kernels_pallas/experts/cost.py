@@ -1,8 +1,8 @@
-"""The work of experts over the rows that there are: R where group sizes are not known, else their sum.
+"""Cost model of the MoE operations. Padding rows are not counted if the values of the group sizes are known.
 
-A row takes 2 D F flops a product. Forward of the gated MLP is three (gate, up, down), 6 D F; backward twice that, and
-recomputes none. Bytes are one read of each input and one write of each output. Each token is read once, however many
-experts it has.
+A row takes 2 D F flops per product. The forward of the gated MLP has three products (gate, up, down), 6 D F flops; the
+backward has twice as many and recomputes none. Bytes are one read of each input and one write of each output; a token
+is read once, however many experts it has.
 """
 
 import jax
@@ -38,14 +38,14 @@ def combine_backward(y, routing) -> Cost:
 
 
 def matmul_forward(x, w, group_sizes) -> Cost:
-    """2 D F flops a row."""
+    """2 D F flops per row."""
     rows = _rows(group_sizes, x.shape[0])
     _, D, F = w.shape
     return Cost(flops=2 * rows * D * F, bytes=rows * _row(x) + x.shape[0] * F * x.dtype.itemsize + _size(w))
 
 
 def matmul_backward(x, w, group_sizes) -> Cost:
-    """4 D F flops a row; reads x, w, d_y, writes d_x and d_w."""
+    """4 D F flops per row; reads x, w, d_y, writes d_x and d_w."""
     rows = _rows(group_sizes, x.shape[0])
     _, D, F = w.shape
     traffic = rows * (_row(x) + F * x.dtype.itemsize) + _size(x, w, w)
@@ -53,7 +53,7 @@ def matmul_backward(x, w, group_sizes) -> Cost:
 
 
 def mlp_forward(x, routing, w_gate_up, w_down) -> Cost:
-    """6 D F flops a row, one exponential an inner column; writes the output, and (R, 2 F) for the backward."""
+    """6 D F flops and F exponentials per row; writes the output and the pre-activations (R, 2 F) for the backward."""
     rows = _rows(routing.group_sizes, routing.row_index.shape[0])
     _, F, D = w_down.shape
     return Cost(
@@ -64,7 +64,7 @@ def mlp_forward(x, routing, w_gate_up, w_down) -> Cost:
 
 
 def mlp_backward(x, routing, w_gate_up, w_down) -> Cost:
-    """12 D F flops a row; reads what the forward read and wrote, and d_out; writes a gradient of each."""
+    """12 D F flops per row; reads the inputs, the pre-activations and d_out; writes the gradient of each input."""
     rows = _rows(routing.group_sizes, routing.row_index.shape[0])
     _, F, D = w_down.shape
     read = _size(x, x, routing, w_gate_up, w_down) + rows * 2 * F * x.dtype.itemsize
@@ -76,7 +76,7 @@ def mlp_backward(x, routing, w_gate_up, w_down) -> Cost:
 
 
 def part(flops: int, *arrays, transcendentals: int = 0) -> Cost:
-    """One kernel's, by the shapes of what it reads and writes: values would compile it anew for each routing."""
+    """The cost of one kernel from the shapes of its inputs and outputs. Using values would recompile per routing."""
     return Cost(flops, _size(*arrays), transcendentals)
 
 

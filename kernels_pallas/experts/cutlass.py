@@ -1,7 +1,7 @@
-"""grouped_matmul on Hopper by NVIDIA's CUTLASS, to compare with: csrc/cutlass/grouped_gemm.cu, a custom call.
+"""CUTLASS baseline of grouped_matmul on Hopper, an FFI custom call: csrc/cutlass/grouped_gemm.cu.
 
-Its grouped GEMM with a pointer array: TMA, wgmma, a persistent kernel over all groups' tiles of 128 x 256. The backward
-is the Triton road's, both of its products: what is compared is the forward.
+CUTLASS's pointer-array grouped GEMM: a persistent kernel with TMA and wgmma over the 128 x 256 tiles of all groups.
+Only the forward is CUTLASS; both products of the backward are the Triton kernels'.
 
 Source: CUTLASS 4.2, GemmUniversal with KernelPtrArrayTmaWarpSpecializedCooperative.
 """
@@ -14,11 +14,11 @@ from . import triton
 
 
 DTYPES = ("bfloat16", "float16")
-ALIGN = 8  # numbers in the 16 bytes that TMA wants rows to be multiples of
+ALIGN = 8  # 16-bit numbers in 16 bytes: TMA needs rows that are multiples of 16 bytes
 
 
 def unsupported(x, w, group_sizes) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     device = backend.target()
     if device.platform != "gpu" or device.capability != 9.0:
         return f"needs a Hopper GPU (compute capability 9.0), got {device.kind}"
@@ -27,12 +27,12 @@ def unsupported(x, w, group_sizes) -> str | None:
     if group_sizes.dtype.name != "int32":
         return f"needs int32 group_sizes, got {group_sizes.dtype}"
     if w.shape[1] % ALIGN or w.shape[2] % ALIGN:
-        return f"needs matrices whose sides are multiples of {ALIGN}, got {w.shape[1]} x {w.shape[2]}"
+        return f"needs matrix dimensions that are multiples of {ALIGN}, got {w.shape[1]} x {w.shape[2]}"
     return custom_calls.why_not("cutlass")
 
 
 def forward(x, w, group_sizes):
-    """The products (R, F), and the arguments for the backward."""
+    """The products (R, F), and the arguments as residuals."""
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
     return custom_calls.call("grouped_gemm", out, x, w, group_sizes), (x, w, group_sizes)
 

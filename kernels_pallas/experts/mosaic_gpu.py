@@ -1,14 +1,15 @@
-"""grouped_matmul on Hopper with Pallas-Mosaic-GPU: TMA brings rows and one expert's matrix, wgmma multiplies them.
+"""Grouped GEMM for Hopper in Pallas-Mosaic-GPU: warp-specialised, with TMA copies and wgmma products.
 
-A producer warpgroup fills a ring of slots, two consumers multiply 64 rows each (mosaic_road.py). Programs have the
-tiles of tiles.py, as on the Triton road. TMA loads rows from multiples of 8, so a tile begins at the one before its
-first row; rows of neighbours that come along are multiplied and not stored. A tile's own rows are stored in pieces of
-powers of two, for TMA wants their number when it compiles. The backward to x reads the matrix transposed by wgmma; the
-backward to w is the Triton road's.
+A producer warpgroup fills a ring buffer of slots; two consumer warpgroups multiply 64 rows each (pallas/mosaic_gpu.py).
+Programs have the row tiles of tiles.py, as in the Triton kernels. TMA loads swizzled blocks of 8 rows, so the load of a
+tile starts at the multiple of 8 at or before its first row. The rows of neighbouring experts in a tile are multiplied
+and not stored. A tile's own rows are stored in pieces of powers of two, because TMA needs static sizes. The backward
+for x uses the matrix transposed by wgmma; the backward for w is the Triton kernel's.
 
-What is proven, without a GPU: the arithmetic and the order of the copies, by JAX's interpreter and its race detector,
-at small sizes; machine code for sm_90a at the models' sizes, without spills. The interpreter multiplies at once where
-the chip multiplies in the background: that each product is awaited before its slot is freed is shown by no test here.
+What is verified without a GPU: the arithmetic and the synchronisation of the copies, by JAX's interpreter and its race
+detector, at small sizes; and the machine code for sm_90a at the models' sizes, without spills. The interpreter runs
+products synchronously, while they are asynchronous on the GPU. So no test on a CPU shows that each product is awaited
+before its slot is freed.
 """
 
 import dataclasses
@@ -44,22 +45,22 @@ from .tiles import row_tiles
 
 
 DTYPES = ("bfloat16", "float16")
-ALIGN = 8  # rows that TMA swizzles together
+ALIGN = 8  # rows of a swizzled block of TMA
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How one kernel cuts its work: its tile is CONSUMERS x ROWS rows by so many columns."""
+    """Block sizes of one kernel: the output tile is CONSUMERS x ROWS rows by `columns`."""
 
     columns: int
-    stages: int  # slots of the ring
+    stages: int  # slots of the ring buffer
 
 
 UNTUNED = {"forward": Blocks(256, 3), "down": Blocks(256, 3), "dx": Blocks(256, 3), "up": Blocks(128, 4)}
 
 
 def candidates(default: Blocks, *, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
-    """What `tune` tries."""
+    """The search space of `tune`."""
     del dtype, width, mask, size
     for columns, stages in itertools.product((128, 192, 256), (2, 3, 4, 5)):
         if columns <= default.columns:
@@ -70,13 +71,13 @@ CANDIDATES = {f"{NAMES[kernel]}.mosaic_gpu": candidates for kernel in UNTUNED}
 
 
 def blocks_for(kernel: str, dtype, depth: int, columns: int, group: int) -> Blocks:
-    """As on the Triton road: see its blocks_for."""
+    """The block sizes of one of NAMES; the arguments are those of blocks.blocks_for."""
     name = f"{NAMES[kernel]}.mosaic_gpu"
     return tuning.blocks(name, UNTUNED[kernel], dtype=dtype, width=depth, mask=f"columns={columns}", size=group)
 
 
 def unsupported(x, w, group_sizes) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del group_sizes
     device = backend.target()
     if not backend.interpret() and (device.platform != "gpu" or device.capability != 9.0):
@@ -84,12 +85,12 @@ def unsupported(x, w, group_sizes) -> str | None:
     if x.dtype.name not in DTYPES:
         return f"needs a dtype among {', '.join(DTYPES)}, got {x.dtype}"
     if w.shape[1] % DEPTH or w.shape[2] % DEPTH:
-        return f"needs matrices whose sides are multiples of {DEPTH}, got {w.shape[1]} x {w.shape[2]}"
+        return f"needs matrix dimensions that are multiples of {DEPTH}, got {w.shape[1]} x {w.shape[2]}"
     return None
 
 
 def forward(x, w, group_sizes):
-    """The products, and the arguments for the backward."""
+    """The products, and the arguments as residuals."""
     return product(x, w, group_sizes, kernel="forward", rest=True), (x, w, group_sizes)
 
 
@@ -101,7 +102,7 @@ def backward(residuals, d_y):
 
 
 def product(x, w, group_sizes, *, kernel: str, transposed: bool = False, rest: bool = False):
-    """x[r] w[e] of each row and its expert, or x[r] w[e]^T; `rest` also writes zeros past the last row."""
+    """x[r] w[e] for each row and its expert, or x[r] w[e]^T; `rest` also writes zeros to the padding rows."""
     (R, depth), width = x.shape, w.shape[1 if transposed else 2]
     blocks = blocks_for(kernel, x.dtype, depth, width, R // w.shape[0])
     tiles = row_tiles(group_sizes, R, CONSUMERS * ROWS, rest=rest, align=ALIGN)
@@ -125,20 +126,20 @@ def product(x, w, group_sizes, *, kernel: str, transposed: bool = False, rest: b
 
 
 def whole_rows(x):
-    """(R, D) with R as TMA wants it; x itself where it is."""
+    """Pads R of (R, D) to a multiple of ALIGN for TMA; x itself if it is one."""
     return jnp.pad(x, ((0, -x.shape[0] % ALIGN), (0, 0)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program has: rows start to stop of one expert, loaded from `first`, and columns from `column`."""
+    """The tile of a program: rows start to stop of one expert, loaded from row `first`, and columns from `column`."""
 
     expert: jax.Array
     first: jax.Array
     start: jax.Array
     stop: jax.Array
     column: jax.Array
-    steps: jax.Array  # of the contraction; none where no expert has the rows
+    steps: jax.Array  # steps of the contraction; 0 if the rows are padding
 
     @classmethod
     def of_program(cls, tiles, num_experts: int, width: int, depth: int, blocks) -> "Tile":
@@ -151,15 +152,15 @@ class Tile:
         return cls(jnp.minimum(expert, num_experts - 1), first, start, stop, column * blocks.columns, steps)
 
     def rows(self, i):
-        """Where the rows and a block of the contraction are, in x."""
+        """The index in x of the rows and of one block of the contraction."""
         return pl.ds(self.first, CONSUMERS * ROWS), pl.ds(i * DEPTH, DEPTH)
 
     def store(self, out_ref, smem, me, *where) -> None:
-        """Copies a consumer's rows of the tile from shared memory, in pieces of powers of two.
+        """Copies a consumer's rows of the tile from shared memory to out_ref, in pieces of powers of two.
 
-        `where` is the rest of the index, the columns last. What of them lies past the edge of the array's last
-        dimension is not written. A piece of one row is cut at that edge here: it is contiguous, and then Mosaic makes
-        a plain copy of it, which knows the end of the array and not the end of its rows.
+        `where` is the rest of the index, the columns last. Columns past the end of the array's last dimension are not
+        written: TMA drops them. A piece of one row is cut at that end here, because Mosaic copies a contiguous piece
+        without a tiled TMA descriptor, and such a copy is only bounded by the end of the array.
         """
         first = self.first + me * ROWS
         row, stop = jnp.maximum(self.start, first), jnp.minimum(self.stop, first + ROWS)

@@ -1,7 +1,7 @@
-"""expert_mlp's forward on Hopper with Pallas-Mosaic-GPU: gate, up and activation in one kernel, then down.
+"""Forward of the MoE MLP for Hopper in Pallas-Mosaic-GPU: gate, up and activation in one kernel, then down.
 
-TMA cannot gather rows on Hopper, so XLA gathers the tokens first: one more copy of the rows, which is not kept. What
-is kept for the backward is what the Triton road keeps, and the backward is that road's.
+TMA cannot gather rows on Hopper, so XLA gathers the tokens first, into a temporary copy. The residuals are those of the
+Triton implementation, whose backward is used.
 """
 
 import functools
@@ -34,13 +34,13 @@ from .triton_rows import sum_rows
 
 
 def unsupported(x, routing, w_gate_up, w_down) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del w_gate_up
     return mosaic_gpu.unsupported(x, w_down, routing.group_sizes)
 
 
 def forward(x, routing, w_gate_up, w_down):
-    """The output, and (x, routing, w_gate_up, w_down, z) for the Triton road's backward."""
+    """The output, and (x, routing, w_gate_up, w_down, z), the residuals of the Triton backward."""
     z, a = _up(x[routing.row_index], w_gate_up, routing.group_sizes)
     y = mosaic_gpu.product(a, w_down, routing.group_sizes, kernel="down")
     out = sum_rows(y, routing, name="expert_mlp_forward_sum", weighted=True)
@@ -60,7 +60,8 @@ def _up(rows, w_gate_up, group_sizes):
         *(whole_rows(rows), w_gate_up, tiles),
         name=NAMES["up"],
         programs=tiles.start.size * pl.cdiv(F, blocks.columns),
-        out_type=[of(round_up(R, ALIGN), 2, F), of(round_up(R, ALIGN), F)],  # else gate's last tile would reach into up
+        # z is (R, 2, F) and not (R, 2 F), so that the last column tile of gate cannot overlap up.
+        out_type=[of(round_up(R, ALIGN), 2, F), of(round_up(R, ALIGN), F)],
         scratch=[
             *(operand(blocks.stages, CONSUMERS * ROWS, of(DEPTH)), matrix, matrix),
             plgpu.SMEM((CONSUMERS, ROWS, blocks.columns), rows.dtype),
@@ -94,7 +95,7 @@ def _up_kernel(
             return gate[...], up[...]
 
         acc = plgpu.WGMMAAccumulatorRef((ROWS, blocks.columns), jnp.float32)
-        gate, up = (x.astype(z_ref.dtype) for x in pl.run_scoped(products, acc, acc))  # as the backward will have them
+        gate, up = (x.astype(z_ref.dtype) for x in pl.run_scoped(products, acc, acc))  # rounded, as for the backward
 
         def store(out_ref, values, *where):
             out_smem.at[me][...] = values

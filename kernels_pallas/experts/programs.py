@@ -1,4 +1,4 @@
-"""Where a program of the experts' Triton kernels stands: whose rows it has, and which columns."""
+"""The output tile of a program of the Triton MoE kernels: its expert, rows and columns."""
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -7,7 +7,7 @@ from ..pallas.triton_tiles import Columns, Rows, tile_of_program
 
 
 def place(tiles, num_experts: int, width: int, blocks):
-    """This program's (expert, rows, columns) among the tiles of `width` columns, and whether an expert has the rows."""
+    """(expert, rows, columns, enabled) of this program; `enabled` is false if its rows are padding."""
     column_tiles = pl.cdiv(width, blocks.columns)
     tile, column = tile_of_program(pl.program_id(0), tiles.start.size, column_tiles)
     rows = Rows(tiles.start[tile], tiles.stop[tile], blocks.rows)

@@ -1,4 +1,4 @@
-"""The definitions: plain jnp, which are also implementation="xla"."""
+"""Reference implementations of the MoE operations in jnp; also implementation="xla"."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from .routing import Routing
 
 
 def dispatch(x: Float[Array, "T D"], routing: Routing) -> Float[Array, "R D"]:
-    """x[row_index]; zero past the last row."""
+    """x[row_index]; padding rows are zero."""
     exists = _exist(routing.group_sizes, routing.row_index.shape[0])
     return jnp.where(exists[:, None], x[routing.row_index], 0)
 
 
 def combine(y: Float[Array, "R D"], routing: Routing) -> Float[Array, "T D"]:
-    """sum of row_weight y over the rows of each token, in float32."""
+    """The sum of row_weight y over the rows of each token, in float32."""
     exists = _exist(routing.group_sizes, y.shape[0])[:, None]
     weighted = routing.row_weight[:, None].astype(jnp.float32) * jnp.where(exists, y, 0).astype(jnp.float32)
     weighted = jnp.where(exists, weighted, 0)
@@ -26,9 +26,9 @@ def combine(y: Float[Array, "R D"], routing: Routing) -> Float[Array, "T D"]:
 def grouped_matmul(
     x: Float[Array, "R D"], w: Float[Array, "E D F"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
-    """x[r] w[e] of each row's own expert e, in float32; zero past the last row.
+    """x[r] w[e] for each row r of expert e, in float32; padding rows are zero.
 
-    One expert after the other, each over all rows: E times the work, and nothing to get wrong.
+    A loop over experts multiplies all rows with each matrix: E times the work, but simple.
     """
     num_rows, num_experts = x.shape[0], w.shape[0]
     x32 = jnp.where(_exist(group_sizes, num_rows)[:, None], x, 0).astype(jnp.float32)
@@ -47,9 +47,9 @@ def grouped_matmul(
 def expert_mlp(
     x: Float[Array, "T D"], routing: Routing, w_gate_up: Float[Array, "E D F2"], w_down: Float[Array, "E F D"]
 ) -> Float[Array, "T D"]:
-    """sum of row_weight (silu(x w_gate) * (x w_up)) w_down over the experts of each token.
+    """The sum of row_weight (silu(x w_gate) * (x w_up)) w_down over the experts of each token.
 
-    Each product and the activation are computed in float32, and rounded to the dtype of x.
+    Each product and the activation are computed in float32 and rounded to the dtype of x.
     """
     z = grouped_matmul(dispatch(x, routing), w_gate_up, routing.group_sizes)
     gate, up = jnp.split(z.astype(jnp.float32), 2, axis=-1)
@@ -58,5 +58,5 @@ def expert_mlp(
 
 
 def _exist(group_sizes, num_rows: int):
-    """Which rows are of an expert."""
+    """Which rows belong to an expert; the others are padding."""
     return jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(group_sizes, dtype=jnp.int32)

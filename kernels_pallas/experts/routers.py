@@ -1,7 +1,8 @@
-"""How the experts of one pool of tokens are chosen, from the router's logits: plain functions to `Assignments`.
+"""MoE routers: top-k softmax, top-k sigmoid, expert choice, expert race, and routing by a given index.
 
-Choices are piecewise constant, so gradients flow to the weights alone. Everything is computed in float32; of equal
-scores the lowest index wins. Many pools are one vmap.
+A router is a function from the logits of one pool of tokens to `Assignments`; use vmap for several pools. The selection
+has no gradient; gradients flow through the weights. Everything is computed in float32. Among equal scores the lowest
+index is selected.
 """
 
 import jax
@@ -13,16 +14,16 @@ from .routing import Assignments
 
 
 def top_k_softmax(logits: Float[Array, "T E"], *, active: int, normalize: bool = False) -> Assignments:
-    """Each token takes the `active` experts of highest softmax(logits), which are the weights.
+    """Top-k routing: each token takes the `active` experts with the highest softmax(logits), which are the weights.
 
     `normalize` divides a token's weights by their sum.
 
     Raises:
-      ValueError: there are not so many experts.
+      ValueError: there are fewer than `active` experts.
 
     Source: https://arxiv.org/abs/1701.06538 and, without its noise, https://arxiv.org/abs/2101.03961, equation 1.
     """
-    _require(1 <= active <= logits.shape[1], "top_k_softmax", f"{active=}", f"1 to {logits.shape[1]} experts a token")
+    _require(1 <= active <= logits.shape[1], "top_k_softmax", f"{active=}", f"1 to {logits.shape[1]} experts per token")
     weight, expert = lax.top_k(softmax_scores(logits), active)
     if normalize:
         weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
@@ -38,14 +39,15 @@ def top_k_sigmoid(
     active_groups: int = 1,
     scale: float = 1.0,
 ) -> Assignments:
-    """Each token takes the `active` experts of highest sigmoid(logits) + bias, among those of its best groups.
+    """DeepSeek-V3 routing: each token takes the `active` experts with the highest sigmoid(logits) + bias.
 
-    A token's weights are scale sigmoid(logits), divided by their sum: the bias chooses and does not weigh, and has no
-    gradient (`update_bias` moves it). Experts are in `groups` of neighbours, and a token takes those of the
-    `active_groups` in which its two highest biased scores have the largest sum.
+    A token's weights are scale sigmoid(logits), divided by their sum. The bias affects the selection only and has no
+    gradient; `update_bias` updates it. With group-limited routing, consecutive experts form `groups` groups, and a
+    token selects among the experts of its `active_groups` best groups: those with the largest sum of the two highest
+    biased scores.
 
     Raises:
-      ValueError: the experts cannot be grouped so, or there are not so many in a token's groups.
+      ValueError: `groups` does not divide the experts, or there are fewer than `active` experts in a token's groups.
 
     Source: DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 12 to 16, and its node-limited routing.
     """
@@ -53,7 +55,7 @@ def top_k_sigmoid(
     name, size = "top_k_sigmoid", E // max(groups, 1)
     _require(groups >= 1 and E % groups == 0, name, f"{groups=}", f"a divisor of {E} experts")
     _require(1 <= active_groups <= groups, name, f"{active_groups=}", f"1 to {groups} groups")
-    _require(1 <= active <= active_groups * size, name, f"{active=}", f"1 to {active_groups * size} experts a token")
+    _require(1 <= active <= active_groups * size, name, f"{active=}", f"1 to {active_groups * size} experts per token")
     score = jax.nn.sigmoid(logits.astype(jnp.float32))
     biased = lax.stop_gradient(score + bias.astype(jnp.float32))
     if groups > 1:
@@ -69,32 +71,33 @@ def top_k_sigmoid(
 
 
 def expert_choice(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
-    """Each expert takes the `rows` tokens whose softmax(logits) over experts is highest for it, which are the weights.
+    """Expert-choice routing: each expert takes the `rows` tokens with the highest softmax(logits) for this expert.
 
-    A token may have any number of experts, none included. Loads are even by construction.
+    The weights are softmax(logits) over experts. A token may have any number of experts, including none. The load is
+    balanced by construction.
 
     Raises:
-      ValueError: there are not so many tokens.
+      ValueError: there are fewer than `rows` tokens.
 
     Source: https://arxiv.org/abs/2202.09368, section 3.2; in diffusion EC-DiT, https://arxiv.org/abs/2410.02098.
     """
     T, E = logits.shape
-    _require(1 <= rows <= T, "expert_choice", f"{rows=}", f"1 to {T} tokens an expert")
+    _require(1 <= rows <= T, "expert_choice", f"{rows=}", f"1 to {T} tokens per expert")
     score = softmax_scores(logits).T
-    token = jnp.sort(lax.top_k(lax.stop_gradient(score), rows)[1], axis=-1)  # read in the order of memory
+    token = jnp.sort(lax.top_k(lax.stop_gradient(score), rows)[1], axis=-1)  # sorted for contiguous reads
     weight = jnp.take_along_axis(score, token, axis=-1)
     expert = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[:, None], token.shape)
     return Assignments(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), num_tokens=T, num_experts=E)
 
 
 def race(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
-    """The `rows` highest of all T x E scores softmax(logits), whosever they are; they are the weights.
+    """Expert-race routing: selects the `rows` highest of all T x E scores softmax(logits), which are the weights.
 
-    Tokens and experts race together: a token may have any number of experts, and an expert any number of tokens.
-    Scores are the softmax over experts, as of the other routers here; the paper's need not be.
+    A token may have any number of experts, and an expert any number of tokens. The scores are the softmax over experts,
+    as in the other routers here; the paper also uses other scores.
 
     Raises:
-      ValueError: there are not so many scores.
+      ValueError: there are fewer than `rows` scores.
 
     Source: Race-DiT's expert race, https://arxiv.org/abs/2503.16057, section 3.
     """
@@ -106,9 +109,9 @@ def race(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
 
 
 def by_index(index: Int[Array, " T"], *, num_experts: int, weight: Float[Array, " T"] | None = None) -> Assignments:
-    """Each token at the expert that it is told, num_experts for none; with weight 1 unless given.
+    """Hard routing: each token goes to the expert index[t], or to no expert if that is num_experts; default weight 1.
 
-    For what decides without a router: the modality of a token, or the time of its image.
+    For experts that are selected without a router, such as by the modality of a token or the timestep of its image.
     """
     (T,) = index.shape
     weight = jnp.ones((T,), jnp.float32) if weight is None else weight.astype(jnp.float32)
@@ -122,13 +125,13 @@ def softmax_scores(logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
 
 
 def sigmoid_scores(logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
-    """sigmoid, divided by its sum over experts, float32: what DeepSeek-V3 balances (equation 19)."""
+    """sigmoid, divided by its sum over experts, float32: the probability in DeepSeek-V3's balance loss, equation 19."""
     score = jax.nn.sigmoid(logits.astype(jnp.float32))
     return score / jnp.sum(score, axis=-1, keepdims=True)
 
 
 def _of_tokens(expert, weight, logits) -> Assignments:
-    """Of (T, active) choices, token after token."""
+    """The `Assignments` of (T, active) choices, token after token."""
     (T, E), active = logits.shape, expert.shape[1]
     token = jnp.repeat(jnp.arange(T, dtype=jnp.int32), active, total_repeat_length=T * active)
     return Assignments(token, expert.reshape(-1), weight.reshape(-1), num_tokens=T, num_experts=E)

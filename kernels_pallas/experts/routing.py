@@ -1,8 +1,8 @@
-"""Which token goes to which expert, as data: what a router decides, and the rows that kernels walk.
+"""MoE routing data: `Assignments`, the output of a router, and `Routing`, the rows sorted by expert for the kernels.
 
-A router says for each of its choices a token, an expert and a weight: `Assignments`. A token may have any number of
-experts, so token choice, expert choice, a race for the highest scores and hard routing are all of this one form.
-`Assignments.route` sorts them by expert into a `Routing`, which is what kernels take.
+A router returns `Assignments`: a list of (token, expert, weight). A token may have any number of experts, so top-k
+routing, expert choice, expert race and hard routing all have this form. `Assignments.route` sorts the list by expert
+into a `Routing`, which the kernels take.
 """
 
 import dataclasses
@@ -17,31 +17,31 @@ from jaxtyping import Array, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """R rows, sorted by expert and within one in the order of its assignments; each is one token at one expert.
+    """R rows, sorted by expert (a stable sort of the assignments); a row is one token at one expert.
 
-    The rows of expert e are the group_sizes[e] that follow those of the experts before it. Rows past
-    sum(group_sizes) are of no expert: nothing computed from them is used. Row inverse[i] is the i-th in the order
-    of tokens, those of one token in the order of experts; token t has token_sizes[t] of them.
+    Expert e has the group_sizes[e] rows after those of the experts before it. Rows from sum(group_sizes) on are
+    padding: results of these rows are ignored. inverse[i] is the i-th row in the order of tokens, and of experts for
+    one token; token t has token_sizes[t] rows.
     """
 
     row_index: Any  # int32 (R,): the token of each row
-    group_sizes: Any  # int32 (E,)
-    row_weight: Any  # float32 (R,): what the row's result counts in the token's sum
-    inverse: Any  # int32 (R,)
-    token_sizes: Any  # int32 (T,)
+    group_sizes: Any  # int32 (E,): the number of rows of each expert
+    row_weight: Any  # float32 (R,): the weight of the row's output in the token's sum
+    inverse: Any  # int32 (R,): the rows in the order of tokens
+    token_sizes: Any  # int32 (T,): the number of rows of each token
 
     @classmethod
     def cotangent(cls, d_weight) -> "Routing":
-        """What a backward says of a routing: its weights have a gradient, its integers none."""
+        """The cotangent of a routing: the weights have a gradient, the integers have none."""
         return cls(row_index=None, group_sizes=None, row_weight=d_weight, inverse=None, token_sizes=None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Assignments:
-    """n choices in any order: `token` goes to `expert` with `weight`; expert == num_experts is no choice.
+    """n assignments in any order: `token` goes to `expert` with `weight`; expert == num_experts means unassigned.
 
-    Lists for P pools of num_tokens tokens each have a leading dimension; `joined` makes one list of them.
+    The assignments of P pools of num_tokens tokens have a leading dimension P; `joined` concatenates them.
     """
 
     token: Any  # int32 (n,) or (P, n)
@@ -51,28 +51,29 @@ class Assignments:
     num_experts: int = dataclasses.field(metadata={"static": True})
 
     def joined(self) -> "Assignments":
-        """One list for the tokens of all pools, end to end."""
+        """The assignments of all pools as one list; tokens are numbered through all pools."""
         pools = self.token.shape[0]
         token = self.token + self.num_tokens * jnp.arange(pools, dtype=jnp.int32)[:, None]
         flat = (token.reshape(-1), self.expert.reshape(-1), self.weight.reshape(-1))
         return Assignments(*flat, num_tokens=pools * self.num_tokens, num_experts=self.num_experts)
 
     def rows_of_experts(self) -> Int[Array, " E"]:
-        """How many choices each expert has."""
+        """The number of assignments of each expert."""
         experts = jnp.arange(self.num_experts, dtype=self.expert.dtype)
         return jnp.sum(self.expert[:, None] == experts, axis=0, dtype=jnp.int32)
 
     def within(self, capacity: int) -> tuple["Assignments", Int[Array, ""]]:
-        """At most `capacity` choices of each expert, the first in the list, and how many are dropped for it."""
+        """Keeps the first `capacity` assignments of each expert; also returns how many assignments were dropped."""
         chosen = self.expert[:, None] == jnp.arange(self.num_experts, dtype=self.expert.dtype)
-        place = jnp.sum(jnp.where(chosen, lax.cumsum(chosen.astype(jnp.int32)), 0), axis=1)  # from 1; 0 is no choice
+        # The rank of each assignment at its expert, from 1; 0 if unassigned.
+        place = jnp.sum(jnp.where(chosen, lax.cumsum(chosen.astype(jnp.int32)), 0), axis=1)
         kept = dataclasses.replace(self, expert=jnp.where(place <= capacity, self.expert, self.num_experts))
         return kept, jnp.sum(place > capacity, dtype=jnp.int32)
 
     def route(self) -> Routing:
-        """The rows of these choices, R = n. Integer-exact, and stable: equal keys keep their order.
+        """Sorts the assignments by expert: a `Routing` with R = n rows. The sort is stable.
 
-        Gradients flow to `weight` by a gather: each choice is one row.
+        The gradient of `weight` is a gather, because each assignment is one row.
         """
         order = jnp.argsort(self.expert, stable=True)
         taken = lambda x: x.at[order].get(unique_indices=True, mode="promise_in_bounds")
@@ -90,9 +91,9 @@ class Assignments:
 
 
 def to_slots(routing: Routing, capacity: int) -> Routing:
-    """The same choices in E x capacity rows: expert e has the rows from e x capacity on, whether it fills them or not.
+    """The same assignments in E x capacity slots (capacity-factor layout): expert e has the rows from e x capacity on.
 
-    No expert may have more choices. A row without one has token 0 and weight 0, and no place in `inverse`.
+    No expert may have more than `capacity` assignments. An empty slot has token 0 and weight 0 and is not in `inverse`.
     """
     E, n = routing.group_sizes.size, routing.row_index.size
     first = starts(routing.group_sizes)
@@ -114,18 +115,18 @@ def to_slots(routing: Routing, capacity: int) -> Routing:
 
 
 def in_order(row_index: Int[Array, " R"], group_sizes: Int[Array, " E"], inverse: Int[Array, " R"]) -> Routing:
-    """Rows that are each a token of its own, of weight 1: `row_index` and `inverse` are permutations of them."""
+    """A routing in which each row is its own token with weight 1; `row_index` and `inverse` are permutations."""
     exists = jnp.arange(row_index.size, dtype=jnp.int32) < jnp.sum(group_sizes, dtype=jnp.int32)
     sizes = exists.astype(jnp.int32)[inverse]
     return Routing(row_index, group_sizes, jnp.ones(row_index.shape, jnp.float32), inverse, sizes)
 
 
 def _sizes(ascending: Int[Array, " n"], num: int) -> Int[Array, " num"]:
-    """How often each of 0, ..., num - 1 occurs."""
+    """The number of occurrences of each of 0, ..., num - 1 in an ascending array."""
     edges = jnp.searchsorted(ascending, jnp.arange(num + 1, dtype=ascending.dtype), side="left")
     return jnp.diff(edges).astype(jnp.int32)
 
 
 def starts(sizes: Int[Array, " E"]) -> Int[Array, " E"]:
-    """Where each of consecutive groups begins."""
+    """The start of each of the consecutive groups."""
     return lax.cumsum(sizes) - sizes

@@ -1,4 +1,4 @@
-"""Which rows and which expert each program of a grouped product has: a list of tiles, never a grid of experts."""
+"""The list of row tiles of a grouped GEMM: the rows and the expert of each program."""
 
 import dataclasses
 from typing import Any
@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowTiles:
-    """Tile i has the rows from start[i] up to stop[i], all of expert[i]; what is left over of the list has none.
+    """Tile i has the rows from start[i] up to stop[i], all of expert[i]; unused entries of the list are empty.
 
-    Rows past the last expert's have expert E where they are listed.
+    Tiles of padding rows, if they are listed, have expert E.
     """
 
     expert: Any  # int32 (n,)
@@ -23,10 +23,10 @@ class RowTiles:
 
 
 def row_tiles(group_sizes, num_rows: int, block: int, *, rest: bool = False, align: int = 1) -> RowTiles:
-    """cdiv(R, block) + E - 1 tiles, as many as any group sizes can take; one more to list the `rest` of the rows.
+    """A list of cdiv(R, block) + E - 1 tiles, the most that group sizes can need; `rest` adds one for padding rows.
 
-    With `align` no tile reaches over block rows from the multiple of it at or before its start: it may then be loaded
-    from there. That takes a few tiles more.
+    With `align` > 1 a tile ends within `block` rows of the multiple of `align` at or before its start, so that it can
+    be loaded from there. That takes a few more tiles.
     """
     groups = group_sizes.astype(jnp.int32)
     if rest:

@@ -1,9 +1,10 @@
-"""grouped_matmul with Pallas-Triton: a program has one tile of one expert's rows, from a list of such tiles.
+"""Grouped GEMM in Pallas-Triton: a program computes one tile of one expert's rows, from a list of row tiles.
 
-The list has an entry for each tile that there can be, whatever the group sizes, and not for each tile of each expert:
-with 256 experts most of those would be empty. An expert's matrix is read as it lies, also by the backward to x, which
-wants it transposed. The backward to w contracts the rows of one expert; where experts are few, several programs
-share them, and their parts are added in a fixed order: no atomics, and two runs agree to the bit.
+The list has as many entries as any group sizes can need (tiles.py). A grid over experts and row tiles would be mostly
+empty with many experts. The matrix of an expert is read in place, also by the backward for x, which needs it
+transposed. The backward for w contracts the rows of an expert. If there are few experts, several programs share an
+expert's rows, and their partial sums are added in a fixed order: there are no atomics, and results are
+bit-reproducible.
 
 Source: MegaBlocks, https://arxiv.org/abs/2211.15841, section 5, without its padding of groups.
 """
@@ -35,13 +36,13 @@ from .tiles import row_tiles
 
 
 DTYPES = ("bfloat16", "float16", "float32")
-USUAL_CORES = 132  # of an H200, for a device whose cores are not known
-ROWS_A_SPLIT = 512  # of an expert, on average, at least: less is not worth the parts that are written and added
+USUAL_CORES = 132  # the SMs of an H200, assumed for a device that hardware.py does not know
+ROWS_A_SPLIT = 512  # the fewest rows per split: with fewer, writing and adding partial sums costs more than it saves
 MOST_SPLITS = 8
 
 
 def unsupported(x, w, group_sizes) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del w, group_sizes
     if x.dtype.name not in DTYPES:
         return f"needs a dtype among {', '.join(DTYPES)}, got {x.dtype}"
@@ -49,7 +50,7 @@ def unsupported(x, w, group_sizes) -> str | None:
 
 
 def forward(x, w, group_sizes):
-    """The products, and the arguments for the backward."""
+    """The products, and the arguments as residuals."""
     return product(x, w, group_sizes, kernel="forward", rest=True), (x, w, group_sizes)
 
 
@@ -61,7 +62,7 @@ def backward(residuals, d_y):
 
 
 def product(x, w, group_sizes, *, kernel: str, transposed: bool = False, rest: bool = False):
-    """x[r] w[e] of each row and its expert, or x[r] w[e]^T; `rest` also writes zeros past the last row."""
+    """x[r] w[e] for each row and its expert, or x[r] w[e]^T; `rest` also writes zeros to the padding rows."""
     R, depth = x.shape
     width = w.shape[1 if transposed else 2]
     blocks = blocks_for(kernel, x.dtype, depth, width, R // w.shape[0])
@@ -79,7 +80,7 @@ def product(x, w, group_sizes, *, kernel: str, transposed: bool = False, rest: b
 
 
 def weight_gradient(x, d_y, group_sizes, *, kernel: str, x_index=None, d_y_index=None):
-    """The sum over each expert's rows r of x[r]^T d_y[r], (E, D, F); an index says where row r is read."""
+    """The sum over each expert's rows r of x[r]^T d_y[r], (E, D, F). With an index, row r is read at index[r]."""
     (_, D), (_, F), E = x.shape, d_y.shape, group_sizes.size
     R = x.shape[0] if x_index is None else x_index.size
     blocks = blocks_for(kernel, x.dtype, D, F, R // E)
@@ -99,7 +100,7 @@ def weight_gradient(x, d_y, group_sizes, *, kernel: str, x_index=None, d_y_index
 
 
 def _splits(programs: int, rows: int) -> int:
-    """How many programs share the rows of an expert: enough to fill the device, where there are rows enough."""
+    """The number of programs that share the rows of an expert: enough to fill the GPU, if there are enough rows."""
     known = by_device_kind(backend.target().kind)
     wanted = pl.cdiv(known.cores if known else USUAL_CORES, programs)
     return max(min(wanted, rows // ROWS_A_SPLIT, MOST_SPLITS), 1)
@@ -119,7 +120,7 @@ def _product_kernel(x_ref, w_ref, tiles, out_ref, *, transposed, blocks):
 
 
 def _weight_gradient_kernel(x_ref, d_y_ref, x_index, d_y_index, ends_ref, out_ref, *, blocks):
-    """One tile of one expert's matrix, over one split of its rows; no rows give exact zeros."""
+    """One tile of the gradient of one expert's matrix, over one split of its rows; exactly zero without rows."""
     splits, _, D, F = out_ref.shape
     num_rows = (x_ref if x_index is None else x_index).shape[0]
     down, across = pl.cdiv(D, blocks.rows), pl.cdiv(F, blocks.columns)

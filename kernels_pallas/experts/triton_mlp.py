@@ -1,10 +1,10 @@
-"""expert_mlp with Pallas-Triton: tokens are read where they lie, activations live in the kernels' epilogues.
+"""The MoE MLP in Pallas-Triton: kernels gather tokens directly and compute activations in their epilogues.
 
-Forward: gate and up in one kernel, which gathers tokens and writes z, what the backward keeps, and the activation;
-down; the weighted sum. Backward, in SonicMoE's order: one kernel computes d_out w_down^T and from it, with z, the
-gradient of z, the activation again times the row's weight, and the weights' own gradient; then the gradients of both
-matrices, which gather d_out and x, that of the rows, and their sum. Neither the activation nor the experts' outputs
-are kept, and nothing is written in an order of tokens but the two sums.
+Forward: one kernel gathers tokens, multiplies by gate and up, and writes the pre-activations z, which are kept for the
+backward, and the activation; then the down product and the weighted sum. Backward, in the order of SonicMoE: one kernel
+computes d_out w_down^T and in its epilogue, from z, the gradient of z, the activation times the row's weight, and the
+gradient of the row's weight; then the gradients of both matrices, which gather d_out and x; then the gradient of the
+rows, and its sum over the rows of each token. Neither the activations nor the experts' outputs are kept.
 
 Source: SonicMoE, https://arxiv.org/abs/2512.14080, section 3 and algorithms 2 to 5.
 """
@@ -27,12 +27,12 @@ from .triton_rows import sum_rows
 
 
 def unsupported(x, routing, w_gate_up, w_down) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     return triton.unsupported(x, w_down, routing.group_sizes) if w_gate_up is not None else None
 
 
 def forward(x, routing, w_gate_up, w_down):
-    """The output, and (x, routing, w_gate_up, w_down, z): z is float (R, 2 F), before the activation."""
+    """The output, and (x, routing, w_gate_up, w_down, z): z are the pre-activations, (R, 2 F)."""
     z, a = _up(x, routing, w_gate_up)
     y = triton.product(a, w_down, routing.group_sizes, kernel="down")
     out = sum_rows(y, routing, name="expert_mlp_forward_sum", weighted=True)
@@ -40,7 +40,7 @@ def forward(x, routing, w_gate_up, w_down):
 
 
 def backward(residuals, d_out):
-    """d_x, the gradient of the weights in a Routing, d_w_gate_up and d_w_down."""
+    """d_x, the cotangent of the routing (the gradient of its weights), d_w_gate_up and d_w_down."""
     x, routing, w_gate_up, w_down, z = residuals
     sizes, index = routing.group_sizes, routing.row_index
     d_z, a, d_weight = _d_z(d_out, routing, w_down, z)
@@ -70,7 +70,7 @@ def _up(x, routing, w_gate_up):
 
 
 def _d_z(d_out, routing, w_down, z):
-    """The gradient of z, the activation times the row's weight, and the gradient of the weights."""
+    """The gradient of z, the activation times the row's weight, and the gradient of the row weights."""
     E, F, D = w_down.shape
     R = z.shape[0]
     blocks = blocks_for("dz", z.dtype, D, F, R // E)
@@ -104,7 +104,7 @@ def _up_kernel(x_ref, index_ref, w_ref, tiles, z_ref, a_ref, *, blocks):
 
     zeros = jnp.zeros((blocks.rows, blocks.columns), jnp.float32)
     gate, up = walk(x_ref.shape[1], blocks.depth, enabled, step, (zeros, zeros))
-    gate, up = gate.astype(z_ref.dtype), up.astype(z_ref.dtype)  # as the backward will have them
+    gate, up = gate.astype(z_ref.dtype), up.astype(z_ref.dtype)  # rounded as the backward reads them
     store_rows(z_ref, rows, columns, gate)
     store_rows(z_ref, rows, columns.after(F), up)
     gate32 = gate.astype(jnp.float32)
@@ -116,7 +116,7 @@ def _d_z_kernel(d_out_ref, index_ref, weight_ref, w_ref, z_ref, tiles, d_z_ref, 
     expert, rows, columns, enabled = place(tiles, w_ref.shape[0], F, blocks)
     places = rows.places(index_ref, index_ref.shape[0])
 
-    halves = columns.halves()  # one after the other, what follows the product fits in registers
+    halves = columns.halves()  # the epilogue runs on one half after the other, so that it fits in registers
 
     def step(depth, accs):
         d_out = load_places(d_out_ref, places, depth)
@@ -127,7 +127,7 @@ def _d_z_kernel(d_out_ref, index_ref, weight_ref, w_ref, z_ref, tiles, d_z_ref, 
     products = walk(d_out_ref.shape[1], blocks.depth, enabled, step, (zeros, zeros))
     weight = rows.load(weight_ref)
     d_weight = jnp.zeros((blocks.rows,), jnp.float32)
-    for d_a, half in zip(products, halves, strict=True):  # d_a is of the output before its weight
+    for d_a, half in zip(products, halves, strict=True):  # d_a: before the multiplication by the row's weight
         gate = load_rows(z_ref, rows, half).astype(jnp.float32)
         up = load_rows(z_ref, rows, half.after(F)).astype(jnp.float32)
         sigmoid = jax.nn.sigmoid(gate)

@@ -1,7 +1,7 @@
-"""dispatch and combine with Pallas-Triton: rows copied from where their tokens are, and summed back to them.
+"""MoE dispatch and combine in Pallas-Triton: gathering tokens into rows, and summing the rows of each token.
 
-Each is the other's backward. A program of `sum_rows` has some tokens and some columns, and adds each token's rows in
-the order of experts: a gather, so that no two programs write one place, and the sum has one order.
+Each is the backward of the other. A program of `sum_rows` has a tile of tokens and columns and adds each token's rows
+in the order of experts. It is a gather: no two programs write the same element, and the order of the sum is fixed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from .routing import Routing, starts
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program holds at once: 16 bytes of bfloat16 a thread and row."""
+    """The tile of a program: 16 bytes of bfloat16 per thread and row."""
 
     rows: int
     columns: int
@@ -31,19 +31,19 @@ class Tile:
 
 
 def tile_for(width: int) -> Tile:
-    """As many columns as there are, up to 512; rows until a thread holds 16 numbers."""
+    """The tile for rows of `width` columns: up to 512 columns, and as many rows as give 16 numbers per thread."""
     columns = min(pl.next_power_of_2(width), 512)
     return Tile(max(16 * 128 // columns, 1), columns)
 
 
 def unsupported(x, routing) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del x, routing
     return backend.why_not_triton()
 
 
 def dispatch_forward(x, routing):
-    """The rows, and what the backward needs of them: nothing but the routing."""
+    """The rows, and the routing as residual."""
     return copy_rows(x, routing, name="dispatch_forward"), routing
 
 
@@ -53,19 +53,19 @@ def dispatch_backward(routing, d_rows):
 
 
 def combine_forward(y, routing):
-    """The sums, and the arguments for the backward."""
+    """The sums, and the arguments as residuals."""
     return sum_rows(y, routing, name="combine_forward", weighted=True), (y, routing)
 
 
 def combine_backward(residuals, d_out):
-    """d_y, and the gradient of the weights in a Routing."""
+    """d_y, and the cotangent of the routing (the gradient of its weights)."""
     y, routing = residuals
     d_y, d_weight = copy_rows(d_out, routing, name="combine_backward", y=y)
     return d_y, Routing.cotangent(d_weight)
 
 
 def copy_rows(x, routing, *, name: str, y=None):
-    """x[row_index]; with y, that times the rows' weights, and <y, x[row_index]> of each. Zeros past the last row."""
+    """x[row_index]; with y, row_weight x[row_index] and <y, x[row_index]> for each row. Padding rows are zero."""
     (R,), D = routing.row_index.shape, x.shape[1]
     tile = tile_for(D)
     out = [jax.ShapeDtypeStruct((R, D), x.dtype)]
@@ -84,7 +84,7 @@ def copy_rows(x, routing, *, name: str, y=None):
 
 
 def sum_rows(y, routing, *, name: str, weighted: bool):
-    """The sum of each token's rows of y, weighted or not, in float32; (T, D) of y's dtype."""
+    """The sum of each token's rows of y, weighted by row_weight or not, in float32; (T, D) in the dtype of y."""
     D, (T,) = y.shape[1], routing.token_sizes.shape
     tile = tile_for(D)
     out = jax.ShapeDtypeStruct((T, D), y.dtype)

@@ -1,1 +1,1 @@
-"""XLA FFI custom calls: how the sources in csrc/ are compiled, found and called."""
+"""XLA FFI custom calls: compiling, loading and calling the C++ and CUDA sources in csrc/."""

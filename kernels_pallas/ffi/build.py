@@ -1,10 +1,11 @@
-"""Compiles the custom calls of csrc/, for the CPU or for NVIDIA GPUs, into a cache (libraries.py).
+"""Builds the optional XLA FFI custom calls of csrc/, for the CPU or for NVIDIA GPUs, into a cache (libraries.py).
 
-    python -m kernels_pallas.build            what this machine has compilers and headers for
+    python -m kernels_pallas.build            every library that this machine has a compiler and headers for
     python -m kernels_pallas.build cuda       needs nvcc, no GPU
     python -m kernels_pallas.build cutlass    needs nvcc and the package nvidia-cutlass; takes minutes
 
-Nothing here is needed to import the package: where a library is missing, `unsupported` says how to make it.
+The package works without these libraries. The error message of an implementation that needs one names the command that
+builds it.
 """
 
 import argparse
@@ -14,15 +15,20 @@ from .libraries import LIBRARIES, build, missing
 
 
 def main() -> int:
-    """The command; its exit code."""
-    parser = argparse.ArgumentParser("python -m kernels_pallas.build", description="Compiles csrc/'s custom calls.")
+    """Runs the command and returns its exit code."""
+    parser = argparse.ArgumentParser("python -m kernels_pallas.build", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "libraries", nargs="*", help=f"of {', '.join(LIBRARIES)}; default: those that can be built here"
+        "libraries",
+        nargs="*",
+        metavar="library",
+        help=f"{', '.join(LIBRARIES)} (default: those that can be built on this machine)",
     )
     options = parser.parse_args()
     wanted: list[str] = options.libraries
     if unknown := [name for name in wanted if name not in LIBRARIES]:
-        parser.error(f"no library {unknown[0]!r}; choose from {', '.join(LIBRARIES)}.")
+        print(f"build: no library {unknown[0]!r}; choose from {', '.join(LIBRARIES)}.", file=sys.stderr)
+        return 2
     possible = [name for name in LIBRARIES if not missing(name)]
     if not (wanted or possible):
         print("build: neither a C++ compiler nor nvcc is on PATH; install one.", file=sys.stderr)
@@ -34,7 +40,3 @@ def main() -> int:
             print(f"build: {error}", file=sys.stderr)
             return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

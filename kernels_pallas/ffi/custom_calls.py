@@ -1,4 +1,4 @@
-"""The custom calls of csrc/ as JAX finds them: whether they are built for the device at hand, and how one is called."""
+"""Loading the custom calls of csrc/, registering them with JAX, and calling them."""
 
 import ctypes
 from typing import Any
@@ -14,33 +14,34 @@ NAMES = {
     "cuda": ("secure_normal", "state_digest", "range_push", "range_pop"),
     "cutlass": ("grouped_gemm",),
 }
-PLATFORMS = {"cpu": ("cpu", "cpu"), "gpu": ("cuda", "CUDA")}  # as a device says: as libraries.py and JAX's FFI do
+# The platform of a device: its name in libraries.py, and its name in JAX's FFI.
+PLATFORMS = {"cpu": ("cpu", "cpu"), "gpu": ("cuda", "CUDA")}
 
 _registered: set[str] = set()
 
 
 def why_not(library: str | None = None) -> str | None:
-    """None where they run on the device that code traced now will run on; else the reason, with the cure.
+    """None if the custom calls run on the target device, else the reason and the remedy.
 
-    `library` is "cutlass", which is for GPUs alone; None is the one of the device's platform.
+    `library` is "cutlass", which is for GPUs only, or None for the library of the device's platform.
     """
     if backend.interpret():
-        return "is a custom call, which cannot be interpreted"
+        return "is a custom call, which has no interpret mode"
     platform = backend.target().platform
     if platform not in PLATFORMS:
-        return f"is written for CPUs and NVIDIA GPUs, got {platform}"
+        return f"supports CPUs and NVIDIA GPUs, got {platform}"
     of_platform, jaxs = PLATFORMS[platform]
     name = library or of_platform
     if name == "cutlass" and platform != "gpu":
-        return f"is written for NVIDIA GPUs, got {platform}"
+        return f"supports NVIDIA GPUs, got {platform}"
     if name not in _registered:
         path = libraries.built(name)
         try:
             if not path.exists():
-                return f"is not built here: python -m kernels_pallas.build {name}"
+                return f"is not built; run python -m kernels_pallas.build {name}"
             loaded = ctypes.CDLL(str(path))
             handlers = {function: getattr(loaded, function) for function in NAMES[name]}
-        except (OSError, AttributeError) as error:  # cut short, of another system, not ours to read
+        except (OSError, AttributeError) as error:  # truncated, built for another system, or not readable
             return f"cannot be loaded ({error}); remove {path} and run python -m kernels_pallas.build {name}"
         for function, handler in handlers.items():
             jax.ffi.register_ffi_target(function, jax.ffi.pycapsule(handler), platform=jaxs)
@@ -57,7 +58,7 @@ def call(
     has_side_effect: bool = False,
     **static: Any,
 ):
-    """The result of a custom call; under vmap, of one call after another where there is no better way."""
+    """The result of a custom call. By default vmap makes one call after another."""
     run = jax.ffi.ffi_call(
         target, out, vmap_method=vmap_method, input_output_aliases=aliases, has_side_effect=has_side_effect
     )

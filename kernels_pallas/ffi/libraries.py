@@ -1,10 +1,10 @@
-"""Where the custom calls of csrc/ lie once they are compiled, and how they are.
+"""The shared libraries of the custom calls in csrc/: their compile commands and their paths in the cache.
 
-There are three libraries: "cpu" and "cuda" of what csrc/ has for each, and "cutlass" of csrc/cutlass/, which needs
-NVIDIA's headers, is for Hopper alone, and takes minutes. A library is named by a digest of the sources, of the command,
-of the kind of processor and of the versions of jaxlib and of CUTLASS: where one of them changes, an old one is not
-taken for it. The compiler is not in it: a library may be brought to a machine that has none. The cache is
-$KERNELS_PALLAS_CACHE, or ~/.cache/kernels_pallas.
+There are three libraries. "cpu" and "cuda" have the sources of csrc/ for each platform. "cutlass" has those of
+csrc/cutlass/; it needs NVIDIA's CUTLASS headers, runs on Hopper only, and takes minutes to compile. The file name of a
+library has a digest of its sources, its compiler options, the machine type, and the versions of jaxlib and of CUTLASS,
+so that a library is rebuilt when one of them changes. The compiler is not part of the digest: a library may be copied
+to a machine that has no compiler. The cache is $KERNELS_PALLAS_CACHE, or ~/.cache/kernels_pallas.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ COMMON = ("-std=c++17", "-O3", "-shared")
 
 
 def compiler(library: str) -> str | None:
-    """Of $CXX, c++ and g++, or nvcc, the one that is here."""
+    """The path of the compiler: the first that exists of $CXX, c++ and g++, or nvcc; None if there is none."""
     names = (os.environ.get("CXX"), "c++", "g++") if library == "cpu" else ("nvcc",)
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def cutlass_headers() -> Path | None:
-    """The folder of CUTLASS's headers: $CUTLASS_PATH/include, or that of the package nvidia-cutlass; None without."""
+    """The folder of the CUTLASS headers: $CUTLASS_PATH/include, or that of the package nvidia-cutlass; or None."""
     if told := os.environ.get("CUTLASS_PATH"):
         folders = [Path(told, "include")]
     else:
-        spec = importlib.util.find_spec("cutlass_library")  # not imported: it takes a second, and compiles nothing
+        spec = importlib.util.find_spec("cutlass_library")  # found without importing it, which takes a second
         folders = [Path(f, "source", "include") for f in (spec and spec.submodule_search_locations) or ()]
     return next((folder for folder in folders if (folder / "cutlass" / "version.h").exists()), None)
 
 
 def missing(library: str) -> str | None:
-    """None where this machine can compile it, else what to install."""
+    """None if this machine can compile the library, else what to install."""
     if compiler(library) is None:
         return f"no compiler for {library} on PATH; install {'g++' if library == 'cpu' else 'nvcc'}."
     if library == "cutlass" and cutlass_headers() is None:
@@ -53,7 +53,7 @@ def missing(library: str) -> str | None:
 
 
 def built(library: str) -> Path:
-    """Where the library of today's sources lies, once it is built."""
+    """The path of the library of the current sources, whether it is built or not."""
     digest = hashlib.sha256(f"{platform.machine()} {version('jaxlib')} {_options(library)}".encode())
     for path in _sources(library):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -64,10 +64,10 @@ def built(library: str) -> Path:
 
 
 def build(library: str) -> Path:
-    """The library, compiled if it is not there.
+    """The path of the library, which is compiled if it is not in the cache.
 
     Raises:
-      RuntimeError: there is no compiler or are no headers, or what the compiler said first.
+      RuntimeError: the compiler or the headers are missing, or the compiler failed (with its first error).
       OSError: the cache cannot be written.
     """
     path = built(library)
@@ -77,12 +77,12 @@ def build(library: str) -> Path:
         raise RuntimeError(reason)
     program = str(compiler(library))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may build it too: the last one stays
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # processes may build at once: the last one stays
         unfinished = Path(folder, path.name)
         done = subprocess.run([*_command(library, program), "-o", str(unfinished)], capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
-            raise RuntimeError(f"{program} failed: {(errors or ['it says nothing'])[0]}")
+            raise RuntimeError(f"{program} failed: {(errors or ['no error message'])[0]}")
         unfinished.replace(path)
     return path
 
@@ -96,9 +96,9 @@ def _command(library: str, program: str) -> list[str]:
 
 def _options(library: str) -> tuple[str, ...]:
     if library == "cpu":
-        return (*COMMON, "-fPIC", "-ffp-contract=off")  # no product fused with a sum: the same to the bit everywhere
+        return (*COMMON, "-fPIC", "-ffp-contract=off")  # no fused multiply-add: results are bit-identical everywhere
     target = lambda each: f"-gencode=arch=compute_{each},code=sm_{each}"
-    if library == "cutlass":  # without NDEBUG its kernels check themselves as they run
+    if library == "cutlass":  # without NDEBUG CUTLASS kernels have assertions
         return (*COMMON, "-Xcompiler", "-fPIC", "-DNDEBUG", "--expt-relaxed-constexpr", target("90a"))
     return (*COMMON, "-Xcompiler", "-fPIC", "--fmad=false", "-diag-suppress=20012", *map(target, ARCHITECTURES))
 

@@ -1,8 +1,9 @@
-"""Names for phases inside one jitted step, as Nsight Systems shows them: NVTX ranges around what the GPU is given.
+"""NVTX ranges inside a jitted function, for profiling with Nsight Systems: `profile_range`.
 
-A range is two custom calls: one that an argument passes on its way in, and one that the results pass on their way out.
-The first hands a token to the second, which hands one to those of the backward pass, so that all of them are in a
-program, in order, or none: whatever JAX and XLA leave out of it.
+A range is two custom calls: the first passes one argument of the function through and opens the range, the second
+passes the results through and closes it. A token goes from the first call to the second, and from there to the two
+calls of the backward pass. This dependency keeps the calls in order, and dead-code elimination removes all of them or
+none.
 """
 
 import functools
@@ -25,13 +26,14 @@ Arrays = tuple[jax.Array, ...]
 
 
 def profile_range[**P, Out](name: str, function: Callable[P, Out]) -> Callable[P, Out]:
-    """`function`, shown by Nsight Systems as a range of this name, and its backward pass as "<name> backward".
+    """Wraps `function` in an NVTX range of this name; the backward pass gets a range "<name> backward".
 
-    The range opens when the first array among the arguments is there, and closes when the results are: those are kept
-    in memory, not fused across, and what depends on neither may run elsewhere. Arrays stay sharded as they are. Give
-    ranges of the same array names of their own. A range is of the thread that launches kernels, so steps inside are
-    kept out of CUDA graphs. There is no forward-mode derivative, no second one, and no vmap over an explicitly sharded
-    axis. On anything but an NVIDIA GPU, and where the custom calls are not built, this is `function`.
+    The range opens when the first array argument is available and closes when the results are. The results are kept in
+    memory and not fused with what follows; work that depends on neither may be scheduled elsewhere. Arrays keep their
+    sharding. Ranges around the same array need different names. NVTX ranges belong to the thread that launches the
+    kernels, so steps with ranges are excluded from CUDA graphs. There is no forward-mode derivative, no second
+    derivative, and no vmap over an explicitly sharded axis. On anything but an NVIDIA GPU, and if the custom calls are
+    not built, the wrapper calls `function` and adds nothing.
     """
 
     @functools.wraps(function)
@@ -50,7 +52,7 @@ def profile_range[**P, Out](name: str, function: Callable[P, Out]) -> Callable[P
 
 
 def _arrays_in(tree: Any) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Any]]:
-    """The tree's arrays that have bytes, and what makes a tree with others in their place."""
+    """(the non-empty arrays of whole-byte dtype in the tree, a function that rebuilds the tree with other arrays)."""
     leaves, structure = jax.tree.flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and leaf.size and _of_bytes(leaf.dtype)]
 
@@ -62,28 +64,29 @@ def _arrays_in(tree: Any) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array
 
 
 def _of_bytes(dtype: Any) -> bool:
-    """Not of random keys, nor of numbers that share a byte."""
+    """Whether the elements take whole bytes: false for PRNG keys and for types of fewer than 8 bits."""
     return not jnp.issubdtype(dtype, jax.dtypes.extended) and jax.dtypes.itemsize_bits(dtype) % 8 == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- two ends
+# ------------------------------------------------------------------------------------------- opening and closing calls
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opened(name: str, *arrays: jax.Array) -> Arrays:
-    """The arguments as they are, and a token.
+    """The arguments unchanged, and a token.
 
-    The first alone passes the call: of the others, as weights that the program may not write, there would be copies.
+    Only the first argument passes through the call. The others would be copied, for example weights, which the program
+    must not overwrite.
     """
     first, token = _call(PUSH, name, arrays[:1], jnp.zeros(()))
     return *first, *arrays[1:], token
 
 
 def _opened_forward(name: str, *arrays: Any):
-    wanted = tuple(() if array.perturbed else None for array in arrays)  # structure alone
+    wanted = tuple(() if array.perturbed else None for array in arrays)  # pytree structure without values
     return _opened(name, *(array.value for array in arrays)), wanted
 
 
 def _opened_backward(name: str, wanted: tuple, d_out: tuple):
-    """Closes the backward's range, if `_closed` opened one, when the gradients that are wanted are there."""
+    """Closes the range of the backward pass, if `_closed_backward` opened one, after the required gradients."""
     *d_arrays, token = d_out
     if isinstance(token, SymbolicZero):
         return tuple(map(_known, d_arrays))
@@ -93,7 +96,7 @@ def _opened_backward(name: str, wanted: tuple, d_out: tuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _closed(name: str, token: jax.Array, *arrays: jax.Array) -> Arrays:
-    """The results as they are."""
+    """The results unchanged."""
     return _call(POP, name, arrays, token)[0]
 
 
@@ -103,7 +106,7 @@ def _closed_forward(name: str, token: Any, *arrays: Any):
 
 
 def _closed_backward(name: str, residuals: tuple, d_out: tuple):
-    """Opens the backward's range, which a gradient of an argument will close; at once where none is wanted."""
+    """Opens the range of the backward pass; closes it at once if no gradient of an argument is required."""
     token, of_arguments = residuals
     *d_arrays, after = _through(PUSH, name, d_out, token)
     if of_arguments is None:
@@ -112,7 +115,7 @@ def _closed_backward(name: str, residuals: tuple, d_out: tuple):
 
 
 def _through(call: str, name: str, d_arrays: Any, token: jax.Array) -> tuple:
-    """Cotangents after a call of the backward's, and the token it gave; None where one is zero."""
+    """The cotangents passed through a call of the backward pass, and its token; None for a cotangent that is zero."""
     d_arrays = list(map(_known, d_arrays))
     places = [i for i, d in enumerate(d_arrays) if d is not None]
     passed, after = _call(call, f"{name} backward", tuple(d_arrays[i] for i in places), token)
@@ -122,7 +125,7 @@ def _through(call: str, name: str, d_arrays: Any, token: jax.Array) -> tuple:
 
 
 def _known(d: Any) -> Any:
-    """None for what is zero by construction, as of integers."""
+    """None for a cotangent that is zero by construction, such as that of an integer; else the cotangent."""
     return None if d is None or isinstance(d, SymbolicZero) or d.dtype == jax.dtypes.float0 else d
 
 
@@ -130,9 +133,9 @@ _opened.defvjp(_opened_forward, _opened_backward, symbolic_zeros=True)
 _closed.defvjp(_closed_forward, _closed_backward, symbolic_zeros=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- the call
+# ---------------------------------------------------------------------------------------------------- the custom calls
 def _call(call: str, name: str, arrays: Arrays, token: jax.Array) -> tuple[Arrays, jax.Array]:
-    """One end of a range at these arrays: (they, a token); of a batch, one end."""
+    """Opens or closes a range at these arrays and returns (arrays, token); under vmap once for the whole batch."""
 
     @custom_vmap
     def run(arrays, token):
@@ -147,7 +150,7 @@ def _call(call: str, name: str, arrays: Arrays, token: jax.Array) -> tuple[Array
 
 
 def _of_explicit_axes(function: Callable[..., Arrays], arrays: Arrays) -> Arrays:
-    """function(*arrays), on each device's own pieces over those axes of the mesh that types tell of."""
+    """function(*arrays), in shard_map over the mesh axes of kind Explicit, on each device's shards."""
     mesh = jax.typeof(arrays[0]).sharding.mesh
     axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if not axes:
@@ -160,8 +163,8 @@ def _of_explicit_axes(function: Callable[..., Arrays], arrays: Arrays) -> Arrays
 
 def _of_a_device(call: str, name: str, *arrays: jax.Array) -> Arrays:
     """The custom call; the last array is the token."""
-    # XLA would merge calls that are the same, but for the side effect; and but for the barriers it would put a copy of
-    # a call into what slices an array before it, or stores one after it, in a loop.
+    # The side effect keeps XLA from merging equal calls. The barriers keep it from duplicating a call inside a loop,
+    # next to an operation that slices an array before the call or stores one after it.
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     arrays = jax.lax.optimization_barrier(arrays)
     aliases = {i: i for i in range(len(arrays) - 1)}
@@ -175,11 +178,11 @@ def _partition(call: str, name: str, mesh: jax.sharding.Mesh, arrays: Any, _: An
 
 
 def _rule(_call: str, _name: str, _mesh: Any, operands: Any, _results: Any) -> str:
-    """Every result is sharded as its operand."""
+    """The Shardy rule: every result has the sharding of its operand."""
     each = ", ".join(" ".join(f"d{i}_{k}" for k in range(len(x.shape))) for i, x in enumerate(operands))
     return f"{each} -> {each}"
 
 
-# On each device's own pieces over those axes of the mesh that XLA shards.
+# Runs the call on each device's shards, for the mesh axes that XLA's partitioner handles.
 _partitioned = custom_partitioning(_of_a_device, static_argnums=(0, 1))
 _partitioned.def_partition(partition=_partition, sharding_rule=_rule)

@@ -1,4 +1,4 @@
-"""The public function of this family, and its table."""
+"""The public function `state_digest`, a sharding-independent checksum, and the table of its implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from . import cost, ffi, reference
 from .cases import STATE_DIGEST as CASES
 
 
-MOST = 2**31 - 1  # what a start can say
+MOST = 2**31 - 1  # the largest value of `start`, which is int32
 STATE_DIGEST = Op(
     name="state_digest",
     reference=reference.state_digest,
@@ -26,22 +26,24 @@ def state_digest(
     whole: tuple[int, ...] | None = None,
     implementation: str | None = None,
 ) -> UInt32[Array, " 4"]:
-    """128 bits that change when any bit of x does, or two numbers change places; the same on every device.
+    """A 128-bit checksum of an array that depends on every bit and on the order of elements; the same on every device.
 
-    A sum over elements, modulo 2^32 in each of four words: digests of pieces, each with its start in the whole, add up
-    to the whole's, in any order and however it was cut. One changed number is always seen; more at once are missed with
-    a chance of some 2^-128. It is no cryptographic hash: who wants to, can make another array of the same digest.
+    It is a sum over elements, modulo 2^32 in each of four words. So the checksums of the shards of an array, each with
+    its `start` in the whole array, add up to the checksum of the whole array, in any order and for any sharding. A
+    change of one element is always detected; several changes are missed with probability of about 2^-128. It is not a
+    cryptographic hash: it does not protect against deliberate changes.
 
     Args:
-      x: the piece of an array that is at hand; numbers of 1, 2, 4 or 8 bytes.
-      start: where in the whole array the piece begins, in each dim, for it to lie inside; None: at its beginning.
-      whole: the whole array's shape; None: that of x.
-      implementation: one of STATE_DIGEST's; the best that runs here where None.
+      x: a shard of an array; elements of 1, 2, 4 or 8 bytes.
+      start: the index in the whole array at which the shard begins, in each dim; None: 0. The shard must lie inside.
+      whole: the shape of the whole array; None: that of x.
+      implementation: a name in STATE_DIGEST.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
-      ValueError: x is complex, of random keys or of numbers that share a byte, or no piece of the whole, or
+      ValueError: x is complex, of PRNG keys or of elements of fewer than 8 bits; x does not fit into the whole array;
+      or
         `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      NotImplementedError: `implementation` cannot run these arguments here.
     """
     if wrong := _misfit(x, whole):
         raise ValueError(f"state_digest: {wrong}.")
@@ -55,12 +57,12 @@ def _misfit(x, whole: tuple[int, ...] | None) -> str | None:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return f"got {x.dtype}; give jax.random.key_data of it"
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return f"got {x.dtype}; give its real and imaginary parts, one after the other"
+        return f"got {x.dtype}; give its real and imaginary parts separately"
     if jax.dtypes.itemsize_bits(x.dtype) < 8:
-        return f"got {x.dtype}, whose numbers share a byte; cast it to int8 or uint8"
+        return f"got {x.dtype}, whose elements are smaller than a byte; cast it to int8 or uint8"
     whole = whole or x.shape
     if len(whole) != x.ndim or any(small > large for small, large in zip(x.shape, whole, strict=True)):
-        return f"x {x.shape} is no piece of a whole of shape {whole}"
+        return f"a shard of shape {x.shape} does not fit into an array of shape {whole}"
     if any(small < large > MOST for small, large in zip(x.shape, whole, strict=True)):
-        return f"the whole of shape {whole} is cut where a dim has more than {MOST} places; split that dim in two"
+        return f"the array of shape {whole} is sharded along a dim larger than {MOST}; split that dim in two"
     return None

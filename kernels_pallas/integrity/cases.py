@@ -1,4 +1,4 @@
-"""Sizes that tests and benchmarks run: what a checkpoint holds."""
+"""Named cases of the checksum: tiny ones, and parameters of published models as in a checkpoint."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ STATE_DIGEST = {
     "tiny_bf16": _case(4, 24, dtype=jnp.bfloat16, tiny=True),
     "tiny_bytes": _case(5, 33, dtype=jnp.uint8, tiny=True),
     "tiny_piece": _case(2, 3, 16, start=(1, 2, 20), whole=(4, 6, 50), tiny=True),
-    "dit_xl2_qkv": _case(28, 1152, 3456, origin="DiT-XL/2, attention's first matrices, and moments"),
-    "dit_xl2_heads": _case(28, 1152, 48, 72, origin="the same by head, 72 wide"),
-    "dit_xl2_bf16": _case(28, 1152, 3456, dtype=jnp.bfloat16, origin="in half"),
+    "dit_xl2_qkv": _case(28, 1152, 3456, origin="DiT-XL/2, QKV projections of all layers"),
+    "dit_xl2_heads": _case(28, 1152, 48, 72, origin="DiT-XL/2, QKV projections, with heads of width 72"),
+    "dit_xl2_bf16": _case(28, 1152, 3456, dtype=jnp.bfloat16, origin="DiT-XL/2, QKV projections in bfloat16"),
 }

@@ -1,10 +1,10 @@
-"""Work that no implementation avoids."""
+"""Cost model of the checksum: one read of the array."""
 
 from ..op import Cost
 
 
-# Of a word of 32 bits: seven products, eight shifts with as many exclusive ors, and six sums, on two pipes. On an H200
-# (132 processors, 64 a clock on each pipe, 1.83 GHz) the longer one takes 18: 8.6e11 words a second, 3.4 TB/s.
+# Per 32-bit word: seven products, eight shifts and eight exclusive ors, and six sums, on two pipes. On an H200
+# (132 SMs, 64 per clock on each pipe, 1.83 GHz) the longer pipe takes 18: 8.6e11 words/s, 3.4 TB/s.
 INTEGER_OPERATIONS = 29
 
 

@@ -1,4 +1,4 @@
-"""The definition of an array's fingerprint."""
+"""Reference implementation of the checksum in jnp; also implementation="xla"."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jaxtyping import Array, Int, Shaped, UInt32
 
 
 def state_digest(x: Shaped[Array, "..."], start: Int[Array, " dims"], *, whole: tuple[int, ...]) -> UInt32[Array, " 4"]:
-    """Four sums, modulo 2^32, over the words of x, each mixed with its row and column in the whole array."""
+    """Four sums, modulo 2^32, over the 32-bit words of x; each word is hashed with its row and column in the array."""
     words, columns = _words(x)
     row = jnp.zeros((), jnp.uint32)
     for dim, size in enumerate(x.shape[:-1]):
@@ -26,9 +26,9 @@ def state_digest(x: Shaped[Array, "..."], start: Int[Array, " dims"], *, whole: 
 
 
 def _words(x: jax.Array) -> tuple[jax.Array, int]:
-    """The bits of x in words of 32, and how many there are in a row: one a number, or two of one with 64 bits."""
+    """(the bits of x as uint32 words, the number of words per row): one word per element, two per 64-bit element."""
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
-    if x.dtype.itemsize == 8:  # a new last dim of two
+    if x.dtype.itemsize == 8:  # bitcasting 64 to 32 bits adds a last dim of size 2
         bits = bits.reshape(*x.shape[:-1], 2 * x.shape[-1])
     return bits.astype(jnp.uint32), bits.shape[-1]

@@ -1,4 +1,4 @@
-"""The public function of this family, and its table."""
+"""The public function `linear_cross_entropy` and the table of its implementations."""
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -35,19 +35,20 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
-    """The cross-entropy of a language model's last layer, without the R x V logits in memory: (loss, lse) a row.
+    """Fused linear layer and cross-entropy, without the R x V logits in memory: (loss, lse) of each row.
 
         logits = x w, or softcap * tanh(x w / softcap)
         lse = log sum exp(logits)
         loss = lse - logits[label] + z_loss * lse**2
 
-    Both are float32; the mean over rows is the caller's. A row whose label is `ignore_index` has a loss of zero, and an
-    lse. Any other label must be in [0, V); the loss of another is not defined. `lse` may be differentiated too.
+    Both are float32; the caller takes the mean over rows. A row whose label is `ignore_index` has loss 0, and an lse.
+    All other labels must be in [0, V); the loss for a label outside this range is undefined. `lse` is differentiable
+    too.
 
     Raises:
-      ValueError: the shapes do not fit each other, labels are no integers, an option is out of range, or
+      ValueError: the shapes do not fit together, labels are not integers, an option is out of range, or
         `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: Cut Cross-Entropy, arXiv 2411.09009; z-loss arXiv 2204.02311, section 5; soft cap arXiv 2408.00118.
     """
@@ -57,7 +58,7 @@ def linear_cross_entropy(
             "w as (D, V), labels as (R,)."
         )
     if not jax.numpy.issubdtype(labels.dtype, jax.numpy.integer):
-        raise ValueError(f"linear_cross_entropy: labels are {labels.dtype}; give the numbers of classes, as int32.")
+        raise ValueError(f"linear_cross_entropy: labels are {labels.dtype}; give class indices as int32.")
     if z_loss < 0 or (logit_softcap is not None and logit_softcap <= 0):
         raise ValueError(
             f"linear_cross_entropy: {z_loss=} and {logit_softcap=}; give a z_loss of 0 or more, and a positive "

@@ -1,25 +1,27 @@
-"""Work that no implementation avoids: the product that makes the logits, and in the backward that and two more."""
+"""Cost model of linear cross-entropy: one product for the logits; in the backward that product and two more."""
 
 from ..op import Cost
 
 
 def forward(x, w, labels, **static) -> Cost:
-    """x w, and an exponential of each logit; reads x, w and labels, writes the loss and the logsumexp of each row."""
+    """x w, and one exponential per logit; reads x, w and labels, writes the loss and the logsumexp of each row."""
     del static
     (R, D), V = x.shape, w.shape[1]
     return Cost(2 * R * D * V, _bytes(x, w, labels) + 8 * R, transcendentals=R * V)
 
 
 def backward(x, w, labels, **static) -> Cost:
-    """The logits again, for nobody keeps R x V of them, and from their gradient those of x and w. Reads x, w, labels,
-    the logsumexp and both cotangents; writes d_x and d_w."""
+    """Recomputes the logits, which are not kept, and computes the gradients of x and w.
+
+    Reads x, w, labels, the logsumexp and both cotangents; writes d_x and d_w.
+    """
     del static
     (R, D), V = x.shape, w.shape[1]
     return Cost(6 * R * D * V, 2 * _bytes(x, w) + _bytes(labels) + 12 * R, transcendentals=R * V)
 
 
 def part(flops: int, *moved, transcendentals: int) -> Cost:
-    """Of one kernel: what it reads and writes once."""
+    """The cost of one kernel: `moved` are the arrays that it reads or writes once."""
     return Cost(flops, _bytes(*moved), transcendentals)
 
 

@@ -1,4 +1,4 @@
-"""The definition: plain jnp, which is also implementation="xla"."""
+"""Reference implementation of linear cross-entropy in jnp; also implementation="xla"."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def linear_cross_entropy(
     z_loss: float,
     logit_softcap: float | None,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
-    """Cross-entropy of each row and its logsumexp, in float32, by way of all R x V logits."""
+    """The cross-entropy and the logsumexp of each row, in float32, with all R x V logits in memory."""
     logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     if logit_softcap is not None:
         logits = logit_softcap * jnp.tanh(logits / logit_softcap)

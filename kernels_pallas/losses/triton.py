@@ -1,10 +1,10 @@
-"""linear_cross_entropy with Pallas-Triton: a tile of the logits lives in a program's registers, and nowhere else.
+"""Fused linear cross-entropy in Pallas-Triton: a program keeps its tile of the logits in registers.
 
-Forward: each program multiplies one tile, and leaves each row's largest logit and sum of exponentials in it; the
-tile that has a row's label leaves that logit. A row's parts are merged afterwards. The backward goes through the
-vocabulary in chunks: a kernel computes the chunk's logits again and writes their gradients, in the dtype of x;
-two products of XLA's (cuBLAS) make d_w of the chunk, and add its share to d_x in float32. A chunk is
-CHUNK columns, whatever V is, so that R x V never is: memory is that of R x CHUNK. No atomics.
+Forward: each program computes one tile of the logits and writes, for each row, the maximum and the sum of exponentials
+in its tile; the tile with the row's label also writes the label's logit. XLA merges the partial results of a row. The
+backward loops over chunks of the vocabulary: a kernel recomputes the logits of a chunk and writes their gradients in
+the dtype of x; two XLA products (cuBLAS) compute d_w of the chunk and add its part of d_x in float32. A chunk has CHUNK
+columns for any V, so memory is proportional to R x CHUNK and not to R x V. There are no atomics.
 
 Source: in one kernel with atomics, Cut Cross-Entropy, arXiv 2411.09009, algorithms 2 and 3; by chunks of
 rows, Liger, arXiv 2410.10989, section 3.2.
@@ -29,7 +29,7 @@ CHUNK = 4096  # columns of the vocabulary: with 8,192 rows of bfloat16 64 MiB, a
 
 
 def unsupported(x, w, labels, *, ignore_index, z_loss, logit_softcap) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del labels, ignore_index, z_loss, logit_softcap
     if x.dtype.name not in DTYPES or w.dtype != x.dtype:
         return f"needs x and w in one dtype among {', '.join(DTYPES)}, got {x.dtype} and {w.dtype}"
@@ -62,11 +62,11 @@ def backward(residuals, d_out, *, ignore_index, z_loss, logit_softcap):
     """d_x, d_w, and None for the labels."""
     x, w, labels, lse = residuals
     d_loss = jnp.where(labels != ignore_index, d_out[0], 0.0)
-    d_lse = d_loss * (1 + 2 * z_loss * lse) + d_out[1]  # by the logsumexp, whoever asks for it
+    d_lse = d_loss * (1 + 2 * z_loss * lse) + d_out[1]  # the gradient through lse, from the loss and from the output
     (R, D), V = x.shape, w.shape[1]
 
     def add(first, size: int, d_x, d_w):
-        """The share of `size` columns from `first` on."""
+        """Adds the contribution of `size` columns from `first` on."""
         part = jax.lax.dynamic_slice_in_dim(w, first, size, axis=1)
         d_logits = _d_logits(x, part, labels - first, lse, d_loss, d_lse, logit_softcap)
         d_x = d_x + _product(d_logits, part, 1, 1, jnp.float32)
@@ -96,7 +96,7 @@ def _d_logits(x, w, labels, lse, d_loss, d_lse, softcap):
 
 
 def _product(a, b, of_a: int, of_b: int, dtype):
-    """Contracts those dims, in float32, to `dtype`."""
+    """Contracts dim `of_a` of a with dim `of_b` of b; accumulates in float32, returns `dtype`."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), precision=precision, preferred_element_type=dtype)
 
@@ -116,7 +116,7 @@ def _logits(x_ref, w_ref, blocks):
 
 
 def _capped(logits, softcap):
-    """Between -softcap and softcap; tanh by an exponential."""
+    """softcap * tanh(logits / softcap), with tanh computed from a sigmoid; the logits themselves if softcap is None."""
     if softcap is None:
         return logits
     return softcap * (2.0 * jax.nn.sigmoid(2.0 / softcap * logits) - 1.0)
@@ -135,7 +135,7 @@ def _forward_kernel(x_ref, w_ref, label_ref, largest_ref, total_ref, of_label_re
     here = pl.ds(rows.start, rows.size)
     pltriton.store(largest_ref.at[tile, here], largest, mask=rows.exist)
     pltriton.store(total_ref.at[tile, here], total, mask=rows.exist)
-    has_label = jnp.max(is_label.astype(jnp.int32), axis=1) > 0  # in one tile of a row, or in none
+    has_label = jnp.max(is_label.astype(jnp.int32), axis=1) > 0  # true in at most one tile of a row
     pltriton.store(of_label_ref.at[here], of_label, mask=rows.exist & has_label)
 
 

@@ -1,4 +1,4 @@
-"""The feed-forward layers of a transformer, whole: two products and what lies between them."""
+"""Fused transformer MLPs: the gated MLP (SwiGLU, GEGLU) and the dense MLP, both products and the activation."""
 
 from .api import (
     DENSE_MLP as DENSE_MLP,

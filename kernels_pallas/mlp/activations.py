@@ -1,4 +1,4 @@
-"""What lies between the products, and its derivative: both are x * sigmoid(k(x)) for a polynomial k."""
+"""The activations SiLU and tanh-GELU with their derivatives; both are x * sigmoid(k(x)) with a polynomial k."""
 
 import math
 

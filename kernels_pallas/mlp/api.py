@@ -1,4 +1,4 @@
-"""The public functions of this family, and their tables."""
+"""The public MLP functions, `gated_mlp` and `dense_mlp`, and their implementation tables."""
 
 from typing import Literal, get_args
 
@@ -49,12 +49,12 @@ def gated_mlp(
 
         y = (f(x w_gate) * x w_up) w_down
 
-    `w_gate_up` holds w_gate and w_up side by side, so that both are one product. Accumulated in float32; the output has
-    the dtype of `x`. Between forward and backward only the products before the activation are kept, in that dtype.
+    `w_gate_up` holds w_gate and w_up side by side, so that they are one product. Accumulation is in float32; the output
+    has the dtype of `x`. Beside the inputs, only the pre-activations are kept for the backward, in the dtype of `x`.
 
     Raises:
-      ValueError: the shapes do not fit each other, or `activation` or `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      ValueError: the shapes do not fit together, or `activation` or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: arXiv 2002.05202, equation 6.
     """
@@ -79,16 +79,16 @@ def dense_mlp(
     activation: Activation = "gelu_tanh",
     implementation: str | None = None,
 ) -> Float[Array, "*B D"]:
-    """The MLP of the original transformer and DiT.
+    """The MLP of the original transformer and of DiT.
 
         y = f(x w_up + b_up) w_down + b_down
 
-    Accumulated in float32; the output has the dtype of `x`. Between forward and backward only what is before the
-    activation is kept, in that dtype.
+    Accumulation is in float32; the output has the dtype of `x`. Beside the inputs, only the pre-activations are kept
+    for the backward, in the dtype of `x`.
 
     Raises:
-      ValueError: the shapes do not fit each other, or `activation` or `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      ValueError: the shapes do not fit together, or `activation` or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: arXiv 1706.03762, equation 2, with GELU (arXiv 1606.08415).
     """

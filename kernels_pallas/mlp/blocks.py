@@ -1,4 +1,4 @@
-"""How the Triton kernels cut their work: as measured where `tune` has measured; else by these tables."""
+"""Block sizes of the Triton MLP kernels: tuned if `tune` has an entry, else the defaults here."""
 
 import dataclasses
 import itertools
@@ -11,28 +11,28 @@ from .. import backend, tuning
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A tile of the output, and what is contracted at a time; powers of two >= 16."""
+    """Block sizes: the output tile (rows x columns) and the contraction step; powers of two >= 16."""
 
     rows: int
     columns: int
     depth: int
     num_warps: int
-    num_stages: int  # tiles in flight between memory and the tensor cores
+    num_stages: int  # software pipelining: tiles in flight
 
 
 PASSES = ("forward_up", "backward_dz")
 
 
 def blocks_for(op: str, kernel: str, dtype, depth: int, columns: int, rows: int) -> Blocks:
-    """The blocks of one of PASSES of an op, for a contraction of `depth` and an output of rows x columns."""
+    """The block sizes of one of PASSES of an op, for a contraction size `depth` and an output of rows x columns."""
     name = f"{op}_{kernel}.triton"
     default = untuned(op, kernel, dtype)
     return tuning.blocks(name, default, dtype=dtype, width=depth, mask=f"columns={columns}", size=rows)
 
 
 def untuned(op: str, kernel: str, dtype) -> Blocks:
-    """Without a measurement: none spills at the cases' shapes on sm_90a and sm_80."""
-    if jnp.dtype(dtype).itemsize == 4:  # products that keep all of float32 run on the plain cores
+    """The default block sizes: none spills at the cases' shapes on sm_90a and sm_80."""
+    if jnp.dtype(dtype).itemsize == 4:  # full float32 products run on the CUDA cores
         return Blocks(64, 64, 16, 8, 2)
     capability = backend.target().capability
     if capability is not None and capability < 9.0:
@@ -43,7 +43,7 @@ def untuned(op: str, kernel: str, dtype) -> Blocks:
 
 
 def candidates(default: Blocks, *, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
-    """What `tune` tries: tiles of 64 to 256, four warps for each 64 rows or eight."""
+    """The search space of `tune`: tiles of 64 to 256, with four warps up to 64 x 128 and eight above."""
     del default, width, mask, size
     if dtype == "float32":
         return

@@ -1,4 +1,4 @@
-"""Sizes that tests, benchmarks and the inspector run."""
+"""Named cases of the MLPs: tiny ones for interpret mode on a CPU, and the shapes of published models."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def _case(R, D, F, activation, dtype=BF16, *, gated: bool, origin="", tiny=False
     arrays = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
     def make(key):
-        """Weights are such that numbers stay near one, as after any initialisation."""
+        """Standard normal inputs; matrices are scaled by fan-in, so that the activations are near one."""
         keys = jax.random.split(key, len(shapes))
         size = lambda shape, i: shape[0] ** -0.5 if i and len(shape) > 1 else 1.0
         return tuple((jax.random.normal(k, shape) * size(shape, i)).astype(dtype)
@@ -25,9 +25,9 @@ def _case(R, D, F, activation, dtype=BF16, *, gated: bool, origin="", tiny=False
 
 GATED_CASES = {
     "tiny": _case(32, 32, 64, "silu", F32, gated=True, tiny=True),
-    "tiny_odd": _case(37, 72, 56, "silu", F32, gated=True, tiny=True, origin="no side fills its tiles"),
+    "tiny_odd": _case(37, 72, 56, "silu", F32, gated=True, tiny=True, origin="partial tiles in all dims"),
     "tiny_halves": _case(
-        16, 64, 200, "gelu_tanh", F32, gated=True, tiny=True, origin="a last tile of half its columns"
+        16, 64, 200, "gelu_tanh", F32, gated=True, tiny=True, origin="the last column tile is half empty"
     ),
     "tiny_bf16": _case(130, 64, 96, "silu", BF16, gated=True, tiny=True),
     "tiny_f16": _case(16, 48, 48, "gelu_tanh", F16, gated=True, tiny=True),
@@ -39,7 +39,7 @@ GATED_CASES = {
 }
 DENSE_CASES = {
     "tiny": _case(32, 32, 64, "gelu_tanh", F32, gated=False, tiny=True),
-    "tiny_odd": _case(37, 72, 56, "gelu_tanh", F32, gated=False, tiny=True, origin="no side fills its tiles"),
+    "tiny_odd": _case(37, 72, 56, "gelu_tanh", F32, gated=False, tiny=True, origin="partial tiles in all dims"),
     "tiny_bf16": _case(130, 64, 192, "gelu_tanh", BF16, gated=False, tiny=True),
     "tiny_silu": _case(16, 48, 40, "silu", F16, gated=False, tiny=True),
     "dit_s_256": _case(16384, 384, 1536, "gelu_tanh", gated=False, origin="DiT-S/2, 64 images of 256 px"),

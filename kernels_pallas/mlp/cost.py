@@ -1,7 +1,7 @@
-"""Work that no implementation avoids: the products, and one read and one write of what goes in and comes out.
+"""Cost model of the MLPs: the minimum work, that is the products, one read of each input, one write of each output.
 
-That z, what is before the activation, goes to memory and back is counted: a backward needs it, and would else compute
-the first product again.
+Writing and reading the pre-activations z is counted: the backward needs z, and would otherwise recompute the first
+product.
 """
 
 import jax
@@ -10,7 +10,10 @@ from ..op import Cost
 
 
 def forward(x, w_up, *rest, activation) -> Cost:
-    """x w_up, or gate and up; the activation; by w_down. Reads all arrays, writes z and the output."""
+    """The product with w_up (or gate and up), the activation, and the product with w_down.
+
+    Reads all arrays, writes z and the output.
+    """
     del activation
     (R, D), columns, F = x.shape, w_up.size // w_up.shape[0], w_up.shape[-1]
     return Cost(
@@ -21,8 +24,10 @@ def forward(x, w_up, *rest, activation) -> Cost:
 
 
 def backward(x, w_up, *rest, activation) -> Cost:
-    """Twice the products of the forward: to the inputs and to the matrices of both. Reads x, the matrices, z and
-    d_out; writes d_x and the gradients of the rest."""
+    """Twice the products of the forward: for the gradients of the inputs and of the matrices.
+
+    Reads x, the matrices, z and d_out; writes d_x and the gradients of the matrices and biases.
+    """
     del activation
     (R, D), columns, F = x.shape, w_up.size // w_up.shape[0], w_up.shape[-1]
     return Cost(
@@ -33,7 +38,7 @@ def backward(x, w_up, *rest, activation) -> Cost:
 
 
 def part(flops: int, *moved, transcendentals: int) -> Cost:
-    """Of one kernel: what it reads and writes once."""
+    """The cost of one kernel: `moved` are the arrays that it reads or writes once."""
     return Cost(flops, _bytes(moved), transcendentals)
 
 

@@ -1,12 +1,12 @@
-"""gated_mlp on Hopper with Pallas-Mosaic-GPU: TMA brings tiles, wgmma multiplies them, the activation follows.
+"""The gated MLP for Hopper in Pallas-Mosaic-GPU: warp-specialised, with TMA copies and wgmma products.
 
-A producer warpgroup fills a ring of slots, two consumers have 64 rows each (mosaic_road.py). The kernels compute what
-those of the Triton road do: gate and up of the forward, and of the backward the gradient of both with the activation
-again. Products that stand alone are XLA's.
+A producer warpgroup fills a ring buffer of slots; two consumer warpgroups have 64 rows each (pallas/mosaic_gpu.py). The
+kernels compute the same as the Triton kernels: in the forward gate, up and the activation; in the backward the
+gradients of gate and up and the activation again, in the epilogue. XLA computes the products without an epilogue.
 
-What is proven, without a GPU: the arithmetic and the order of the copies, by JAX's interpreter and its race detector,
-at small sizes; machine code for sm_90a at the models' sizes, without spills. The interpreter multiplies at once where
-the chip multiplies in the background.
+What is verified without a GPU: the arithmetic and the synchronisation of the copies, by JAX's interpreter and its race
+detector, at small sizes; and the machine code for sm_90a at the models' sizes, without spills. The interpreter runs
+products synchronously, while they are asynchronous on the GPU.
 """
 
 import dataclasses
@@ -41,22 +41,22 @@ from .triton import product
 
 
 DTYPES = ("bfloat16", "float16")
-ALIGN = 8  # rows that TMA swizzles together
+ALIGN = 8  # rows of a swizzled block of TMA
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How one kernel cuts its work: its tile is CONSUMERS x ROWS rows by so many columns."""
+    """Block sizes of one kernel: the output tile is CONSUMERS x ROWS rows by `columns`."""
 
     columns: int
-    stages: int  # slots of the ring
+    stages: int  # slots of the ring buffer
 
 
 UNTUNED = {"forward_up": Blocks(128, 4), "backward_dz": Blocks(128, 4)}
 
 
 def candidates(default: Blocks, *, dtype: str, width: int, mask: str, size: int) -> Iterator[Blocks]:
-    """What `tune` tries."""
+    """The search space of `tune`."""
     del default, dtype, width, mask, size
     for columns, stages in itertools.product((64, 128), (2, 3, 4, 5)):
         yield Blocks(columns, stages)
@@ -66,7 +66,7 @@ CANDIDATES = {f"gated_mlp_{kernel}.mosaic_gpu": candidates for kernel in UNTUNED
 
 
 def unsupported(x, w_gate_up, w_down, *, activation) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del activation
     device = backend.target()
     if not backend.interpret() and (device.platform != "gpu" or device.capability != 9.0):
@@ -80,7 +80,7 @@ def unsupported(x, w_gate_up, w_down, *, activation) -> str | None:
 
 
 def forward(x, w_gate_up, w_down, *, activation):
-    """The output, and (x, w_gate_up, w_down, z): z is (R, 2, F), before the activation."""
+    """The output, and (x, w_gate_up, w_down, z): z are the pre-activations, (R, 2, F)."""
     z, hidden = _up(x, w_gate_up, activation)
     return product(hidden, w_down), (x, w_gate_up, w_down, z)
 
@@ -116,7 +116,7 @@ def _up(x, w_gate_up, activation):
 
 
 def _d_z(d_out, w_down, z, activation):
-    """The gradient of z, (R, 2, F), and f(gate) * up again."""
+    """The gradient of z, (R, 2, F), and f(gate) * up, recomputed."""
     (R, D), F = d_out.shape, w_down.shape[0]
     blocks = _blocks("backward_dz", z.dtype, D, F, R)
     of = lambda *shape: jax.ShapeDtypeStruct(shape, z.dtype)
@@ -143,17 +143,17 @@ def _blocks(kernel: str, dtype, depth: int, columns: int, rows: int) -> Blocks:
 
 
 def whole_rows(x):
-    """x with rows as TMA wants them; x itself where they are."""
+    """Pads the rows of x to a multiple of ALIGN for TMA; x itself if they are one."""
     return jnp.pad(x, ((0, -x.shape[0] % ALIGN), *((0, 0),) * (x.ndim - 1)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program has: rows from `row`, columns from `column`; past the edges TMA reads zeros and writes nothing."""
+    """The tile of a program: rows from `row`, columns from `column`. Past the edges TMA reads zeros, writes nothing."""
 
     row: jax.Array
     column: jax.Array
-    steps: jax.Array  # of the contraction
+    steps: jax.Array  # steps of the contraction
 
     @classmethod
     def of_program(cls, rows: int, width: int, depth: int, blocks) -> "Tile":
@@ -162,7 +162,7 @@ class Tile:
         return cls(row * (CONSUMERS * ROWS), column * blocks.columns, jnp.int32(pl.cdiv(depth, DEPTH)))
 
     def of_consumer(self, me):
-        """Its own rows."""
+        """The rows of one consumer."""
         return pl.ds(self.row + me * ROWS, ROWS)
 
 
@@ -171,7 +171,7 @@ def _depth(i):
 
 
 def _store(smem, me, *results) -> None:
-    """Computes and writes (what, where) one after the other, through a consumer's own tile in shared memory."""
+    """Computes and writes (function, destination) pairs in order, through a consumer's own tile in shared memory."""
     for make, where in results:
         smem.at[me][...] = make().astype(smem.dtype)
         plgpu.commit_smem()
@@ -204,7 +204,7 @@ def _up_kernel(
             return gate[...], up[...]
 
         acc = plgpu.WGMMAAccumulatorRef((ROWS, blocks.columns), jnp.float32)
-        gate, up = (x.astype(z_ref.dtype) for x in pl.run_scoped(products, acc, acc))  # as the backward will have them
+        gate, up = (x.astype(z_ref.dtype) for x in pl.run_scoped(products, acc, acc))  # rounded, as for the backward
         rows = tile.of_consumer(me)
         hidden = lambda: activated(gate.astype(jnp.float32), activation) * up.astype(jnp.float32)
         _store(
@@ -233,7 +233,7 @@ def _d_z_kernel(
     def _consumer_kernel():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         rows = tile.of_consumer(me)
-        for i, smem in enumerate((gate_smem, up_smem)):  # on their way while the product is computed
+        for i, smem in enumerate((gate_smem, up_smem)):  # these copies overlap with the product
             plgpu.copy_gmem_to_smem(z_ref.at[rows, i, columns], smem.at[me], z_ready.at[me])
 
         def product_of(acc):
@@ -244,7 +244,7 @@ def _d_z_kernel(
         d_hidden = pl.run_scoped(product_of, acc)
         plgpu.barrier_wait(z_ready.at[me])
         gate, up = (lambda smem=smem: smem.at[me][...].astype(jnp.float32) for smem in (gate_smem, up_smem))
-        _store(  # each reads z again: two of the three results in registers beside it would not fit
+        _store(  # each result reads z again, because the registers do not hold two of the three results and z
             *(out_smem, me),
             (lambda: activated(gate(), activation) * up(), hidden_ref.at[rows, columns]),
             (lambda: activated(gate(), activation) * d_hidden, d_z_ref.at[rows, 1, columns]),

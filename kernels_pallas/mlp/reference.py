@@ -1,4 +1,4 @@
-"""The definitions: plain jnp, which is also implementation="xla"."""
+"""Reference implementations of the MLPs in jnp; also implementation="xla"."""
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
-"""Both MLPs with Pallas-Triton where something follows a product; products that stand alone are XLA's (cuBLAS).
+"""The MLPs in Pallas-Triton: kernels for the products with an epilogue; the other products are XLA's (cuBLAS).
 
-Forward: one kernel multiplies x by gate and up, which share its tiles, and writes z, what is before the activation and
-all that the backward keeps, and what is after it. Backward: one kernel computes d_out w_down^T and, in its epilogue,
-from z the gradient of z and the activation again, which the gradient of w_down needs. The hidden gradient itself is
-never in memory.
+Forward: one kernel multiplies x by gate and up, which share the tiles of x, and writes the pre-activations z (the only
+residual beside the inputs) and the activation. Backward: one kernel computes d_out w_down^T and in its epilogue, from
+z, the gradient of z and the activation again, which the gradient of w_down needs. The gradient of the activation is not
+written to memory.
 """
 
 import functools
@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def unsupported(x, *arrays, activation) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del activation
     if x.dtype.name not in DTYPES or any(array.dtype != x.dtype for array in arrays):
         return f"needs all arrays in one dtype among {', '.join(DTYPES)}, got {[a.dtype.name for a in (x, *arrays)]}"
@@ -33,7 +33,7 @@ def unsupported(x, *arrays, activation) -> str | None:
 
 
 def gated_forward(x, w_gate_up, w_down, *, activation):
-    """The output, and (x, w_gate_up, w_down, z): z is (R, 2 F), before the activation."""
+    """The output, and (x, w_gate_up, w_down, z): z are the pre-activations, (R, 2 F)."""
     z, hidden = _up("gated_mlp", x, w_gate_up, None, activation)
     return product(hidden, w_down), (x, w_gate_up, w_down, z)
 
@@ -48,7 +48,7 @@ def gated_backward(residuals, d_out, *, activation):
 
 
 def dense_forward(x, w_up, b_up, w_down, b_down, *, activation):
-    """The output, and (x, w_up, w_down, z, like the biases): z is (R, F), before the activation."""
+    """The output, and (x, w_up, w_down, z): z are the pre-activations, (R, F)."""
     z, hidden = _up("dense_mlp", x, w_up[:, None], b_up, activation)
     out = product(hidden, w_down).astype(jnp.float32) + b_down.astype(jnp.float32)[None]
     return out.astype(x.dtype), (x, w_up, w_down, z)
@@ -64,7 +64,7 @@ def dense_backward(residuals, d_out, *, activation):
 
 
 def product(a, b, of_a: int = 1, of_b: int = 0):
-    """Contracts those dims, in float32, to the dtype of a."""
+    """Contracts dim `of_a` of a with dim `of_b` of b; accumulates in float32, returns the dtype of a."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (((of_a,), (of_b,)), ((), ())), precision=precision, preferred_element_type=a.dtype
@@ -72,7 +72,7 @@ def product(a, b, of_a: int = 1, of_b: int = 0):
 
 
 def _up(op: str, x, w, bias, activation):
-    """z = x w + bias, (R, G F), and what the activation makes of it, (R, F); w is (D, G, F), G 2 where gated."""
+    """z = x w + bias, (R, G F), and its activation, (R, F); w is (D, G, F), with G = 2 if gated, else 1."""
     (R, D), (_, G, F) = x.shape, w.shape
     blocks = blocks_for(op, "forward_up", x.dtype, D, F, R)
     out = [jax.ShapeDtypeStruct((R, G * F), x.dtype), jax.ShapeDtypeStruct((R, F), x.dtype)]
@@ -88,7 +88,7 @@ def _up(op: str, x, w, bias, activation):
 
 
 def _d_z(op: str, d_out, w_down, z, activation):
-    """The gradient of z, and the activation of z again."""
+    """The gradient of z, and the activation of z, recomputed."""
     (R, D), F = d_out.shape, w_down.shape[0]
     blocks = blocks_for(op, "backward_dz", z.dtype, D, F, R)
     out = [jax.ShapeDtypeStruct(z.shape, z.dtype), jax.ShapeDtypeStruct((R, F), z.dtype)]
@@ -124,7 +124,7 @@ def _up_kernel(x_ref, w_ref, bias_ref, z_ref, hidden_ref, *, activation, blocks)
     if bias_ref is not None:
         bias = pltriton.load(bias_ref.at[columns.at], mask=columns.exist, other=None if columns.exist is None else 0.0)
         accs = [accs[0] + bias.astype(jnp.float32)[None, :]]
-    accs = [acc.astype(z_ref.dtype) for acc in accs]  # as the backward will have them
+    accs = [acc.astype(z_ref.dtype) for acc in accs]  # rounded, as for the backward
     for acc, part in zip(accs, parts, strict=True):
         store_rows(z_ref, rows, part, acc)
     hidden, _ = value_and_derivative(accs[0].astype(jnp.float32), activation)
@@ -134,7 +134,7 @@ def _up_kernel(x_ref, w_ref, bias_ref, z_ref, hidden_ref, *, activation, blocks)
 def _d_z_kernel(d_out_ref, w_ref, z_ref, d_z_ref, hidden_ref, *, activation, blocks):
     R, F = hidden_ref.shape
     rows, columns = _place(R, F, blocks)
-    halves = columns.halves()  # one after the other, what follows the product fits in registers
+    halves = columns.halves()  # the epilogue runs on one half after the other, so that it fits in registers
 
     def step(depth, accs):
         d_out = load_rows(d_out_ref, rows, depth)

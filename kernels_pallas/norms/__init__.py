@@ -1,4 +1,4 @@
-"""Normalisation fused with what a diffusion transformer does around it."""
+"""Fused norms: LayerNorm and RMSNorm with adaLN modulation, and with a gated residual connection."""
 
 from .api import (
     GATED_RESIDUAL_NORM as GATED_RESIDUAL_NORM,

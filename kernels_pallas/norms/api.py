@@ -1,4 +1,4 @@
-"""The public functions of this family, and their tables."""
+"""The public norms, `modulated_norm` (adaLN) and `gated_residual_norm`, and their implementation tables."""
 
 from typing import Literal, get_args
 
@@ -38,19 +38,19 @@ def modulated_norm(
     eps: float = 1e-6,
     implementation: str | None = None,
 ) -> Float[Array, "B T D"]:
-    """Normalises each token, then scales and shifts it by its conditioning (adaLN).
+    """LayerNorm or RMSNorm of each token with adaLN modulation (scale and shift from the conditioning).
 
         y = norm(x) * weight * (1 + scale) + shift
         norm(x) = (x - mean) / sqrt(var + eps)       kind="layer"
                   x / sqrt(mean(x**2) + eps)         kind="rms"
 
-    `scale` and `shift` are (B, D), one for all tokens of an example, or (B, T, D), one for each token; what is left
-    out is not multiplied or added. Statistics are over D, in float32; `y` has the dtype of `x`. Each gradient has the
-    dtype of its own input, so that float32 `scale` and `shift` beside a bfloat16 `x` lose nothing.
+    `scale` and `shift` are (B, D), shared by all tokens of an example, or (B, T, D), one per token. An omitted factor
+    or summand is left out. Statistics are over D, in float32; `y` has the dtype of `x`. Each gradient has the dtype of
+    its input, so float32 `scale` and `shift` have float32 gradients even if `x` is bfloat16.
 
     Raises:
-      ValueError: the shapes do not fit each other, or `kind` or `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      ValueError: the shapes do not fit together, or `kind` or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: Peebles and Xie, arXiv 2212.09748, section 3.2; LayerNorm arXiv 1607.06450, equation 3; RMSNorm
     arXiv 1910.07467, equation 4.
@@ -71,24 +71,24 @@ def gated_residual_norm(
     eps: float = 1e-6,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """Adds what a branch of a block says through a gate, and normalises the sum for the next branch: (x_new, y).
+    """Gated residual connection fused with the next modulated norm (adaLN-Zero): (x_new, y).
 
         x_new = x + gate * branch
         y = modulated_norm(x_new, scale, shift, weight)
 
-    One pass over memory where the three take three. `x_new` is rounded to the dtype of `x` before it is normalised.
-    `gate` is (B, D) or (B, T, D), as `scale` and `shift` are, each for itself.
+    One pass over memory instead of three. `x_new` is rounded to the dtype of `x` before it is normalised. Each of
+    `gate`, `scale` and `shift` is (B, D) or (B, T, D).
 
     Raises:
-      ValueError: the shapes do not fit each other, or `kind` or `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      ValueError: the shapes do not fit together, or `kind` or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: adaLN-Zero, arXiv 2212.09748, section 3.2.
     """
     if branch.shape != x.shape or branch.dtype != x.dtype:
         raise ValueError(
-            f"gated_residual_norm: branch {branch.shape} {branch.dtype} is unlike x {x.shape} {x.dtype}; "
-            "give both in one shape and dtype."
+            f"gated_residual_norm: branch {branch.shape} {branch.dtype} does not fit x {x.shape} {x.dtype}; "
+            "give both with the same shape and dtype."
         )
     _check("gated_residual_norm", kind, x, weight=weight, gate=gate, scale=scale, shift=shift)
     arrays = (x, branch, gate, scale, shift, weight)

@@ -1,4 +1,4 @@
-"""Work that no implementation of the norms avoids. All passes are bound by memory: two flops a byte or fewer."""
+"""Cost model of the norms: the minimum work. All passes are memory-bound, with at most two flops per byte."""
 
 import jax
 
@@ -8,8 +8,8 @@ from ..op import Cost
 def forward(x, scale, shift, weight, *, kind, eps) -> Cost:
     """Reads x, scale, shift, weight; writes y, and the statistics of each row for the backward.
 
-    An element takes: square and add (2), * rstd (1), and each of * weight, 1 + scale (2 with its product), + shift
-    that there is; LayerNorm adds the sum for the mean and its subtraction (2).
+    Flops per element: square and add (2), * rstd (1), and those that apply of * weight (1), 1 + scale and its product
+    (2), + shift (1); LayerNorm adds the sum for the mean and its subtraction (2).
     """
     del eps
     return Cost(
@@ -22,9 +22,9 @@ def forward(x, scale, shift, weight, *, kind, eps) -> Cost:
 def backward(x, scale, shift, weight, *, kind, eps) -> Cost:
     """Reads x, d_y, scale, weight and the statistics; writes d_x and the gradients of scale, shift and weight.
 
-    An element takes: x_hat (1), d_y * x_hat and its sum (2) where there is a scale or a weight, d_y's own sum (1)
-    where there is a shift, d_y by the gain (2 at most), mean(g * x_hat) (2), d_x = rstd * (g - x_hat * mean) (3);
-    LayerNorm adds x - mean, the sum of g, and its subtraction (3).
+    Flops per element: x_hat (1), with a scale or a weight d_y * x_hat and its sum (2) and d_y * gain (at most 2), with
+    a shift the sum of d_y (1), mean(g * x_hat) (2), d_x = rstd * (g - x_hat * mean) (3); LayerNorm adds x - mean, the
+    sum of g, and its subtraction (3).
     """
     del eps
     gain = 4 * (scale is not None or weight is not None)
@@ -35,16 +35,16 @@ def backward(x, scale, shift, weight, *, kind, eps) -> Cost:
 
 
 def residual_forward(x, branch, gate, scale, shift, weight, *, kind, eps) -> Cost:
-    """That of `forward`; reads branch and gate too and writes x_new: a product and a sum an element (2)."""
+    """As `forward`; also reads branch and gate and writes x_new, with a product and a sum per element (2 flops)."""
     norm = forward(x, scale, shift, weight, kind=kind, eps=eps)
     moved = norm.bytes + 2 * _bytes(branch) + _bytes(gate)
     return Cost(norm.flops + 2 * x.size, moved, norm.transcendentals)
 
 
 def residual_backward(x, branch, gate, scale, shift, weight, *, kind, eps) -> Cost:
-    """That of `backward`; reads branch, gate and d_x_new too and writes d_branch and d_gate.
+    """As `backward`; also reads branch, gate and d_x_new and writes d_branch and d_gate.
 
-    An element takes four more: + d_x_new, * gate, and the product and sum of d_gate.
+    There are four more flops per element: + d_x_new, * gate, and the product and sum of d_gate.
     """
     norm = backward(x, scale, shift, weight, kind=kind, eps=eps)
     return Cost(norm.flops + 4 * x.size, norm.bytes + _bytes(x) + 2 * _bytes((branch, gate)))
@@ -59,5 +59,5 @@ def _bytes(arrays) -> int:
 
 
 def _statistics(x, kind) -> int:
-    """rstd of a row in float32, and LayerNorm's mean."""
+    """Bytes of the statistics: rstd of each row in float32, and for LayerNorm also the mean."""
     return 4 * (1 + (kind == "layer")) * (x.size // x.shape[-1])

@@ -1,4 +1,4 @@
-"""The definitions: plain jnp, which is also implementation="xla"."""
+"""Reference implementations of the norms in jnp; also implementation="xla"."""
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +42,12 @@ def gated_residual_norm(
     kind: str,
     eps: float,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """x + gate * branch in the dtype of x, and of that the modulated norm."""
+    """x + gate * branch in the dtype of x, and its modulated norm."""
     x_new = (x.astype(jnp.float32) + _by_token(gate) * branch.astype(jnp.float32)).astype(x.dtype)
     return x_new, modulated_norm(x_new, scale, shift, weight, kind=kind, eps=eps)
 
 
 def _by_token(modulation: Modulation) -> Float[Array, "B _ D"]:
-    """As float32, and for each token or for all tokens of an example."""
+    """The modulation in float32 with a token dimension, of size 1 if all tokens share it."""
     wide = modulation.astype(jnp.float32)
     return wide if wide.ndim == 3 else wide[:, None]

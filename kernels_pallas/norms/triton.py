@@ -1,13 +1,13 @@
-"""Both norms with Pallas-Triton: a program holds whole rows of one example in registers.
+"""The fused norms in Pallas-Triton: a program holds whole rows of one example in registers.
 
-One forward and one backward kernel: what an op does not have (a branch, a shift, the mean of RMSNorm) is None, and
-its loads and sums are not in the compiled kernel. Refs are whole arrays and every access carries its mask: JAX 0.11
-masks no block that hangs over an edge on the chip.
+There is one forward and one backward kernel. What an op does not have (branch, shift, the mean of RMSNorm) is None, and
+its loads and sums are not compiled. Refs are whole arrays, and every access has a mask: on a GPU JAX 0.11 does not mask
+blocks that extend past the edge of an array.
 
-The forward keeps the statistics of each row. The backward reads each array once: a program walks ROWS_PER_PROGRAM
-rows, writes what belongs to a row and its sums of what belongs to all of them; a second stage adds those in a fixed
-order: no atomics. The sum over tokens of d_gain = d_y * x_hat is enough for scale and weight,
-as gain = weight * (1 + scale).
+The forward keeps the statistics of each row as residuals. The backward reads each array once. A program loops over
+ROWS_PER_PROGRAM rows, writes the gradients of each row, and writes its partial sums of the gradients that are shared by
+rows; a second stage adds the partial sums in a fixed order, without atomics. The sum over tokens of
+d_gain = d_y * x_hat gives the gradients of both scale and weight, because gain = weight * (1 + scale).
 """
 
 import dataclasses
@@ -25,25 +25,25 @@ from . import cost
 
 
 MAX_WIDTH = 8192
-# Of the backward. Partial sums take 16 bytes a column and program, written and read; a row of bfloat16 6: at
-# 32 rows that adds 8 %, and 8,192 rows still make 256 programs for the 132 processors of an H200.
+# Rows per program of the backward. Writing and reading partial sums takes 16 bytes per column and program; a row of
+# bfloat16 takes 6. With 32 rows that adds 8 %, and 8,192 rows still make 256 programs for the 132 SMs of an H200.
 ROWS_PER_PROGRAM = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program holds in registers at once."""
+    """The tile of a program, which it holds in registers."""
 
     rows: int
-    width: int  # of a row, padded: Triton takes powers of two only
+    width: int  # the row width, padded to a power of two for Triton
     num_warps: int
     num_stages: int = 3
 
 
 def tile_for(tokens: int, width: int, elements: int, most_warps: int) -> Tile:
-    """Eight columns a thread, one 16-byte load of bfloat16, and rows until a thread holds `elements`.
+    """A tile with eight columns per thread (one 16-byte load of bfloat16), and rows until a thread has `elements`.
 
-    So a column of a wide row has one thread, and a sum over rows costs nothing.
+    So in wide rows a thread holds all rows of its columns, and a sum over rows needs no communication.
     """
     block = pl.next_power_of_2(width)
     num_warps = min(max(block // (8 * 32), 1), most_warps)
@@ -52,7 +52,7 @@ def tile_for(tokens: int, width: int, elements: int, most_warps: int) -> Tile:
 
 
 def unsupported(x, *arrays, kind, eps) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del arrays, kind, eps
     if x.shape[-1] > MAX_WIDTH:
         return f"a row must fit in registers, D <= {MAX_WIDTH}, got {x.shape[-1]}"
@@ -60,7 +60,7 @@ def unsupported(x, *arrays, kind, eps) -> str | None:
 
 
 def forward(x, scale, shift, weight, *, kind, eps):
-    """(y, residuals); the residuals beside the inputs are the float32 statistics of each row."""
+    """(y, residuals); the residuals are the inputs and the float32 statistics of each row."""
     work = cost.forward(x, scale, shift, weight, kind=kind, eps=eps)
     arrays = (x, None, None, scale, shift, weight)
     _, y, mean, rstd = _forward(*arrays, name="modulated_norm_forward", kind=kind, eps=eps, work=work)
@@ -77,7 +77,7 @@ def backward(residuals, d_y, *, kind, eps):
 
 
 def residual_forward(x, branch, gate, scale, shift, weight, *, kind, eps):
-    """((x_new, y), residuals); of the two arrays that are added only `branch` is kept."""
+    """((x_new, y), residuals); the residuals hold x_new and branch, but not x."""
     work = cost.residual_forward(x, branch, gate, scale, shift, weight, kind=kind, eps=eps)
     arrays = (x, branch, gate, scale, shift, weight)
     x_new, y, mean, rstd = _forward(*arrays, name="gated_residual_norm_forward", kind=kind, eps=eps, work=work)
@@ -107,7 +107,7 @@ def _forward(x, branch, gate, scale, shift, weight, *, name, kind, eps, work):
 
 def _backward(x, branch, gate, scale, shift, weight, mean, rstd, d_x_new, d_y, *, name, work):
     B, T, D = x.shape
-    tile = tile_for(T, D, elements=16, most_warps=8)  # 255 registers a thread: D = 8192 takes them all
+    tile = tile_for(T, D, elements=16, most_warps=8)  # D = 8192 takes all 255 registers per thread
     whole = jax.ShapeDtypeStruct(x.shape, x.dtype)
     sums = jax.ShapeDtypeStruct((B, pl.cdiv(T, ROWS_PER_PROGRAM), D), jnp.float32)
     modulation = {k: v for k, v in dict(gate=gate, scale=scale, shift=shift).items() if v is not None}
@@ -137,7 +137,7 @@ def _backward(x, branch, gate, scale, shift, weight, mean, rstd, d_x_new, d_y, *
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Rows of one example that a program has at hand, all their columns, and which of both exist."""
+    """The index and masks of a program's rows of one example, with all their columns."""
 
     example: Any
     rows: Any
@@ -147,7 +147,7 @@ class Place:
 
     @classmethod
     def of(cls, example, start, tile: Tile, T: int, D: int) -> "Place":
-        """From row `start` on."""
+        """The rows from `start` on."""
         row_mask = start + jnp.arange(tile.rows, dtype=jnp.int32) < T
         column_mask = jnp.arange(tile.width, dtype=jnp.int32) < D
         columns = pl.ds(jnp.int32(0), tile.width)
@@ -158,7 +158,7 @@ class Place:
         return self.row_mask[:, None] & self.column_mask[None, :]
 
     def load(self, ref) -> Any:
-        """Float32 and zero outside: of (B, T, D) the rows, of (B, D) the example's and of (D,) the one there is."""
+        """Loads as float32, with zero outside: the rows of (B, T, D), the example's row of (B, D), or all of (D,)."""
         if ref is None:
             return None
         if len(ref.shape) == 3:
@@ -168,11 +168,11 @@ class Place:
         return pltriton.load(at, mask=self.column_mask, other=0.0).astype(jnp.float32)[None, :]
 
     def statistic(self, ref) -> jax.Array:
-        """Of each row, as a column."""
+        """Loads one number per row of (B, T), as a column."""
         return pltriton.load(ref.at[self.example, self.rows], mask=self.row_mask, other=0.0)[:, None]
 
     def store(self, ref, value) -> None:
-        """Into the rows of (B, T, D), or one number a row into (B, T)."""
+        """Stores to the rows of (B, T, D), or one number per row to (B, T)."""
         at, mask = ref.at[self.example, self.rows], self.row_mask
         if len(ref.shape) == 3:
             at, mask = ref.at[self.example, self.rows, self.columns], self.mask
@@ -180,7 +180,7 @@ class Place:
 
 
 def _gain(scale, weight) -> Any:
-    """weight * (1 + scale), of what there is."""
+    """weight * (1 + scale), without the factors that are None."""
     if scale is None or weight is None:
         return 1.0 if scale is weight is None else weight if scale is None else 1.0 + scale
     return weight * (1.0 + scale)
@@ -219,7 +219,7 @@ def _backward_kernel(
     example, part = pl.program_id(0) // parts, pl.program_id(0) % parts
 
     def settle(place, sums, **terms):
-        """Stores what belongs to a token; adds the rest up, as rows lie in a thread. At once: it frees registers."""
+        """Stores gradients per token and adds the others to the sums over rows, at once, to free registers."""
         for name, ref in d_token_refs.items():
             if name in terms:
                 place.store(ref, terms[name])
@@ -238,7 +238,7 @@ def _backward_kernel(
         gain = of_gain * _gain(scale, None) if "scale" in d_token_refs else of_gain
         sums = settle(place, sums, gain=gain, shift=d_y, scale=of_gain * _gain(None, weight))
 
-        g = d_y * _gain(scale, weight)  # zero outside the mask, as d_y is: x_hat need not be
+        g = d_y * _gain(scale, weight)  # zero outside the mask, because d_y is; x_hat may be non-zero there
         of_x_hat, of_mean = jnp.sum(g * x_hat, axis=1, keepdims=True), 0.0
         if mean_ref is not None:
             of_mean = jnp.sum(g, axis=1, keepdims=True) / D

@@ -1,1 +1,1 @@
-"""What the Pallas kernels share: how they are launched, and how tiles are read and written."""
+"""Shared code of the Pallas kernels: launching, tile loads and stores, and the Mosaic GPU pipeline."""

@@ -1,6 +1,7 @@
-"""What every kernel of the Mosaic GPU road shares: a producer that copies, consumers that multiply, a ring of slots.
+"""Shared code of the Pallas-Mosaic-GPU kernels: warp-specialised pipelines with TMA copies and wgmma products.
 
-One warpgroup, the producer, copies tiles into a ring of slots in shared memory; the consumers multiply them.
+One warpgroup, the producer, copies tiles by TMA into a ring buffer of slots in shared memory; the consumer warpgroups
+multiply them.
 """
 
 import dataclasses
@@ -17,10 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import backend
 
 
-CONSUMERS = 2  # warpgroups that multiply
-ROWS = 64  # of a consumer: what wgmma multiplies
-DEPTH = 64  # of a contraction at a time: 128 bytes, one swizzle
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # a thread's; 128 (24 + 2 * 240) are within an SM's 65,536
+CONSUMERS = 2  # consumer warpgroups
+ROWS = 64  # rows of a consumer: the M of wgmma
+DEPTH = 64  # contraction size per step: 128 bytes of 16-bit numbers, one swizzle
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # per thread; 128 (24 + 2 * 240) is within an SM's 65,536
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -28,7 +29,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def operand(count: int, rows: int, like):
-    """Shared memory for `count` tiles in the order that wgmma reads: blocks of 8 rows, swizzled."""
+    """Shared memory for `count` tiles in the layout that wgmma reads: blocks of 8 rows, swizzled."""
     width = round_up(like.shape[-1], 16)
     swizzle = plgpu.find_swizzle(16 * width)
     tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
@@ -37,19 +38,20 @@ def operand(count: int, rows: int, like):
 
 
 def ready(blocks, copies: int = 1):
-    """For each slot, that its copies have arrived."""
+    """One barrier per slot: its copies have arrived."""
     return plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=copies)
 
 
 def free(blocks):
-    """For each slot, that every consumer is done with it."""
+    """One barrier per slot: every consumer has finished with it."""
     return plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=CONSUMERS)
 
 
 def run_kernel(kernel, *arrays, name, programs, out_type, scratch):
-    """A grid of one dimension: the others hold 65,535 at most, and are left to vmap.
+    """Launches a warp-specialised kernel of CONSUMERS + 1 warpgroups.
 
-    Mosaic takes no cost estimate.
+    The grid has one dimension, because the other dimensions are limited to 65,535 and are left to vmap. Mosaic GPU
+    takes no cost estimate.
     """
     leaves, tree = jax.tree.flatten(arrays)
 
@@ -72,7 +74,7 @@ def run_kernel(kernel, *arrays, name, programs, out_type, scratch):
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Tiles that come together: copies are (step -> where in global memory, slots in shared memory)."""
+    """Copies that share a barrier: pairs of (step -> source in global memory, slots in shared memory)."""
 
     ready: Any
     free: Any
@@ -80,7 +82,7 @@ class Stream:
 
 
 def fill(walk, blocks, *streams: Stream) -> None:
-    """The producer: keeps the ring full, and sees the last slots freed, as the interpreter demands."""
+    """The producer: fills the ring buffer, then waits until the last slots are free, which the interpreter requires."""
     plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
     @pl.loop(0, walk.steps + blocks.stages)
@@ -96,7 +98,7 @@ def fill(walk, blocks, *streams: Stream) -> None:
 
 
 def multiply(walk, x_smem, matrices, ready, free, me, accs, blocks) -> None:
-    """A consumer: acc += x matrix, for each accumulator; a slot is freed once the product after it began."""
+    """A consumer: acc += x matrix for each accumulator. A slot is freed after the next slot's product has started."""
 
     @pl.loop(0, walk.steps)
     def _(i):
@@ -119,7 +121,7 @@ def multiply(walk, x_smem, matrices, ready, free, me, accs, blocks) -> None:
 
 
 def pinned(index):
-    """The index, hidden from the compiler: else it computes what depends on it before the loop, and spills that."""
+    """The index behind an optimisation barrier: else the compiler hoists what depends on it, and spills registers."""
     return lax.optimization_barrier(index)
 
 

@@ -1,4 +1,4 @@
-"""What every kernel of the Triton road shares: how it is launched, and its product."""
+"""Shared code of the Pallas-Triton kernels: the launch and the matrix product."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,9 @@ from .. import backend
 
 
 def run(kernel, *arrays, name, programs, blocks, out_shape, work):
-    """Runs `kernel` over whole refs, with the num_warps and num_stages of `blocks`.
+    """Launches `kernel` with refs of whole arrays and with the num_warps and num_stages of `blocks`.
 
-    A grid of one dimension: the others hold 65,535 at most, and are left to vmap.
+    The grid has one dimension, because the other dimensions are limited to 65,535 and are left to vmap.
     """
     return pl.pallas_call(
         kernel,
@@ -27,6 +27,6 @@ def run(kernel, *arrays, name, programs, blocks, out_shape, work):
 
 
 def dot(a, b, *, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
-    """Accumulates in float32; float32 operands keep all their bits, where the default rounds them to TF32."""
+    """The product, accumulated in float32. float32 operands are not rounded to TF32, which is Triton's default."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return pltriton.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)

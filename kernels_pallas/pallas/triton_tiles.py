@@ -1,7 +1,6 @@
-"""What a program that multiplies matrices holds: some rows, which may lie anywhere, and columns beside each other.
+"""Masked tile loads and stores for Triton matrix kernels: contiguous columns, and contiguous or gathered rows.
 
-Loads are zero past the edges of the matrix, stores end there. Rows may be loaded by their numbers, where an index
-says which they are.
+Loads return zero outside the matrix; stores write nothing there. Gathered rows are loaded by an index of row numbers.
 """
 
 import dataclasses
@@ -15,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 
-SUPER_ROWS = 8  # row tiles whose programs run side by side, and so share columns in the cache
+SUPER_ROWS = 8  # row tiles per group of consecutive programs, which share columns in the L2 cache (grid swizzling)
 
 
 def tile_of_program(program, row_tiles: int, column_tiles: int):
-    """(row tile, column tile): down SUPER_ROWS row tiles, then the next column."""
+    """(row tile, column tile) of a program: SUPER_ROWS row tiles of one column tile, then the next column tile."""
     span = SUPER_ROWS * column_tiles
     first = lax.div(program, span) * SUPER_ROWS
     down = jnp.minimum(row_tiles - first, SUPER_ROWS)
@@ -29,9 +28,10 @@ def tile_of_program(program, row_tiles: int, column_tiles: int):
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """`size` columns from `start`, which may reach past the last of `limit`; `before` lie before them in the array.
+    """A tile of `size` columns from `start`, of a block of `limit` columns; it may extend past the end of the block.
 
-    `start` is a multiple of `size`, or part of such a tile of `whole` columns.
+    The block begins at column `before` of the array. `start` is a multiple of `size`, or the tile is a part of a tile
+    of `whole` columns that starts at a multiple of `whole`.
     """
 
     start: Any
@@ -46,7 +46,7 @@ class Columns:
 
     @property
     def exist(self):
-        """bool (size,), or None where all are sure to."""
+        """Which columns exist, bool (size,); None if all do in every tile."""
         return None if self.limit % (self.whole or self.size) == 0 else self.number < self.limit
 
     @property
@@ -61,13 +61,13 @@ class Columns:
         return dataclasses.replace(self, start=self.start + first, size=size, whole=self.size)
 
     def after(self, before: int) -> "Columns":
-        """The same columns of the next block of an array that holds several side by side."""
+        """The same columns of another block, which begins at column `before` of the array."""
         return dataclasses.replace(self, before=before)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """`size` rows from `start`, of which those before `stop` are meant."""
+    """A tile of `size` rows from `start`; the rows from `stop` on are masked."""
 
     start: Any
     stop: Any
@@ -82,12 +82,12 @@ class Rows:
         return self.number < self.stop
 
     def places(self, index_ref, num_rows: int):
-        """The rows of another array that are to be read: index[row], or the rows themselves. None is past its edge."""
+        """The row numbers to load: index[row], or the rows themselves without an index, clipped to num_rows - 1."""
         number = jnp.minimum(self.number, num_rows - 1)
         return number if index_ref is None else index_ref[number]
 
     def load(self, ref):
-        """A number for each row of a vector; zero for those not meant."""
+        """The elements of a vector at these rows; zero for masked rows."""
         return pltriton.load(ref.at[pl.ds(self.start, self.size)], mask=self.exist, other=jnp.zeros((), ref.dtype))
 
 
@@ -97,26 +97,26 @@ def load_matrix(ref, down: Columns, across: Columns, *index) -> jax.Array:
 
 
 def store_matrix(ref, down: Columns, across: Columns, values, *index) -> None:
-    """ref[*index, down, across] = values, in its dtype."""
+    """ref[*index, down, across] = values, cast to the dtype of ref."""
     mask = _mask(down.exist, across.exist, (down.size, across.size))
     pltriton.store(ref.at[(*index, down.at, across.at)], values.astype(ref.dtype), mask=mask)
 
 
 def load_places(ref, places, columns: Columns, *, exist=None) -> jax.Array:
     """ref[places, columns]; zero for rows that do not exist."""
-    # Not a slice of columns: interpret mode knows no mixture of slices and vectors.
+    # The columns are a vector and not a slice: interpret mode does not support mixing slices and vectors.
     at = ref.at[places[:, None], columns.number[None, :]]
     return _load(at, exist, columns.exist, (places.size, columns.size))
 
 
 def load_rows(ref, rows: Rows, columns: Columns) -> jax.Array:
-    """ref[rows, columns]; zero for those not meant."""
+    """ref[rows, columns]; zero for masked rows."""
     at = ref.at[pl.ds(rows.start, rows.size), columns.at]
     return _load(at, rows.exist, columns.exist, (rows.size, columns.size))
 
 
 def store_rows(ref, rows: Rows, columns: Columns, values) -> None:
-    """ref[rows, columns] = values, in its dtype."""
+    """ref[rows, columns] = values, cast to the dtype of ref."""
     at = ref.at[pl.ds(rows.start, rows.size), columns.at]
     mask = _mask(rows.exist, columns.exist, (rows.size, columns.size))
     pltriton.store(at, values.astype(ref.dtype), mask=mask)
@@ -137,9 +137,9 @@ def _mask(down, across, shape):
 
 
 def walk(depth: int, block: int, enabled, step: Callable, carry):
-    """step(columns, carry) over blocks of a contraction of `depth`; not at all where not `enabled`.
+    """Runs step(columns, carry) over the blocks of a contraction of size `depth`; no step if `enabled` is false.
 
-    The count is never a constant: a short loop that has one is unrolled, and spills.
+    The trip count is never a constant: a short loop with a constant count would be unrolled and would spill registers.
     """
     steps = jnp.where(enabled, jnp.int32(pl.cdiv(depth, block)), jnp.int32(0))
     return lax.fori_loop(jnp.int32(0), steps, lambda i, carry: step(Columns(i * block, block, depth), carry), carry)

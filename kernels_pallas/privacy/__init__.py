@@ -1,4 +1,4 @@
-"""What private training asks of a linear layer: each example's gradient norm, and the sum of clipped gradients."""
+"""DP-SGD kernels for linear layers: per-example gradient norms (ghost norms), and sums of clipped gradients."""
 
 from .api import (
     CLIP_REDUCE as CLIP_REDUCE,

@@ -1,4 +1,4 @@
-"""The public functions of this family, and their tables."""
+"""The public DP-SGD functions, `ghost_norm_sq` and `clip_reduce`, and their implementation tables."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -48,32 +48,33 @@ def ghost_norm_sq(
     bias: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, " B"]:
-    """The squared norm of each example's gradient of a linear layer y = x W, without the gradients in memory.
+    """Ghost norm: the squared per-example gradient norms of a linear layer y = x W, without the gradients in memory.
 
         out[b] = sum_e || sum_{t: groups[b,t] = e} a[b,t] g[b,t]^T ||_F^2
 
-    in float32, products too. With `bias` the layer is x W + b, and each || sum_{t of e} g[b,t] ||^2 is added: a has a
-    column of ones. Rounding errs by some 1e-7 of sum_{t,s of one group} |<a_t, a_s> <g_t, g_s>|, which is more than
-    the norm's own size where the terms of a gradient cancel; the result is never below zero.
+    in float32, including products. With `bias` the layer is x W + b, and || sum_{t of e} g[b,t] ||^2 is added for each
+    group e, as if a had a column of ones. The rounding error is about 1e-7 of
+    sum_{t,s of one group} |<a_t, a_s> <g_t, g_s>|, which exceeds the norm itself if the terms of a gradient cancel. The
+    result is never negative.
 
     Args:
       a: the layer's inputs.
-      g: the gradients of its outputs, of the example's own loss.
-      groups: which weight matrix each row has met, such as an expert's number. A row whose group is negative does not
-        count, and may hold anything. None: all rows have met one.
-      bias: whether the layer has one; an expert's its own.
-      implementation: one of GHOST_NORM_SQ's; the best that runs here where None.
+      g: the gradients of each example's own loss with respect to the layer's outputs.
+      groups: the weight matrix of each row, for example its expert. Rows with a negative group are padding: they are
+        ignored and may be NaN. None: all rows have the same matrix.
+      bias: whether the layer has a bias (for experts: one bias per expert).
+      implementation: a name in GHOST_NORM_SQ.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
-      ValueError: the shapes do not fit each other, groups are no integers, or `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      ValueError: the shapes do not fit together, groups are not integers, or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679, section 4.
     """
     wrong = _misfit(a, g)
     if wrong is None and groups is not None:
         if groups.shape != a.shape[:2]:
-            wrong = f"groups must be one number a row, (B, T) = {a.shape[:2]}, got {groups.shape}"
+            wrong = f"groups must be one number per row, (B, T) = {a.shape[:2]}, got {groups.shape}"
         elif not jnp.issubdtype(groups.dtype, jnp.integer):
             wrong = f"groups must be integers, got {groups.dtype}; cast them to int32"
         else:
@@ -90,32 +91,32 @@ def clip_reduce(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "D F"]:
-    """The sum of examples' gradients of a linear layer, each times its clip factor: sum_b c[b] sum_t a[b,t] g[b,t]^T.
+    """The sum of clipped per-example gradients of a linear layer: sum_b c[b] sum_t a[b,t] g[b,t]^T.
 
-    In float32, products too: c meets the product, not g, so an example keeps its bound to some 1e-7. One whose c is 0
-    adds nothing, whatever it holds, NaN too, and its factor's gradient is 0.
+    In float32, including products. c multiplies the product and not g, so that rounding changes the norm of an example
+    by only about 1e-7. An example with c = 0 adds nothing, even if it is NaN, and the gradient of its factor is 0.
 
     Args:
-      a, g: as of `ghost_norm_sq`.
-      c: such as min(1, C / norm).
-      implementation: one of CLIP_REDUCE's; the best that runs here where None.
+      a, g: as in `ghost_norm_sq`.
+      c: the clip factors, for example min(1, C / norm).
+      implementation: a name in CLIP_REDUCE.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
-      ValueError: the shapes do not fit each other, or `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      ValueError: the shapes do not fit together, or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: Bu et al., arXiv 2210.00038, section 2.
     """
     wrong = _misfit(a, g)
     if wrong is None and c.shape != a.shape[:1]:
-        wrong = f"c must be one number an example, (B,) = {a.shape[:1]}, got {c.shape}"
+        wrong = f"c must be one number per example, (B,) = {a.shape[:1]}, got {c.shape}"
     if wrong:
         raise ValueError(f"clip_reduce: {wrong}.")
     return CLIP_REDUCE(a, g, c.astype(jnp.float32), implementation=implementation)
 
 
 def _misfit(a, g) -> str | None:
-    """Why these are not a layer's inputs and the gradients of its outputs; None where they are."""
+    """The reason why the inputs and the gradients of the outputs do not fit together, or None."""
     if a.ndim != 3 or g.ndim != 3 or a.shape[:2] != g.shape[:2]:
         return f"a {a.shape} and g {g.shape} do not fit; give a as (B, T, D) and g as (B, T, F)"
     if 0 in a.shape + g.shape:

@@ -1,4 +1,4 @@
-"""The definitions, in float32, and their gradients; what every kernel is held to."""
+"""Reference implementations of the DP-SGD operations in float32 jnp, and their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ def ghost_norm_sq(
     *,
     bias: bool,
 ) -> Float[Array, " B"]:
-    """sum_e ||sum_{t of e} a_t g_t^T||_F^2 of each example, with the squares of sum_{t of e} g_t where there is a bias.
+    """sum_e ||sum_{t of e} a_t g_t^T||_F^2 of each example, plus ||sum_{t of e} g_t||^2 with a bias.
 
-    The matrices themselves where they take no more memory than a and g, which is D F <= T (D + F); else the products
-    of all pairs of rows, sum_{t,s} <a_t, a_s> <g_t, g_s>, and then T^2 is less than T (D + F) / 2. Groups are a mask
-    of pairs. Rounding may leave a sum of pairs below zero, which no square is.
+    It computes the matrices if they take no more memory than a and g, that is if D F <= T (D + F). Else it computes the
+    products of all pairs of rows, sum_{t,s} <a_t, a_s> <g_t, g_s>; then T^2 is less than T (D + F) / 2. Groups are a
+    mask of the pairs. Rounding can make a sum over pairs negative, so it is clipped at 0.
     """
     T, D, F = *a.shape[1:], g.shape[2]
     a32, g32 = a.astype(jnp.float32), g.astype(jnp.float32)
-    if groups is not None:  # a row that does not count is no number: nor would it be times zero
+    if groups is not None:  # padding rows may be NaN, and NaN times 0 is NaN
         a32, g32 = (jnp.where(groups[:, :, None] >= 0, x, 0) for x in (a32, g32))
     if T == 1:
         squares = jnp.sum(jnp.square(a32), axis=(1, 2)) + (1 if bias else 0)
@@ -44,17 +44,16 @@ def clip_reduce(
     g: Float[Array, "B T F"],
     c: Float[Array, " B"],
 ) -> Float[Array, "D F"]:
-    """sum_b c_b sum_t a_bt g_bt^T; an example whose c is 0 adds nothing, whatever it holds."""
+    """sum_b c_b sum_t a_bt g_bt^T; an example with c = 0 adds nothing, even if it is NaN."""
     counts = (c != 0)[:, None, None]
     a32, g32 = (jnp.where(counts, x.astype(jnp.float32), 0) for x in (a, g))
     return jnp.einsum("btd,btf->df", a32, c.astype(jnp.float32)[:, None, None] * g32, precision=HIGHEST)
 
 
 def ghost_norm_sq_backward(residuals, d_out, **static):
-    """d_a and d_g, by differentiating the definition.
+    """d_a and d_g, by differentiating the reference.
 
-    A norm decides how far an example is clipped, and nobody trains through that, so no kernel computes this: it is
-    here to be exact, where somebody asks.
+    DP-SGD does not differentiate the clip factors, so there is no backward kernel.
     """
     a, g, groups = residuals
     _, vjp = jax.vjp(lambda a, g: ghost_norm_sq(a, g, groups, **static), a, g)
@@ -62,6 +61,6 @@ def ghost_norm_sq_backward(residuals, d_out, **static):
 
 
 def clip_reduce_backward(residuals, d_out):
-    """d_a, d_g and d_c, likewise; d_c of a c that is 0 is 0."""
+    """d_a, d_g and d_c, by differentiating the reference; d_c is 0 where c is 0."""
     _, vjp = jax.vjp(clip_reduce, *residuals)
     return vjp(d_out)

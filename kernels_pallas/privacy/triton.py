@@ -1,22 +1,24 @@
-"""ghost_norm_sq and clip_reduce with Pallas-Triton: no gradient of a single example is ever in memory.
+"""DP-SGD kernels in Pallas-Triton, ghost norms and clipped sums: no per-example gradient is written to memory.
 
-A squared norm has two ways, of which `cost.pairs_are_fewer` takes the shorter. By pairs of rows,
+There are two algorithms for a squared norm; `cost.pairs_are_fewer` chooses the one with fewer flops. By pairs of rows,
 
     ||sum_t a_t g_t^T||^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>,
 
-a program has one tile of pairs: its two products, multiplied and added up. Tiles on one side of the diagonal count
-twice. Pairs of two groups are masked, and a tile that has none of one group costs nothing, so rows sorted by group
-cost what their own pairs do: all calls with groups go this way. (By matrix a program would have to seek the rows of
-each group.) By matrix, a program has one tile of A^T G: all rows of the example contracted, squared and added up.
-Either way it writes one number, and a second stage adds an example's in a fixed order: no atomics.
+a program has one tile of pairs: it computes the two products, multiplies them elementwise and sums. Only tiles on one
+side of the diagonal are computed, and counted twice. Pairs across groups are masked. A tile without a pair within a
+group is skipped, so if rows are sorted by group, the cost is that of the pairs within groups. All calls with groups use
+this algorithm, because by matrix a program would have to search for the rows of each group. By matrix, a program has
+one tile of A^T G: it contracts all rows of the example, squares and sums. In both algorithms a program writes one
+number, and a second stage adds the numbers of an example in a fixed order, without atomics.
 
-clip_reduce has a tile of the sum, and walks example by example: the example's product in float32, times c, added to
-the sum. Scaling g before the product would round c g to its dtype, 2^-9 of it in bfloat16, and an example could pass
-its bound; the second tile of sums costs registers, and one multiply-add an element for each 2 T of the product.
-An example whose c is 0 is not read. Where tiles are few, several programs share the examples (see experts).
+A program of clip_reduce has a tile of the sum and loops over examples: it computes the example's product in float32,
+multiplies it by c and adds it to the sum. Scaling g before the product would round c g to its dtype (a relative error
+of 2^-9 in bfloat16), and an example could exceed its clip norm. The second accumulator takes registers, and one
+multiply-add per element for each 2 T flops of the product. An example with c = 0 is not read. If there are few tiles,
+several programs share the examples, as in experts/triton.py.
 
-Source: by pairs Goodfellow, arXiv 1510.01799, for one row, and Li et al., arXiv 2110.05679, section 4, for several;
-which of two ways, Bu et al., arXiv 2205.10683; sums clipped in a second product, Bu et al., arXiv 2210.00038.
+Source: by pairs, Goodfellow, arXiv 1510.01799, for one row, and Li et al., arXiv 2110.05679, section 4, for several;
+the choice between both, Bu et al., arXiv 2205.10683; clipped sums by a second product, Bu et al., arXiv 2210.00038.
 """
 
 import functools
@@ -35,20 +37,20 @@ from .blocks import NAMES, blocks_for, cores
 
 
 DTYPES = ("bfloat16", "float16", "float32")
-ROWS_A_SPLIT = 512  # at least: less is not worth the parts that are written and added
+ROWS_A_SPLIT = 512  # the fewest rows per split: with fewer, writing and adding partial sums costs more than it saves
 MOST_SPLITS = 8
 
 
 def norm_unsupported(a, g, groups, *, bias) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del groups, bias
     if a.shape[1] == 1:
-        return "needs two rows an example or more, got T = 1: of one row, XLA's sums of squares are enough"
+        return "needs at least two rows per example, got T = 1, for which XLA's sums of squares are fast"
     return _wrong_dtype(a, g) or backend.why_not_triton()
 
 
 def clip_unsupported(a, g, c) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del c
     return _wrong_dtype(a, g) or backend.why_not_triton()
 
@@ -60,7 +62,7 @@ def _wrong_dtype(a, g) -> str | None:
 
 
 def norm_forward(a, g, groups, *, bias):
-    """The squared norms, and the arguments for the backward."""
+    """The squared norms, and the arguments as residuals."""
     _, T, D = a.shape
     if groups is not None or cost.pairs_are_fewer(T, D, g.shape[2]):
         squares = _by_pairs(a, g, groups, bias)
@@ -72,7 +74,7 @@ def norm_forward(a, g, groups, *, bias):
 
 
 def _by_pairs(a, g, groups, bias: bool):
-    """(B,): sums of tiles of pairs; never below zero, where rounding may leave them."""
+    """The squared norms (B,) by pairs of rows; negative results of rounding are clipped to 0."""
     (B, T, D), F = a.shape, g.shape[2]
     blocks = blocks_for("pairs", a, g, groups is not None)
     tiles = pl.cdiv(T, blocks.rows)
@@ -90,7 +92,7 @@ def _by_pairs(a, g, groups, bias: bool):
 
 
 def _by_matrix(a, g):
-    """(B,): sums of the squares of tiles of A^T G."""
+    """The squared norms (B,) by the matrix A^T G."""
     (B, T, D), F = a.shape, g.shape[2]
     blocks = blocks_for("matrix", a, g)
     out = jax.ShapeDtypeStruct((B, pl.cdiv(D, blocks.rows) * pl.cdiv(F, blocks.columns)), jnp.float32)
@@ -107,7 +109,7 @@ def _by_matrix(a, g):
 
 
 def clip_forward(a, g, c):
-    """The sum of clipped gradients, and the arguments for the backward."""
+    """The sum of clipped gradients, and the arguments as residuals."""
     (B, T, D), F = a.shape, g.shape[2]
     blocks = blocks_for("clip", a, g)
     tiles = pl.cdiv(D, blocks.rows) * pl.cdiv(F, blocks.columns)
@@ -125,13 +127,13 @@ def clip_forward(a, g, c):
 
 
 def _splits(programs: int, B: int, T: int) -> int:
-    """How many programs share the examples: enough to fill the device, where there are rows enough."""
+    """The number of programs that share the examples: enough to fill the GPU, if there are enough rows."""
     wanted = pl.cdiv(cores(), programs)
     return max(min(wanted, B * T // ROWS_A_SPLIT, B, MOST_SPLITS), 1)
 
 
 def _pairs_kernel(a_ref, g_ref, groups_ref, out_ref, *, bias, blocks):
-    """A tile of pairs (t, s) of one example: those k tiles apart, cyclically, for k up to half of the tiles."""
+    """A tile of pairs (t, s) of one example: row tiles at cyclic distance k, for k up to half the number of tiles."""
     T, tiles = a_ref.shape[1], pl.cdiv(a_ref.shape[1], blocks.rows)
     example, pair = (f(pl.program_id(0), out_ref.shape[1]) for f in (lax.div, lax.rem))
     apart, first = (f(pair, tiles) for f in (lax.div, lax.rem))
@@ -149,27 +151,27 @@ def _pairs_kernel(a_ref, g_ref, groups_ref, out_ref, *, bias, blocks):
 
         return walk(ref.shape[2], blocks.depth, enabled, step, jnp.full((blocks.rows, blocks.rows), start, jnp.float32))
 
-    both = products(a_ref, 1.0 if bias else 0.0) * products(g_ref, 0.0)  # a bias is a column of ones beside a
+    both = products(a_ref, 1.0 if bias else 0.0) * products(g_ref, 0.0)  # a bias is a column of ones of a
     if groups_ref is not None:
-        both = jnp.where(same, both, 0.0)  # a row that does not count may be NaN, in its own pairs alone
+        both = jnp.where(same, both, 0.0)  # padding rows may be NaN; this affects only their own pairs
     total = jnp.sum(both)
     out_ref[example, pair] = jnp.where(apart == 0, total, total + total)
 
 
 def _groups(ref, example, rows):
-    """The groups of rows; -1 past the last."""
+    """The groups of the rows; -1 past the last row."""
     exist = rows.exist
     return pltriton.load(ref.at[example, rows.at], mask=exist, other=None if exist is None else jnp.int32(-1))
 
 
 def _tile(program, D: int, F: int, blocks):
-    """(rows, columns) of the matrix that a program has."""
+    """(rows, columns) of the program's tile of the matrix."""
     row, column = tile_of_program(program, pl.cdiv(D, blocks.rows), pl.cdiv(F, blocks.columns))
     return Columns(row * blocks.rows, blocks.rows, D), Columns(column * blocks.columns, blocks.columns, F)
 
 
 def _product(a_ref, g_ref, example, inputs, outputs, enabled, blocks):
-    """A tile of one example's A^T G; zeros where not `enabled`, and nothing is read."""
+    """A tile of one example's A^T G; if `enabled` is false, zeros, and nothing is read."""
 
     def step(rows, acc):
         a, g = load_matrix(a_ref, rows, inputs, example), load_matrix(g_ref, rows, outputs, example)

@@ -1,3 +1,3 @@
-"""Chance that nobody can guess: normal numbers out of a stream cipher."""
+"""Cryptographically secure Gaussian noise from the ChaCha20 stream cipher: `secure_normal`."""
 
 from .api import SECURE_NORMAL as SECURE_NORMAL, secure_normal as secure_normal

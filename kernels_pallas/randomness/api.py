@@ -1,4 +1,4 @@
-"""The public function of this family, and its table."""
+"""The public function `secure_normal` (ChaCha20-based Gaussian noise) and the table of its implementations."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, UInt32
@@ -8,7 +8,7 @@ from . import cost, ffi, reference
 from .cases import SECURE_NORMAL as CASES
 
 
-MOST = 2**31 - 1  # what a start can say
+MOST = 2**31 - 1  # the largest value of `start`, which is int32
 SECURE_NORMAL = Op(
     name="secure_normal",
     reference=reference.secure_normal,
@@ -28,24 +28,25 @@ def secure_normal(
     whole: tuple[int, ...] | None = None,
     implementation: str | None = None,
 ) -> Float32[Array, "..."]:
-    """x + stddev n, n of independent standard normal numbers that nobody without the key can tell from chance.
+    """x + stddev n with Gaussian noise n from a cryptographically secure generator (ChaCha20).
 
-    They are made of ChaCha20's key stream (RFC 8439), 64 bits each, by the normal's inverse: up to 9 standard
-    deviations, within 1e-6. Which number an element gets depends on key, nonce and its place in the whole array, not on
-    how that is cut: `ffi` has the same on every device to the bit, `xla` to the last one, as XLA rounds. Below 1.2e-38
-    a number may be zero, as it is to XLA on CPUs.
+    Each element of n uses 64 bits of ChaCha20's key stream (RFC 8439) and the inverse of the normal distribution
+    function, within 1e-6, up to 9 standard deviations. Without the key, n is computationally indistinguishable from
+    independent standard normal numbers. An element depends on the key, the nonce and its index in the whole array, not
+    on the sharding. The results of `ffi` are bit-identical on all devices; those of `xla` agree up to XLA's rounding in
+    the last bit. Numbers below 1.2e-38 may be flushed to zero, as XLA does on CPUs.
 
     Args:
-      x: the piece of an array that is at hand; of one dim at least.
-      key: 256 bits, as numbers that are kept secret.
-      nonce: 96 bits; with one key each may be used for one array alone.
-      start: where in the whole array the piece begins, in each dim, for it to lie inside; None: at its beginning.
-      whole: the whole array's shape; None: that of x. Up to 2^32 blocks of eight numbers, each row beginning one.
-      implementation: one of SECURE_NORMAL's; the best that runs here where None.
+      x: a shard of an array, with at least one dim.
+      key: the secret key, 256 bits.
+      nonce: 96 bits; a nonce may be used for only one array per key.
+      start: the index in the whole array at which the shard begins, in each dim; None: 0. The shard must lie inside.
+      whole: the shape of the whole array; None: that of x. At most 2^32 blocks of eight numbers; each row starts a
+      block. implementation: a name in SECURE_NORMAL.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
-      ValueError: shapes or dtypes are not these, the whole is larger, or `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      ValueError: a shape or dtype is wrong, the whole array is too large, or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: Nir and Langley, RFC 8439, section 2.3, for the bits.
     """
@@ -58,19 +59,19 @@ def secure_normal(
 
 def _misfit(x, key, nonce, whole: tuple[int, ...]) -> str | None:
     if x.dtype != jnp.float32 or x.ndim == 0:
-        return f"x must be float32 with one dim at least, got {x.dtype} {x.shape}; noise in less would be rounded away"
+        return f"x must be float32 with at least one dim, got {x.dtype} {x.shape}; cast it to float32 to add noise"
     if (key.shape, nonce.shape) != ((8,), (3,)) or {key.dtype, nonce.dtype} != {jnp.dtype(jnp.uint32)}:
         return (
             "key and nonce must be 8 and 3 words of uint32, "
             f"got {key.dtype} {key.shape} and {nonce.dtype} {nonce.shape}"
         )
     if len(whole) != x.ndim or any(small > large for small, large in zip(x.shape, whole, strict=True)):
-        return f"x {x.shape} is no piece of a whole of shape {whole}"
+        return f"a shard of shape {x.shape} does not fit into an array of shape {whole}"
     if any(small < large > MOST for small, large in zip(x.shape, whole, strict=True)):
-        return f"the whole of shape {whole} is cut where a dim has more than {MOST} places; split that dim in two"
+        return f"the array of shape {whole} is sharded along a dim larger than {MOST}; split that dim in two"
     blocks = -(-whole[-1] // reference.PER_BLOCK)
     for size in whole[:-1]:
         blocks *= size
     if blocks > 2**32:
-        return f"the whole of shape {whole} takes {blocks} blocks, a nonce has 2^32; give its parts nonces of their own"
+        return f"the array of shape {whole} takes {blocks} blocks, a nonce has 2^32; split it, with a nonce per part"
     return None

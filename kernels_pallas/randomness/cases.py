@@ -1,4 +1,4 @@
-"""Sizes that tests and benchmarks run: parameters whose gradient gets noise."""
+"""Named cases of secure noise: tiny ones, and gradients of the parameters of published models."""
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ def _case(*shape, start=None, whole=None, stddev=1.0, origin="", tiny=False) -> 
 
 SECURE_NORMAL = {
     "tiny": _case(3, 64, tiny=True),
-    "tiny_odd": _case(2, 3, 37, stddev=0.5, tiny=True, origin="a row's last block is not full"),
+    "tiny_odd": _case(2, 3, 37, stddev=0.5, tiny=True, origin="a partial last block in each row"),
     "tiny_vector": _case(13, tiny=True),
-    "tiny_piece": _case(2, 3, 17, start=(1, 2, 21), whole=(4, 6, 50), tiny=True, origin="begins inside a block"),
-    "dit_xl2_qkv": _case(28, 1152, 3456, origin="DiT-XL/2, attention's first matrices"),
-    "dit_xl2_bias": _case(28, 6912, origin="DiT-XL/2, the modulations' biases"),
-    "dit_xl2_piece": _case(28, 144, 3456, start=(0, 288, 0), whole=(28, 1152, 3456), origin="an eighth of them"),
+    "tiny_piece": _case(2, 3, 17, start=(1, 2, 21), whole=(4, 6, 50), tiny=True, origin="starts inside a block"),
+    "dit_xl2_qkv": _case(28, 1152, 3456, origin="DiT-XL/2, QKV projections of all layers"),
+    "dit_xl2_bias": _case(28, 6912, origin="DiT-XL/2, adaLN biases of all layers"),
+    "dit_xl2_piece": _case(28, 144, 3456, start=(0, 288, 0), whole=(28, 1152, 3456), origin="an eighth of these"),
 }

@@ -1,4 +1,4 @@
-"""The definition: ChaCha20's bits, and the normal numbers that they stand for."""
+"""Reference implementation of secure noise in jnp: ChaCha20, and the inverse normal distribution function."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from .segments import segments
 
 
-PER_BLOCK = 8  # normals of a block's 512 bits
+PER_BLOCK = 8  # numbers per block of 512 bits
 CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)  # "expand 32-byte k"
 
 
@@ -20,7 +20,7 @@ def secure_normal(
     stddev: float,
     whole: tuple[int, ...],
 ) -> Float[Array, "..."]:
-    """x + stddev n. Row r of the whole array, of C columns, has the blocks r ceil(C / 8) + c // 8; a row begins one."""
+    """x + stddev n. Column c of row r of the whole array, with C columns, uses block r ceil(C / 8) + c // 8."""
     *of_rows, columns = x.shape
     row = jnp.zeros((), jnp.uint32)
     for dim, size in enumerate(of_rows):
@@ -37,7 +37,7 @@ def secure_normal(
 
 
 def secure_normal_backward(residuals, d_out, **static):
-    """d_x; what is drawn depends on no x."""
+    """d_x = d_out: the noise does not depend on x."""
     del residuals, static
     return d_out, None, None, None
 
@@ -45,7 +45,7 @@ def secure_normal_backward(residuals, d_out, **static):
 def chacha20(
     key: UInt32[Array, " 8"], counters: UInt32[Array, " num"], nonce: UInt32[Array, " 3"]
 ) -> UInt32[Array, "num 16"]:
-    """The blocks of these counters (RFC 8439, section 2.3)."""
+    """The ChaCha20 blocks of these counters (RFC 8439, section 2.3)."""
     fixed = jnp.concatenate([jnp.array(CONSTANTS, jnp.uint32), key])
     ends = jnp.concatenate([counters[None], jnp.broadcast_to(nonce[:, None], (3, counters.size))])
     state = jnp.concatenate([jnp.broadcast_to(fixed[:, None], (12, counters.size)), ends]).reshape(4, 4, -1)
@@ -61,16 +61,18 @@ def chacha20(
 
 
 def normals(high: UInt32[Array, "..."], low: UInt32[Array, "..."]) -> Float[Array, "..."]:
-    """The first of 64 bits is the sign, the others, with a 1 behind them, are the tail probability times 2^65.
+    """Maps 64 random bits to a normal number, by the inverse of the normal distribution function.
 
-    Leading zeros and the four bits after the first 1 choose the segment, the next 24 are the place in it.
+    The first bit is the sign. The other bits, followed by a 1, are the tail probability times 2^65. The number of
+    leading zeros and the four bits after the first 1 select the segment of the inverse; the next 24 bits are the
+    position in the segment.
     """
     tail_high, tail_low = high << 1 | low >> 31, low << 1 | jnp.uint32(1)
     far = tail_high == 0  # more than 31 zeros
     first, second = jnp.where(far, tail_low, tail_high), jnp.where(far, 0, tail_low)
     zeros = jax.lax.clz(first)
     bits = (first << zeros) << 1 | (second >> 1) >> (jnp.uint32(30) - jnp.minimum(zeros, 30))
-    bits = jnp.where(zeros == 31, second, bits)  # nothing but the first 1 was there
+    bits = jnp.where(zeros == 31, second, bits)  # the first 1 was the last bit of `first`
     octave = zeros + jnp.where(far, jnp.uint32(32), jnp.uint32(0))
     c0, c1, c2, c3 = jnp.asarray(segments()).T
     chosen = (octave * 16 + (bits >> 28)).astype(jnp.int32)

@@ -1,8 +1,9 @@
-"""The normal's upper quantile in pieces: x with P(X > x) = q, for q = (1 + (k + t) / 16) 2^-(o+2), 0 <= t < 1.
+"""Piecewise cubic approximation of the normal quantile: x with P(X > x) = q.
 
-For each octave o = 0 ... 63 and part k = 0 ... 15 four coefficients c of c0 + c1 t + c2 t^2 + c3 t^3, float32. They lie
-in segments.npy, so that all machines have the same to the bit; `computed` is where they come from. The cubic
-is within half of float32's last place of the quantile, which goes up to 9.
+For q = (1 + (k + t) / 16) 2^-(o+2) with 0 <= t < 1, each octave o = 0 ... 63 and part k = 0 ... 15 has four float32
+coefficients of x = c0 + c1 t + c2 t^2 + c3 t^3. They are stored in segments.npy, so that they are bit-identical on all
+machines; `computed` recomputes them. The cubic is within half a unit in the last place of float32 of the quantile,
+which is at most 9.
 """
 
 import functools
@@ -18,12 +19,12 @@ OCTAVES, PARTS = 64, 16
 
 @functools.cache
 def segments() -> Float[np.ndarray, "1024 4"]:
-    """The coefficients, by 16 o + k."""
+    """The coefficients; row 16 o + k has those of octave o and part k."""
     return np.load(Path(__file__).with_name("segments.npy"))
 
 
 def computed() -> Float[np.ndarray, "1024 4"]:
-    """The same, made anew: of each segment the cubic through the quantiles at Chebyshev's four nodes."""
+    """The coefficients, recomputed: for each segment the cubic through the quantiles at four Chebyshev nodes."""
     nodes = (np.cos(np.pi * (np.arange(4) + 0.5) / 4) + 1) / 2
     octave, part = np.divmod(np.arange(OCTAVES * PARTS), PARTS)
     tail = (1 + (part[:, None] + nodes) / PARTS) * 2.0 ** -(octave[:, None] + 2)

@@ -1,4 +1,4 @@
-"""The public function of this family, and its table."""
+"""The public function `qk_norm_rope` and the table of its implementations."""
 
 from jaxtyping import Array, Float
 
@@ -27,23 +27,22 @@ def qk_norm_rope(
     eps: float = 1e-6,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Splits what one projection made into (q, k, v), with q and k normalised by head and turned by position.
+    """Splits a packed QKV projection into (q, k, v), with QK-norm (RMSNorm per head) and RoPE applied to q and k.
 
         q, k = turn(rms_norm(q) * q_weight), turn(rms_norm(k) * k_weight)
         turn(a, b) = (a cos - b sin, b cos + a sin)       for each pair of a head's elements
 
-    `qkv` holds, for each of K key heads, its M - 2 query heads, its key and its value, as the projection's one product
-    writes them: a slice of it handed to a kernel would be a copy first. Query head n is member n % (M - 2) of
-    key head n // (M - 2). Pairs are (x_i, x_{i + H/2}), or (x_{2i}, x_{2i + 1}) where `interleaved`. Without weights
-    nothing is normalised, without a rotation nothing turns. Computed in float32; q, k and v have the dtype of `qkv`.
-    The rotation is a constant to the gradient.
+    `qkv` is the output of one projection: for each of K key heads its M - 2 query heads, its key and its value. It is
+    packed because XLA would copy a slice of it before passing it to a kernel. Query head n is member n % (M - 2) of key
+    head n // (M - 2). Pairs are (x_i, x_{i + H/2}), or (x_{2i}, x_{2i + 1}) if `interleaved`. Without weights there is
+    no normalisation; without a rotation there is no RoPE. The computation is in float32; q, k and v have the dtype of
+    `qkv`. The rotation has no gradient.
 
     Raises:
-      ValueError: the shapes do not fit each other, or `implementation` is unknown.
-      NotImplementedError: `implementation` cannot run here.
+      ValueError: the shapes do not fit together, or `implementation` is unknown.
+      NotImplementedError: `implementation` cannot run these arguments here.
 
-    Source: QK-norm arXiv 2302.05442, section 2; RoPE arXiv 2104.09864, equation 34; what turns by how much is
-    `Rotation`'s.
+    Source: QK-norm arXiv 2302.05442, section 2; RoPE arXiv 2104.09864, equation 34. `Rotation` has the angles.
     """
     B, T, _, M, H = qkv.shape if qkv.ndim == 5 else (0,) * 5
     if M < 3 or H % 2:

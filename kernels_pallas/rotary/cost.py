@@ -1,4 +1,4 @@
-"""Work that no implementation avoids: one read and one write of all heads; two flops a byte or fewer."""
+"""Cost model of QK-norm and RoPE: one read and one write of all heads, with at most two flops per byte."""
 
 import jax
 
@@ -8,8 +8,8 @@ from ..op import Cost
 def forward(qkv, q_weight, k_weight, rotation, *, interleaved, eps) -> Cost:
     """Reads qkv, the weights and the rotation; writes q, k and v.
 
-    An element of q or k takes: square and add (2), * rstd * weight (2) where it is normalised; two products and a sum
-    (3) where it is turned.
+    Flops per element of q or k: with normalisation square and add (2) and * rstd * weight (2); with RoPE two products
+    and a sum (3).
     """
     del interleaved, eps
     return Cost(
@@ -20,11 +20,11 @@ def forward(qkv, q_weight, k_weight, rotation, *, interleaved, eps) -> Cost:
 
 
 def backward(qkv, q_weight, k_weight, rotation, *, interleaved, eps) -> Cost:
-    """Reads d_q, d_k, d_v, the weights and the rotation, and q and k where they are normalised; writes d_qkv and
-    the gradients of the weights.
+    """Reads d_q, d_k, d_v, the weights and the rotation, and with normalisation q and k; writes d_qkv and the
+    gradients of the weights.
 
-    An element takes: the turn back (3); the norm again (3), d_weight (2), g = d * weight (1), mean(g * x_hat) (2)
-    and d_x (3).
+    Flops per element: the inverse rotation (3); the recomputed norm (3), d_weight (2), g = d * weight (1),
+    mean(g * x_hat) (2) and d_x (3).
     """
     del interleaved, eps
     normed = q_weight is not None
@@ -38,7 +38,7 @@ def backward(qkv, q_weight, k_weight, rotation, *, interleaved, eps) -> Cost:
 
 
 def _turned(qkv) -> int:
-    """Elements of q and k."""
+    """The number of elements of q and k."""
     return qkv.size // qkv.shape[3] * (qkv.shape[3] - 1)
 
 

@@ -1,4 +1,4 @@
-"""The definition: plain jnp, which is also implementation="xla"."""
+"""Reference implementation of QK-norm and RoPE in jnp; also implementation="xla"."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def qk_norm_rope(
     interleaved: bool,
     eps: float,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """q, k and v, of which q and k are normalised and turned, in float32."""
+    """q, k and v; q and k are normalised and rotated in float32."""
     q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
     q = q.reshape(*q.shape[:2], -1, q.shape[-1])  # query head n = key head * (M - 2) + member
 

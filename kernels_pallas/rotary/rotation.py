@@ -1,4 +1,4 @@
-"""By how much the pairs of a head turn at each token: every form of rotary position is a constructor of this."""
+"""The rotation angles of RoPE for each token: `Rotation`, with constructors for 1D, 2D and 3D positions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from jaxtyping import Array, Num
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Cosine and sine for each pair of a head's elements, float32 (B or 1, T, H/2): one row serves all examples.
+    """The cosine and sine of the angle of each pair of a head's elements, float32 (B, T, H/2), or (1, T, H/2) if all
+    examples share them.
 
-    Which two elements make a pair is the caller's `interleaved`.
+    The argument `interleaved` of `qk_norm_rope` decides which two elements form a pair.
     """
 
     cos: Any
@@ -23,13 +24,13 @@ class Rotation:
 
     @classmethod
     def of(cls, positions: Num[Array, "M T A"], widths: Sequence[int], *, theta: float = 1e4) -> "Rotation":
-        """From a position on each of A axes: `widths[a]` of the head's elements turn with axis a, the first with 0.
+        """Axial RoPE from positions on A axes: the first widths[0] elements of a head rotate with axis 0, and so on.
 
-        Pair i of an axis that has n turns by position * theta^(-i / n). A token at 0 on all axes is left as it is: so
-        are text and class tokens before an image.
+        Pair i of an axis with n pairs rotates by the angle position * theta^(-i / n). A token at position 0 on all axes
+        is not rotated; that is used for text and class tokens before an image.
 
         Raises:
-          ValueError: a width is odd, or there are not as many as axes.
+          ValueError: a width is odd, or the number of widths is not the number of axes.
 
         Source: RoPE, arXiv 2104.09864, equation 15; by axes, arXiv 2403.13298, section 3.2.
         """
@@ -46,13 +47,13 @@ class Rotation:
 
     @classmethod
     def grid(cls, sides: Sequence[int], head_width: int, *, prefix: int = 0, theta: float = 1e4) -> "Rotation":
-        """Of the tokens of a line, an image or a video, row-major: `sides` (T,), (h, w) or (frames, h, w).
+        """RoPE of the tokens of a sequence, an image or a video, row-major: `sides` (T,), (h, w) or (frames, h, w).
 
-        Every axis has as many of the head's elements, the first one what is left over. `prefix` tokens before them
-        are left as they are.
+        Every axis gets the same number of elements; the first axis also gets the remainder. `prefix` tokens before them
+        are not rotated.
 
         Raises:
-          ValueError: the head is too narrow for so many axes, or odd.
+          ValueError: the head width is odd or too small for the number of axes.
         """
         each = head_width // (2 * len(sides)) * 2
         if each == 0 or head_width % 2:

@@ -1,8 +1,9 @@
-"""qk_norm_rope with Pallas-Triton: a program holds some tokens of one key head and its query heads, one at a time.
+"""Fused QK-norm and RoPE in Pallas-Triton: a program has a tile of tokens of one key head and its query heads.
 
-Both elements of a pair are loaded apart, a half of the head each, so that a turn needs no exchange between threads.
-Statistics are computed again in the backward, as whole heads are at hand: nothing is kept beside the inputs. Its sums
-for the weights are written for each program; a second stage adds those in a fixed order: no atomics.
+The first and the second elements of the pairs are loaded as separate tiles, so that a rotation needs no communication
+between threads. The backward recomputes the statistics from whole heads, so there are no residuals beside the inputs.
+Each program writes its partial sums of the gradients of the weights; a second stage adds them in a fixed order, without
+atomics.
 """
 
 import dataclasses
@@ -24,31 +25,31 @@ MAX_WIDTH = 512
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program holds in registers at once, twice: the first and the second elements of pairs."""
+    """The tile of a program: it holds two of these in registers, the first and the second elements of the pairs."""
 
     tokens: int
-    half: int  # of a head, padded: Triton takes powers of two only
+    half: int  # half of the head width, padded to a power of two for Triton
     num_warps: int
     num_stages: int = 3
 
 
 def tile_for(tokens: int, width: int) -> Tile:
-    """Eight elements a thread of each half: one 16-byte load of bfloat16."""
+    """A tile with eight elements per thread of each half: one 16-byte load of bfloat16."""
     half = max(pl.next_power_of_2(width // 2), 8)
     rows = min(max(2048 // half, 1), pl.next_power_of_2(tokens))
     return Tile(rows, half, num_warps=min(max(rows * half // (8 * 32), 1), 8))
 
 
 def unsupported(qkv, q_weight, k_weight, rotation, *, interleaved, eps) -> str | None:
-    """None, or why these arguments cannot run here."""
+    """The reason why these arguments cannot run here, or None."""
     del q_weight, k_weight, rotation, interleaved, eps
     if not 8 <= qkv.shape[-1] <= MAX_WIDTH:
-        return f"a head must be 8 to {MAX_WIDTH} wide, got {qkv.shape[-1]}"
+        return f"needs a head width of 8 to {MAX_WIDTH}, got {qkv.shape[-1]}"
     return backend.why_not_triton()
 
 
 def forward(qkv, q_weight, k_weight, rotation, *, interleaved, eps):
-    """((q, k, v), residuals): the inputs, without qkv where nothing is normalised."""
+    """((q, k, v), residuals); the residuals are the inputs, without qkv if there is no normalisation."""
     B, T, K, M, H = qkv.shape
     tile, pairs = tile_for(T, H), functools.partial(_pairs, interleaved=interleaved)
     heads = lambda count: pairs(jax.ShapeDtypeStruct((B, T, count, H), qkv.dtype))
@@ -88,7 +89,7 @@ def backward(residuals, d_out, *, interleaved, eps):
 
 
 def _pairs(array, interleaved: bool):
-    """With the head as (2, H/2), or as (H/2, 2) where interleaved; None as it is. Nothing moves."""
+    """The array with its head dim reshaped to (2, H/2), or to (H/2, 2) if interleaved; no copy. None stays None."""
     if array is None:
         return None
     *front, H = array.shape
@@ -98,7 +99,7 @@ def _pairs(array, interleaved: bool):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Some tokens of an example, and all pairs of a head."""
+    """The index and masks of a program's tokens of one example, with all pairs of a head."""
 
     example: Any
     tokens: Any
@@ -108,7 +109,7 @@ class Place:
 
     @classmethod
     def of(cls, example, start, T: int, half: int, tile: Tile) -> "Place":
-        """Tokens from `start` on."""
+        """The tokens from `start` on."""
         token_mask = start + jnp.arange(tile.tokens, dtype=jnp.int32) < T
         half_mask = jnp.arange(tile.half, dtype=jnp.int32) < half
         return cls(example, pl.ds(start, tile.tokens), token_mask, pl.ds(jnp.int32(0), tile.half), half_mask)
@@ -118,29 +119,29 @@ class Place:
         return self.token_mask[:, None] & self.half_mask[None, :]
 
     def load(self, ref, *head) -> Any:
-        """The pairs of one head of every token, as float32; zero outside."""
+        """Loads the pairs of one head of every token, as float32; zero outside."""
         refs = self.elements(ref, self.example, self.tokens, *head)
         return tuple(pltriton.load(at, mask=self.mask, other=0.0).astype(jnp.float32) for at in refs)
 
     def store(self, ref, pairs, *head) -> None:
-        """Into one head of every token."""
+        """Stores the pairs of one head of every token."""
         for at, value in zip(self.elements(ref, self.example, self.tokens, *head), pairs, strict=True):
             pltriton.store(at, value.astype(ref.dtype), mask=self.mask)
 
     def weights(self, ref) -> Any:
-        """One for each pair's elements, as rows; None where there are none."""
+        """Loads the weights of the first and of the second elements, as rows; None without weights."""
         if ref is None:
             return None
         load = lambda at: pltriton.load(at, mask=self.half_mask, other=0.0)
         return tuple(load(at).astype(jnp.float32)[None, :] for at in self.elements(ref))
 
     def elements(self, ref, *front) -> Any:
-        """Of an array as `_pairs` leaves it: the first elements of the pairs, and the second ones."""
+        """Views of the first and of the second elements of the pairs, in an array that `_pairs` returned."""
         each = (jnp.int32(0), jnp.int32(1))
         return tuple(ref.at[*front, self.half, i] if ref.shape[-1] == 2 else ref.at[*front, i, self.half] for i in each)
 
     def angles(self, rotation) -> Any:
-        """(cos, sin) of every token; None where nothing turns."""
+        """Loads (cos, sin) of every token; None without a rotation."""
         if rotation is None:
             return None
         example = self.example if rotation.cos.shape[0] > 1 else jnp.int32(0)
@@ -149,7 +150,8 @@ class Place:
 
 
 def _start(T, K, half, tile):
-    """The program's place and its key head: tokens of a head are neighbours, so that rows of memory are shared."""
+    """(place, key head) of this program. Consecutive programs have the key heads of the same tokens, which are
+    contiguous in memory."""
     program, tiles = pl.program_id(0), pl.cdiv(T, tile.tokens)
     key_head, tile_index, example = program % K, program // K % tiles, program // (K * tiles)
     return Place.of(example, tile_index * tile.tokens, T, half, tile), key_head
@@ -161,7 +163,7 @@ def _rstd(pairs, H, eps):
 
 
 def _turn(pairs, angles, direction: int):
-    """By the angles, or back."""
+    """Rotates the pairs by the angles (direction 1) or by their negatives (-1)."""
     if angles is None:
         return pairs
     (a, b), (cos, sin) = pairs, angles
@@ -201,7 +203,7 @@ def _backward_kernel(
     angles = place.angles(rotation)
 
     def back(member, weight_ref, d_ref, head):
-        """Writes the gradient of one head; what it adds to its weights'."""
+        """Writes the gradient of one head; returns its contribution to the gradient of the weights."""
         d_pairs, weights = _turn(place.load(d_ref, head), angles, -1), place.weights(weight_ref)
         if weights is None:
             place.store(d_qkv_ref, d_pairs, key_head, member)

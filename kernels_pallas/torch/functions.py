@@ -1,13 +1,15 @@
-"""Operations as PyTorch functions, where PyTorch is installed: `from kernels_pallas import torch as kernels`.
+"""PyTorch bindings of the operations: `from kernels_pallas import torch as kernels` (needs PyTorch).
 
-Tensors and JAX's arrays are the same memory (DLPack), on a GPU as on a CPU, and gradients are the kernels' own. What a
-backward needs is saved with PyTorch: arguments and results as they are, not as copies. So it is freed when PyTorch
-frees it, checkpoints and offloads as usual, and a backward after a change in place is refused.
+Tensors and JAX arrays share memory via DLPack, on a GPU and on a CPU. Gradients are computed by the kernels' own
+backward passes. PyTorch's autograd holds the residuals of the backward; arguments and results among them are not
+copied. So PyTorch frees residuals as usual, activation checkpointing and offloading work, and a backward after an
+in-place change of a residual is an error.
 
-Both libraries take memory of one GPU: set XLA_PYTHON_CLIENT_PREALLOCATE=false before the first call. Each call waits
-for PyTorch's current stream, and that stream for the call: use one stream throughout. JAX's other work in the process
-does not wait, and may be given the memory of a result that PyTorch has dropped and still reads: synchronise first.
-A call is compiled once for each new shape; torch.compile goes around it. There are no forward-mode derivatives.
+Both libraries allocate memory of the same GPU: set XLA_PYTHON_CLIENT_PREALLOCATE=false before the first call. Each call
+waits for PyTorch's current stream, and that stream waits for the call: use one stream throughout. Other JAX work in the
+process does not wait for that stream. It may reuse the memory of a result that PyTorch has released while a PyTorch
+kernel still reads it: synchronise before such work. A call is compiled once for each new shape; torch.compile skips it
+(graph break). There are no forward-mode derivatives.
 """
 
 import dataclasses
@@ -26,8 +28,8 @@ from ..norms.api import Kind
 from .dlpack import from_dlpack
 
 
-BACKENDS = {"cpu": "cpu", "cuda": "gpu"}  # a tensor's device as JAX calls it
-ALIGN = 16  # bytes, the widest load of our kernels
+BACKENDS = {"cpu": "cpu", "cuda": "gpu"}  # PyTorch's device type: JAX's platform
+ALIGN = 16  # bytes: the widest load of the kernels
 
 
 def flash_attention(
@@ -42,14 +44,15 @@ def flash_attention(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`kernels_pallas.flash_attention` of tensors: q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H),
-    and with return_lse (B, T, N), float32.
+    """`kernels_pallas.flash_attention` for tensors: q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H),
+    and with return_lse also the log-sum-exp (B, T, N), float32.
 
-    The mask's vectors are arrays of JAX or NumPy; of tensors, `to_jax` makes some. NumPy's are moved at each call:
-    jax.device_put(mask), once, saves that. No change of them in place is noticed: make none before the backward.
+    The vectors of the mask are JAX or NumPy arrays; `to_jax` converts tensors. NumPy arrays are copied to the device at
+    each call; a single jax.device_put(mask) avoids that. In-place changes of the mask are not detected: do not change
+    it before the backward.
 
     Raises:
-      ValueError: as the function of arrays; or a tensor is not on JAX's device, or of float64.
+      ValueError: as `kernels_pallas.flash_attention`; or a tensor is not on JAX's device, or has dtype float64.
       NotImplementedError: the named implementation cannot run these arguments here.
     """
     options = {"scale": scale, "softcap": softcap, "return_lse": return_lse, "implementation": implementation}
@@ -66,10 +69,10 @@ def modulated_norm(
     eps: float = 1e-6,
     implementation: str | None = None,
 ) -> Tensor:
-    """`kernels_pallas.modulated_norm` of tensors: x (B, T, D); scale, shift (B, D) or (B, T, D) -> (B, T, D).
+    """`kernels_pallas.modulated_norm` for tensors: x (B, T, D); scale, shift (B, D) or (B, T, D) -> (B, T, D).
 
     Raises:
-      ValueError: as the function of arrays; or a tensor is not on JAX's device, or of float64.
+      ValueError: as `kernels_pallas.modulated_norm`; or a tensor is not on JAX's device, or has dtype float64.
       NotImplementedError: the named implementation cannot run these arguments here.
     """
     options = {"kind": kind, "eps": eps, "implementation": implementation}
@@ -85,15 +88,15 @@ def expert_mlp(
     *,
     implementation: str | None = None,
 ) -> Tensor:
-    """`kernels_pallas.expert_mlp` of tensors: x (T, D), at k experts a token -> (T, D).
+    """`kernels_pallas.expert_mlp` for tensors: x (T, D), with k experts per token -> (T, D).
 
     Args:
-      expert_index: integers, (T, k), as torch.topk has them; E is no expert.
-      expert_weight: (T, k): what each expert's answer counts; its gradient flows.
+      expert_index: integers, (T, k), for example from torch.topk; the value E means no expert.
+      expert_weight: (T, k): the weight of each expert's output; it has a gradient.
       w_gate_up, w_down: (E, D, 2 F), (E, F, D).
 
     Raises:
-      ValueError: as the function of arrays; or a tensor is not on JAX's device, or of float64.
+      ValueError: as `kernels_pallas.expert_mlp`; or a tensor is not on JAX's device, or has dtype float64.
       NotImplementedError: the named implementation cannot run these arguments here.
     """
     if expert_index.ndim != 2 or expert_index.shape != expert_weight.shape or len(expert_index) != len(x):
@@ -106,12 +109,12 @@ def expert_mlp(
 
 
 def to_jax(tensor: Tensor) -> jax.Array:
-    """The same memory as an array; a copy where the tensor is not contiguous, or begins between words of 16 bytes.
+    """The tensor as a JAX array that shares its memory; a copy if it is not contiguous or not 16-byte aligned.
 
-    Integers of 64 bits become those of 32, as JAX has them. A change of the tensor in place is one of the array.
+    64-bit integers become 32-bit integers, JAX's default. An in-place change of the tensor changes the array.
 
     Raises:
-      ValueError: it is not on JAX's device, or of float64, which JAX would round.
+      ValueError: the tensor is not on JAX's device, or has dtype float64, which JAX would round.
     """
     (array,) = from_dlpack([_shareable(tensor)])
     return array
@@ -135,7 +138,7 @@ def _expert_mlp(x, expert_weight, w_gate_up, w_down, expert_index, **options):
 
 @torch.compiler.disable
 def _call(function: Callable[..., Any], tensors: tuple, constants: tuple, options: dict[str, Any]):
-    """function(*tensors, *constants, **options); tensors may be None, constants have no gradient."""
+    """function(*tensors, *constants, **options). A tensor may be None; constants have no gradient."""
     if torch.autograd.forward_ad._current_level >= 0 and any(
         t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
@@ -149,36 +152,36 @@ def _call(function: Callable[..., Any], tensors: tuple, constants: tuple, option
 
 
 def _constant(device, leaf):
-    """An array for `_call`; the host's go by way of PyTorch, whose memory its stream orders."""
+    """A JAX array for `_call`. NumPy arrays become tensors first, so that PyTorch's stream orders the copy."""
     leaf = torch.as_tensor(leaf, device=device) if isinstance(leaf, np.ndarray) else leaf
     return to_jax(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _arrays(tensors: tuple) -> tuple:
-    """Those that are there as arrays; every copy is made before the one wait for PyTorch's stream."""
+    """The tensors as arrays, None for None. Copies are made before the single wait for PyTorch's stream."""
     arrays = iter(from_dlpack([_shareable(t) for t in tensors if t is not None]))
     return tuple(None if t is None else next(arrays) for t in tensors)
 
 
 def _shareable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, as JAX can have its memory."""
+    """The tensor, or a contiguous and aligned copy of it, whose memory JAX can share."""
     if BACKENDS.get(tensor.device.type) != jax.default_backend():
         raise ValueError(
-            f"kernels_pallas.torch: a tensor on {tensor.device}, and JAX runs on {jax.default_backend()}; "
-            "move the tensor, or choose with JAX_PLATFORMS=cpu or cuda."
+            f"kernels_pallas.torch: a tensor is on {tensor.device}, but JAX runs on {jax.default_backend()}; "
+            "move the tensor, or set JAX_PLATFORMS=cpu or cuda."
         )
     if tensor.dtype == torch.float64:
-        raise ValueError("kernels_pallas.torch: a tensor of float64; kernels take float32 and narrower: cast it.")
+        raise ValueError("kernels_pallas.torch: got a float64 tensor; cast it to float32 or a narrower dtype.")
     tensor = tensor.detach().contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGN else tensor
 
 
 class _Differentiable(torch.autograd.Function):
-    """One call that PyTorch will want gradients of."""
+    """The autograd function of one call."""
 
     @staticmethod
     def forward(ctx, program, constants, *tensors):
-        """The results; what the backward needs is saved with PyTorch."""
+        """The results; the residuals of the backward are saved with PyTorch's autograd."""
         out, residuals = program.forward(_arrays(tensors), constants)
         results = tuple(map(torch.from_dlpack, out))
         leaves = [*(t for t in tensors if t is not None), *jax.tree.leaves(constants), *results]
@@ -192,7 +195,7 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *d_out):
         """The kernel's own backward."""
-        saved = ctx.saved_tensors  # raises where one was changed in place
+        saved = ctx.saved_tensors  # raises if one was changed in place
         arrays = _arrays((*saved, *d_out))
         needed = [a if c is None else c for a, c in zip(arrays[: len(saved)], ctx.constants, strict=True)]
         held, own = needed[: len(ctx.plan.used)], needed[len(ctx.plan.used) :]
@@ -203,21 +206,21 @@ class _Differentiable(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
-    """Where each leaf of a pullback is: its number among those of (arguments, constants, results), or None."""
+    """For each leaf of a pullback its index among the leaves of (arguments, constants, results), or None."""
 
     places: tuple[int | None, ...]
     tree: Any
 
     @functools.cached_property
     def used(self) -> list[int]:
-        """The numbers, ascending."""
+        """The indices that occur, ascending."""
         return sorted({place for place in self.places if place is not None})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Residuals:
-    """What a backward needs beside arguments and results."""
+    """The residuals of a backward that are neither arguments nor results."""
 
     own: list[jax.Array]
     plan: _Plan = dataclasses.field(metadata={"static": True})
@@ -225,14 +228,14 @@ class _Residuals:
 
 @functools.cache
 def _program(function: Callable[..., Any], options: tuple, wanted: tuple[int, ...], interpret: bool) -> "_Program":
-    del interpret  # what was traced under one is not what runs under the other
+    del interpret  # part of the cache key: interpret mode traces another program
     return _Program(functools.partial(function, **dict(options)), wanted)
 
 
 class _Program:
-    """A function of (arrays, constants) to a tuple, compiled: alone, with what its backward needs, its backward.
+    """Three compiled forms of a function of (arrays, constants): alone, with residuals, and its backward.
 
-    `wanted` are the arrays' numbers that the gradients are of.
+    `wanted` are the indices of the arrays that have gradients.
     """
 
     def __init__(self, function: Callable[..., Any], wanted: tuple[int, ...]):
@@ -261,5 +264,5 @@ class _Program:
         self.plain, self.forward, self.backward = jax.jit(plain), jax.jit(forward), jax.jit(backward)
 
     def plain_of(self, tensors: tuple, constants: tuple) -> tuple:
-        """The results alone, as tensors."""
+        """The results without residuals, as tensors."""
         return tuple(map(torch.from_dlpack, self.plain(_arrays(tensors), constants)))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dito_jax.config import RENAMED, check, from_json, leaves, load, override, to_json
+from dito_jax.config import RENAMED, check, from_json, load, to_json
 from dito_jax.data import DigitsData, LatentsData
 from dito_jax.errors import UserError
-from dito_jax.run import command_line
+from dito_jax.overrides import leaves, override
+from dito_jax.run.recipe import check_data
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -128,14 +129,14 @@ def test_every_leaf_of_every_config_is_an_option_of_a_plain_type(digits):
 
 def test_data_that_do_not_fit_the_model_are_refused(digits):
     source = digits.data.open("train")
-    command_line.check_data(digits, source)
+    check_data(digits, source)
     for change, words in [
         ({"image_shape": (16, 16, 1)}, "image_shape is"),
         ({"num_classes": 9}, "num_classes is 9"),
     ]:
         wrong = dataclasses.replace(digits, model=dataclasses.replace(digits.model, **change))
         with pytest.raises(UserError, match=words):
-            command_line.check_data(wrong, source)
+            check_data(wrong, source)
 
 
 @pytest.mark.parametrize(

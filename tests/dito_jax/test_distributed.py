@@ -54,8 +54,8 @@ def test_a_store_that_does_not_answer_is_not_waited_for(start, finish):
 @pytest.mark.parametrize(
     ("address", "count", "index", "wrong"),
     [
-        (None, "2", "0", "JAX_NUM_PROCESSES, JAX_PROCESS_ID is set, JAX_COORDINATOR_ADDRESS not"),
-        ("host:1", None, None, "JAX_COORDINATOR_ADDRESS is set, JAX_NUM_PROCESSES and JAX_PROCESS_ID not"),
+        (None, "2", "0", "JAX_NUM_PROCESSES, JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS"),
+        ("host:1", None, None, "JAX_COORDINATOR_ADDRESS is set, but not JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
         ("host:1", "two", "0", "JAX_NUM_PROCESSES is 'two'"),
         ("host:1", "2", "2", "JAX_PROCESS_ID '2'"),
         ("host", "2", "1", "JAX_COORDINATOR_ADDRESS is 'host'"),

@@ -321,7 +321,7 @@ def test_cost_counts_every_array_once():
 
 
 BAD_SHAPES = {
-    "want q (B, T, N, H) and k, v (B, S, K, H)": ((4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)),
+    "wanted q (B, T, N, H) and k, v (B, S, K, H)": ((4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)),
     "k and v must have one shape": ((1, 4, 2, 8), (1, 4, 2, 8), (1, 5, 2, 8)),
     "agree in batch and head width, got q (1, 4, 2, 8)": ((1, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)),
     "agree in batch and head width, got q (1, 4, 2, 16)": ((1, 4, 2, 16), (1, 4, 2, 8), (1, 4, 2, 8)),
@@ -330,8 +330,8 @@ BAD_SHAPES = {
 BAD_OPTIONS = {
     "scale must be a finite number, got nan": {"scale": float("nan")},
     "softcap must be a finite number above 0, got -1.0": {"softcap": -1.0},
-    "sinks must be one score a query head, (N,) = (2,), got (3,)": {"sinks": jnp.zeros(3)},
-    "the mask is for 5 keys (num_keys), k has 4": {"mask": AttentionMask.causal(4, 5)},
+    "sinks must be one score per query head, (N,) = (2,), got (3,)": {"sinks": jnp.zeros(3)},
+    "the mask has num_keys = 5, but k has S = 4 keys": {"mask": AttentionMask.causal(4, 5)},
     "no implementation='cuda'; choose from xla, ": {"implementation": "cuda"},
 }
 

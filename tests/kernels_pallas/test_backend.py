@@ -28,7 +28,9 @@ def test_cuda_wheels_without_a_gpu_are_one_line(no_gpu, monkeypatch, capsys):
     monkeypatch.setattr(backend, "cuda_wheels_installed", lambda: True)
     backend.settle_platform()
     assert jax.config.jax_platforms == "cpu"
-    assert capsys.readouterr().err.splitlines() == ["No NVIDIA GPU here: the CUDA wheels only compile, the CPU runs."]
+    assert capsys.readouterr().err.splitlines() == [
+        "No NVIDIA GPU found: running on the CPU; the CUDA wheels are only used to compile."
+    ]
 
 
 def test_the_target_is_the_device_of_the_mesh_in_force():
@@ -43,7 +45,7 @@ def test_the_target_is_the_device_of_the_mesh_in_force():
 
 def test_an_old_gpu_is_refused_with_its_capability(monkeypatch):
     monkeypatch.setattr(backend, "target", lambda: backend.Target("gpu", "Tesla V100", 7.0))
-    assert backend.why_not_triton() == "needs compute capability 8.0, got 7.0 (Tesla V100)"
+    assert backend.why_not_triton() == "needs compute capability 8.0 or higher, got 7.0 (Tesla V100)"
 
 
 @pytest.mark.parametrize("name", hardware.GPUS)

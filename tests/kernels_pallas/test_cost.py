@@ -29,7 +29,7 @@ TINY = [(name, case) for name, op in OPS.items() for case in op.cases if op.case
 
 
 def traced(name, case, pass_):
-    """The jaxpr of a pass of the Triton road."""
+    """The jaxpr of a pass of the Triton kernel."""
     case_, kernel = OPS[name].cases[case], OPS[name].kernels["triton"]
     forward = functools.partial(kernel.forward, **case_.static)
     with backend.interpret_mode():

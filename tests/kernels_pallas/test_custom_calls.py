@@ -183,24 +183,24 @@ def test_scale_gradient_and_vmap(built):
 
 def test_what_cannot_be_is_an_error_and_no_garbage(built, unchecked_arrays):
     draw = functools.partial(secure_normal, key=KEY, nonce=NONCE)
-    with pytest.raises(ValueError, match="x must be float32 with one dim at least, got bfloat16"):
+    with pytest.raises(ValueError, match="x must be float32 with at least one dim, got bfloat16"):
         draw(jnp.zeros(4, jnp.bfloat16))
     with pytest.raises(ValueError, match="key and nonce must be 8 and 3 words"):
         secure_normal(jnp.zeros(4), KEY[:4], NONCE)
-    with pytest.raises(ValueError, match=r"x \(4,\) is no piece of a whole of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"a shard of shape \(4,\) does not fit into an array of shape \(3,\)"):
         draw(jnp.zeros(4), whole=(3,))
     with pytest.raises(ValueError, match="takes 6442450941 blocks, a nonce has 2"):
         draw(jnp.zeros((1, 8)), whole=(2**31 - 1, 17))
-    with pytest.raises(ValueError, match="is cut where a dim has more than 2147483647 places"):
+    with pytest.raises(ValueError, match="is sharded along a dim larger than 2147483647"):
         draw(jnp.zeros((8,)), whole=(2**33,))
     for start in (-3, 5):
-        with pytest.raises(Exception, match="a piece begins, or ends, outside of the whole"):
+        with pytest.raises(Exception, match="the shard is not inside the whole array"):
             jax.block_until_ready(draw(jnp.zeros(4), start=jnp.array([start]), whole=(8,), implementation="ffi"))
     last = draw(jnp.zeros((1, 8)), whole=(2**31 - 1, 16), start=jnp.array([2**31 - 2, 8]), implementation="ffi")
     counter = jnp.array([2**32 - 3], jnp.uint32)
     block = np.asarray(reference.chacha20(KEY, counter, NONCE))[0]
     np.testing.assert_array_equal(np.asarray(last)[0], model(block[1::2], block[0::2]))  # of 2^32 - 2
-    with pytest.raises(NotImplementedError, match="takes up to 8 dims, got 9"):
+    with pytest.raises(NotImplementedError, match="needs at most 8 dims, got 9"):
         draw(jnp.zeros([1] * 9), implementation="ffi")
     assert draw(jnp.zeros((0, 8)), implementation="ffi").shape == (0, 8)
     wrong = jax.ffi.ffi_call("secure_normal", jax.ShapeDtypeStruct((4,), jnp.int32))
@@ -263,14 +263,14 @@ def test_numbers_of_64_bits_are_two_words_and_bools_and_scalars_have_digests(bui
     assert np.asarray(state_digest(jnp.zeros((0, 3)), implementation="ffi")).tolist() == [0] * 4
     for x, wrong in [
         (jnp.zeros(3, jnp.complex64), "got complex64; give its real and imaginary parts"),
-        (jnp.zeros(3, jnp.int4), "got int4, whose numbers share a byte; cast it to int8"),
+        (jnp.zeros(3, jnp.int4), "got int4, whose elements are smaller than a byte; cast it to int8"),
         (jax.random.key(0), r"got key<fry>; give jax.random.key_data of it"),
     ]:
         with pytest.raises(ValueError, match=wrong):
             state_digest(x)
-    with pytest.raises(ValueError, match="is cut where a dim has more than 2147483647 places"):
+    with pytest.raises(ValueError, match="is sharded along a dim larger than 2147483647"):
         state_digest(jnp.zeros(4), whole=(2**32,))
-    with pytest.raises(Exception, match="a piece begins, or ends, outside of the whole"):
+    with pytest.raises(Exception, match="the shard is not inside the whole array"):
         jax.block_until_ready(state_digest(jnp.zeros(4), start=jnp.array([-1]), whole=(8,), implementation="ffi"))
 
 
@@ -322,12 +322,12 @@ def test_what_is_not_built_says_how(tmp_path, monkeypatch):
     monkeypatch.setenv("KERNELS_PALLAS_CACHE", str(tmp_path))
     monkeypatch.setattr(custom_calls, "_registered", set())
     with pytest.raises(
-        NotImplementedError, match=r"ffi.* cannot run here: is not built here: python -m kernels_pallas.build cpu"
+        NotImplementedError, match=r"ffi.* cannot run here: is not built; run python -m kernels_pallas.build cpu"
     ):
         secure_normal(jnp.zeros(8), KEY, NONCE, implementation="ffi")
     assert np.isfinite(secure_normal(jnp.zeros(8), KEY, NONCE)).all()
     with backend.interpret_mode():
-        assert "cannot be interpreted" in (custom_calls.why_not() or "")
+        assert "no interpret mode" in (custom_calls.why_not() or "")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"no compiler for cpu on PATH; install g\+\+"):
         libraries.build("cpu")
@@ -395,7 +395,7 @@ def test_cutlass_says_why_not(tmp_path, monkeypatch):
     monkeypatch.setenv("KERNELS_PALLAS_CACHE", str(tmp_path))
     monkeypatch.setattr(custom_calls, "_registered", set())
     assert CUTLASS.unsupported(*FIT) == "needs a Hopper GPU (compute capability 9.0), got cpu"
-    assert custom_calls.why_not("cutlass") == "is written for NVIDIA GPUs, got cpu"
+    assert custom_calls.why_not("cutlass") == "supports NVIDIA GPUs, got cpu"
     for other in (backend.Target("gpu", "NVIDIA A100", 8.0), backend.Target("gpu", "NVIDIA B200", 10.0)):
         monkeypatch.setattr(backend, "target", lambda other=other: other)
         assert CUTLASS.unsupported(*FIT) == f"needs a Hopper GPU (compute capability 9.0), got {other.kind}"
@@ -403,14 +403,14 @@ def test_cutlass_says_why_not(tmp_path, monkeypatch):
     x, w, sizes = FIT
     for unfit, reason in [
         ((of(64, 32, dtype=jnp.float32), w, sizes), "needs a dtype among bfloat16, float16, got float32"),
-        ((of(64, 36), of(4, 36, 48), sizes), "needs matrices whose sides are multiples of 8, got 36 x 48"),
-        ((x, of(4, 32, 4), sizes), "needs matrices whose sides are multiples of 8, got 32 x 4"),
+        ((of(64, 36), of(4, 36, 48), sizes), "needs matrix dimensions that are multiples of 8, got 36 x 48"),
+        ((x, of(4, 32, 4), sizes), "needs matrix dimensions that are multiples of 8, got 32 x 4"),
         ((x, w, of(4, dtype=jnp.uint32)), "needs int32 group_sizes, got uint32"),
-        (FIT, "is not built here: python -m kernels_pallas.build cutlass"),
+        (FIT, "is not built; run python -m kernels_pallas.build cutlass"),
     ]:
         assert CUTLASS.unsupported(*unfit) == reason
     with backend.interpret_mode():
-        assert CUTLASS.unsupported(*FIT) == "is a custom call, which cannot be interpreted"
+        assert CUTLASS.unsupported(*FIT) == "is a custom call, which has no interpret mode"
     monkeypatch.setattr(custom_calls, "_registered", {"cutlass"})
     assert CUTLASS.unsupported(*FIT) is None
     alone = dataclasses.replace(GROUPED_MATMUL, kernels={"cutlass": CUTLASS})
@@ -515,7 +515,7 @@ def test_cutlass_refuses_what_it_cannot_do_with_one_line():
         ((x.astype(jnp.float32), w, sizes), "x must be bfloat16 or float16"),
         ((x, w.astype(jnp.float16), sizes), "w and y must have the dtype of x"),
         ((x, w, sizes.astype(jnp.uint32)), "group_sizes must be int32"),
-        ((x, w[0], sizes), "wanted x"),
+        ((x, w[0], sizes), "the shapes must be x"),
         ((x, w, sizes[:3]), "do not fit together"),
         ((x[:, :12], w[:, :12], sizes), "multiples of 8"),
     ]:

@@ -331,25 +331,25 @@ def refusal(op, arrays, **options):
 
 
 CACHE = {
-    "want q (B, N, H) and k_cache and v_cache (B, S, K, H), got (2, 1, 4, 8), ": {0: jnp.zeros((2, 1, 4, 8))},
+    "wanted q (B, N, H) and k_cache and v_cache (B, S, K, H), got (2, 1, 4, 8), ": {0: jnp.zeros((2, 1, 4, 8))},
     "k_cache and v_cache must have one shape (B, S, K, H), got": {2: jnp.zeros((2, 6, 2, 8))},
     "q and k_cache must have one batch B, got q (3, 4, 8)": {0: jnp.zeros((3, 4, 8)), 3: jnp.zeros(3, jnp.int32)},
     "must have one head width H, got 16 and 8": {0: jnp.zeros((2, 4, 16))},
     "query heads must be a multiple of key heads, got N = 3 and K = 2": {0: jnp.zeros((2, 3, 8))},
     "must have one dtype, got bfloat16, float32 and float32; cast them": {0: jnp.zeros((2, 4, 8), jnp.bfloat16)},
-    "lengths must be one number an example, (B,) = (2,), got (3,)": {3: jnp.zeros(3, jnp.int32)},
+    "lengths must be one number per example, (B,) = (2,), got (3,)": {3: jnp.zeros(3, jnp.int32)},
     "lengths must be integers, got float32; cast them to int32": {3: jnp.zeros(2)},
     "lengths must be from 0 to S = 5, got 6 of example 1": {3: jnp.array([5, 6])},
     "lengths must be from 0 to S = 5, got -1 of example 0": {3: jnp.array([-1, 6])},
 }
 PAGES = {
-    "k_pages must hold a power of two of keys a page, W >= 16, got W = 24": {1: (3, 24, 2, 8), 2: (3, 24, 2, 8)},
+    "the page size must be a power of two, W >= 16, got W = 24": {1: (3, 24, 2, 8), 2: (3, 24, 2, 8)},
     "W >= 16, got W = 8": {1: (3, 8, 2, 8), 2: (3, 8, 2, 8)},
     "k_pages and v_pages must have one shape (P, W, K, H), got": {2: (4, 16, 2, 8)},
     "block_table must be (B, J), with B = 2, got (3, 2)": {3: jnp.zeros((3, 2), jnp.int32)},
     "block_table must be integers, got float32": {3: jnp.zeros((2, 2))},
     "lengths must be from 0 to J W = 32, got 33 of example 0": {4: jnp.array([33, 0])},
-    "block_table must name pages from 0 to 2 below the lengths, got 3 at [0, 1]": {3: jnp.array([[0, 3], [0, 9]])},
+    "block_table must hold page numbers 0 to 2 below the lengths, got 3 at [0, 1]": {3: jnp.array([[0, 3], [0, 9]])},
 }
 OPTIONS = {
     "scale must be a finite number, got nan": {"scale": float("nan")},
@@ -386,7 +386,7 @@ def test_options_that_make_no_sense_are_refused_in_one_line(message, page, unche
     [
         (12, 1, "multiple of 8 up to 256, got 12"),
         (264, 1, "up to 256, got 264"),
-        (8, 65, "64 query heads a key head at most, got 65"),
+        (8, 65, "at most 64 query heads per key head, got 65"),
     ],
 )
 def test_triton_says_what_it_does_not_take(width, group, why):

@@ -259,9 +259,9 @@ def test_what_does_not_fit_is_said_in_one_line(change, words, unchecked_arrays):
 
 def test_a_routing_for_other_tokens_is_refused():
     routing = cases.routing_of("random", 30, E, 2)
-    with pytest.raises(ValueError, match="the routing is for 30 tokens, the array has 31"):
+    with pytest.raises(ValueError, match="the routing has 30 tokens, the array has 31"):
         dispatch(jnp.zeros((31, D)), routing)
-    with pytest.raises(ValueError, match="the routing is for 60 rows, the array has 30"):
+    with pytest.raises(ValueError, match="the routing has 60 rows, the array has 30"):
         combine(jnp.zeros((30, D)), routing)
     with pytest.raises(ValueError, match=r"w_down float32 \(5, 40, 24\) and 5 experts .* do not fit"):
         expert_mlp(jnp.zeros((30, D)), routing, jnp.zeros((E, D, F)), jnp.zeros((E, F, D)))

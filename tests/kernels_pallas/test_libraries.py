@@ -90,3 +90,9 @@ def test_what_is_built_is_what_can_be(tmp_path, monkeypatch, capsys):
     assert len({without, *versions}) == 3
     asked.clear()
     assert build_command.main() == 0 and asked == ["cpu", "cuda", "cutlass"]
+
+
+def test_an_unknown_library_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["build", "rocm"])
+    assert build_command.main() == 2
+    assert capsys.readouterr().err == "build: no library 'rocm'; choose from cpu, cuda, cutlass.\n"

@@ -80,8 +80,8 @@ REFUSED = {
     ),
     "key_lengths must be integers (B,), got float32 (1,)": lambda: AttentionMask.padding(np.ones(1, np.float32), 4),
     "documents must be integers (1 or B, T), got int32 (16,)": lambda: AttentionMask.packed(DOCUMENTS[0]),
-    "documents must hold each id in one run of neighbours, got 3 in 2": lambda: AttentionMask.packed([[3, 1, 3]]),
-    "spans must hold each id in one run of neighbours, got 0 in 2": lambda: AttentionMask.mixed([[0, -1, 0]]),
+    "documents must have each id in one contiguous run, got 3 in 2": lambda: AttentionMask.packed([[3, 1, 3]]),
+    "spans must have each id in one contiguous run, got 0 in 2": lambda: AttentionMask.mixed([[0, -1, 0]]),
     "spans must be >= 0 where noise is true, got -1": lambda: AttentionMask.unified(DOCUMENTS, SPANS, SPANS == -1),
     "documents must be constant inside each span": lambda: AttentionMask.unified(
         [[0, 0, 1]], [[0, 0, 0]], [[False] * 3]
@@ -110,8 +110,8 @@ MISFITS = {
     "mask.start and mask.end must lie between 0 and S = 5": mask_of([0] * 4, [6] * 4),
     "mask.end must be (1 or 2, 4), got (1, 3)": mask_of([0] * 4, [5] * 3),
     "mask.k_private must be (1 or 2, 5), got (1, 4)": mask_of([0] * 4, [5] * 4, [0] * 4, [0] * 4),
-    "mask.q_private and mask.k_private must be given both or neither": mask_of([0] * 4, [5] * 4, [0] * 4),
-    "the mask is for 6 keys (num_keys), k has 5": AttentionMask.full(4, 6),
+    "mask.q_private and mask.k_private must both be given, or neither": mask_of([0] * 4, [5] * 4, [0] * 4),
+    "the mask has num_keys = 6, but k has S = 5 keys": AttentionMask.full(4, 6),
     "mask.start must be integers, got float32": AttentionMask(
         np.zeros((1, 4), np.float32), np.ones((1, 4)), num_keys=5
     ),

@@ -1,4 +1,4 @@
-"""The Hopper road of the experts, without a Hopper: its arithmetic and its copies. test_ops.py lowers and compiles it.
+"""The Hopper kernels of MoE, without a Hopper GPU: arithmetic and copies. test_ops.py lowers and compiles them.
 
 JAX's race detector sees copies and plain loads and stores; a product reads shared memory at once, unseen.
 """

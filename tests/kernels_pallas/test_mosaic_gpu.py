@@ -1,4 +1,4 @@
-"""The Hopper road of attention, without a Hopper: its arithmetic and its copies, its lowering, its machine code.
+"""The Hopper kernels of attention, without a Hopper GPU: arithmetic, copies, lowering and machine code.
 
 JAX 0.11's interpreter knows no product with a left operand in registers and no `pl.run_state`; `taught` below adds
 the two, so that what is interpreted is the kernel that ships. It keeps the rule at the head of

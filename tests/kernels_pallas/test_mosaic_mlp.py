@@ -1,4 +1,4 @@
-"""The Hopper road of the gated MLP, without a Hopper: its arithmetic and its copies; test_ops.py compiles it.
+"""The Hopper kernels of the gated MLP, without a Hopper GPU: arithmetic and copies; test_ops.py compiles them.
 
 JAX's race detector sees copies and plain loads and stores; a product reads shared memory at once, unseen.
 """
@@ -53,7 +53,7 @@ def both_ways(function, arrays, d_out):
 
 @functools.cache
 def results(size: str):
-    """(by the kernel, by the definition, by the Triton road, whether copies raced)."""
+    """(by the kernel, by the reference, by the Triton kernel, whether copies raced)."""
     case = SIZES[size]
     arrays = case.random(jax.random.key(1))
     d_out = jax.random.normal(jax.random.key(2), arrays[0].shape).astype(arrays[0].dtype)
@@ -76,7 +76,7 @@ def test_agrees_with_the_definition_both_ways(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_agrees_with_the_other_road(size):
+def test_agrees_with_the_triton_kernel(size):
     """They round alike: what differs is the order of a sum."""
     got, _, same, _ = results(size)
     for mine, theirs in zip(got, same, strict=True):

@@ -124,7 +124,7 @@ def test_shapes_that_would_only_broadcast_are_refused(shape, unchecked_arrays):
         modulated_norm(x, scale, jnp.zeros(shape))
     with pytest.raises(ValueError, match=r"gate \(.*\) does not fit x \(2, 3, 8\); give it as \(B, D\) = \(2, 8\)"):
         gated_residual_norm(x, branch, jnp.zeros(shape))
-    with pytest.raises(ValueError, match=r"branch \(.*\) float32 is unlike x \(2, 3, 8\) float32; give both"):
+    with pytest.raises(ValueError, match=r"branch \(.*\) float32 does not fit x \(2, 3, 8\) float32; give both"):
         gated_residual_norm(x, jnp.zeros(shape), scale)
 
 

@@ -74,11 +74,22 @@ def test_a_kernel_that_needs_proof_waits_for_a_passing_run_of_its_own_source(res
     assert op.choose(X) == "second"
 
 
-def test_why_a_kernel_was_not_chosen_is_said_once(results, caplog):
+REASONS = [
+    "toy: not using unproven: results/ has no passing run of the current source on this device; "
+    "implementation='unproven' selects it.",
+    "toy: not using absent: a reason of its own.",
+]
+
+
+@pytest.mark.parametrize(
+    ("platform", "lines"),
+    [("gpu", REASONS), ("cpu", ["CPU: using XLA implementations (the GPU kernels need an NVIDIA GPU)."])],
+)
+def test_why_kernels_were_not_chosen_is_one_line_each_on_a_gpu_and_one_in_all_elsewhere(
+    platform, lines, results, caplog, monkeypatch
+):
+    monkeypatch.setattr(backend, "target", lambda: backend.Target(platform, "a device", None))
     op = toy(unproven=kernel(needs_gpu_proof=True), absent=kernel("a reason of its own"))
     _log_once.cache_clear()
     op.choose(X), op.choose(X)
-    assert [r.message for r in caplog.records] == [
-        "toy: not using unproven: results/ has no passing run of today's source on this device; it runs by its name.",
-        "toy: not using absent: a reason of its own.",
-    ]
+    assert [r.message for r in caplog.records] == lines

@@ -111,7 +111,7 @@ def test_what_is_missing_is_one_line_that_says_so(monkeypatch):
         "xla_default": None,
         "tokamax": "needs tokamax: pip install -e '.[peers]'",
         "torch_cudnn": "needs PyTorch with CUDA, which is not installed",
-        "torch_flash": "PyTorch's flash attention knows full and causal attention only, got a mask of kind 'unified'",
+        "torch_flash": "PyTorch's flash attention supports only full and causal masks, got a mask of kind 'unified'",
     }
     rows = {row["implementation"]: row for row in bench.measure(FLASH_ATTENTION, "tiny_unified_bf16_h72", "forward")}
     assert rows["xla_default"]["status"] == "ok"
@@ -229,7 +229,7 @@ def test_pytorch_is_asked_for_this_attention(stand_in, mask, peer, backend):
     arrays = attention(mask)
     if peer == "torch_flash" and mask not in ("none", "causal"):
         q, *rest = arrays
-        assert "full and causal attention only" in peers.PEERS["flash_attention"][peer].unsupported(
+        assert "only full and causal masks" in peers.PEERS["flash_attention"][peer].unsupported(
             q.astype(jnp.bfloat16), *rest, **OPTIONS
         )
         return

@@ -32,7 +32,7 @@ def definition(name, case, pass_):
 def test_xla_gives_the_definitions_answer(name, case, pass_):
     static, arrays = OURS[name].cases[case].static, inputs(name, case)
     got = PEERS[name]["xla_default"].call(pass_, timing.copies(arrays), **static).answer()
-    assert bench.final_evaluation(got, definition(name, case, pass_), arrays) == "ok"
+    assert bench.check_result(got, definition(name, case, pass_), arrays) == "ok"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,7 +41,7 @@ def test_pytorch_gives_the_definitions_answer(name):
     for case, pass_ in itertools.product([case for n, case in TINY if n == name], PASSES):
         static, arrays = OURS[name].cases[case].static, inputs(name, case)
         got = peers_torch.call(name, pass_, timing.copies(arrays), compiled=False, **static).answer()
-        assert bench.final_evaluation(got, definition(name, case, pass_), arrays) == "ok", (case, pass_)
+        assert bench.check_result(got, definition(name, case, pass_), arrays) == "ok", (case, pass_)
 
 
 TOKAMAX = {"modulated_norm": peers_memory.tokamax_norm, "gated_residual_norm": peers_memory.tokamax_residual_norm,
@@ -58,7 +58,7 @@ def test_tokamax_gives_the_definitions_answer(name, monkeypatch):
     for case in [case for n, case in TINY if n == name]:
         static, arrays = OURS[name].cases[case].static, inputs(name, case)
         got = TOKAMAX[name](*arrays, **static)
-        assert bench.final_evaluation(got, definition(name, case, "forward"), arrays) == "ok", case
+        assert bench.check_result(got, definition(name, case, "forward"), arrays) == "ok", case
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -412,10 +412,14 @@ A, G = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3, 5))
         (ghost_norm_sq, (A, G[:, :2]), r"a \(2, 3, 4\) and g \(2, 2, 5\) do not fit; give a as \(B, T, D\) and g as"),
         (ghost_norm_sq, (A[0], G[0]), r"a \(3, 4\) and g \(3, 5\) do not fit"),
         (ghost_norm_sq, (A[:, :0], G[:, :0]), "must have no dimension of size 0"),
-        (ghost_norm_sq, (A, G, jnp.zeros((2, 4), jnp.int32)), r"groups must be one number a row, \(B, T\) = \(2, 3\)"),
+        (
+            ghost_norm_sq,
+            (A, G, jnp.zeros((2, 4), jnp.int32)),
+            r"groups must be one number per row, \(B, T\) = \(2, 3\)",
+        ),
         (ghost_norm_sq, (A, G, jnp.zeros((2, 3))), "groups must be integers, got float32; cast them to int32"),
         (clip_reduce, (A, G[:1], jnp.zeros(2)), r"a \(2, 3, 4\) and g \(1, 3, 5\) do not fit"),
-        (clip_reduce, (A, G, jnp.zeros(3)), r"c must be one number an example, \(B,\) = \(2,\), got \(3,\)"),
+        (clip_reduce, (A, G, jnp.zeros(3)), r"c must be one number per example, \(B,\) = \(2,\), got \(3,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(function, given, words, unchecked_arrays):

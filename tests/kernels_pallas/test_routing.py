@@ -209,11 +209,11 @@ def test_gradients_reach_the_logits_through_the_weights(router):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda x: top_k_softmax(x, active=E + 1), "top_k_softmax: got active=8; wanted 1 to 7 experts a token"),
+        (lambda x: top_k_softmax(x, active=E + 1), "top_k_softmax: got active=8; wanted 1 to 7 experts per token"),
         (lambda x: top_k_sigmoid(x, x[0], active=2, groups=2), "groups=2; wanted a divisor of 7"),
         (lambda x: top_k_sigmoid(x, x[0], active=2, groups=7), "active=2; wanted 1 to 1 experts"),
         (lambda x: top_k_sigmoid(x, x[0], active=2, active_groups=2), "active_groups=2; wanted 1 to 1"),
-        (lambda x: expert_choice(x, rows=T + 1), "rows=24; wanted 1 to 23 tokens an expert"),
+        (lambda x: expert_choice(x, rows=T + 1), "rows=24; wanted 1 to 23 tokens per expert"),
         (lambda x: race(x, rows=0), "rows=0; wanted 1 to 161"),
     ],
 )

@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_one_line():
     q, k, v = queries()
     with pytest.raises(ValueError, match="float64"):
         kernels.flash_attention(q.double(), k.double(), v.double())
-    with pytest.raises(ValueError, match="a tensor on meta, and JAX runs on"):
+    with pytest.raises(ValueError, match="a tensor is on meta, but JAX runs on"):
         kernels.flash_attention(q.to("meta"), k.to("meta"), v.to("meta"))
     with pytest.raises(ValueError, match="one dtype"):
         kernels.flash_attention(q.bfloat16(), k, v)

@@ -120,9 +120,9 @@ def test_the_nearest_size_is_taken_and_said_once(files, caplog):
         ("{not json", "Expecting property name"),
         ("[]", "no list of entries"),
         ('{"entries": [3]}', "no list of entries"),
-        (json.dumps({"entries": [entry(16) | {"colour": "red"}]}), "not exactly the fields of this version: colour"),
-        (json.dumps({"entries": [entry(16, size=0)]}), "key is none: toy_forward.triton, bfloat16, 64, none, 0"),
-        (json.dumps({"entries": [entry(16, width="64")]}), "key is none"),
+        (json.dumps({"entries": [entry(16) | {"colour": "red"}]}), "missing or unknown fields: colour"),
+        (json.dumps({"entries": [entry(16, size=0)]}), "invalid key: toy_forward.triton, bfloat16, 64, none, 0"),
+        (json.dumps({"entries": [entry(16, width="64")]}), "invalid key"),
     ],
 )
 def test_a_corrupt_file_is_one_line_and_the_rest_is_used(files, caplog, text, wanted):
@@ -141,7 +141,7 @@ def test_a_config_that_is_none_of_todays_is_one_line_and_the_default(files, capl
     tuning.save(files[0], [entry(16, config=config)])
     assert [ask(), ask()] == [DEFAULT, DEFAULT]
     [record] = caplog.records
-    assert "want a config of block: int, num_warps: int, num_stages: int, got" in record.getMessage()
+    assert "wanted a config of block: int, num_warps: int, num_stages: int, got" in record.getMessage()
 
 
 def test_a_config_may_leave_what_came_later_to_the_default(files):
@@ -164,7 +164,7 @@ def test_a_named_file_is_used_and_one_that_is_not_there_said_once(files, tmp_pat
     monkeypatch.setenv("DITO_TUNED", str(named))
     assert [ask(), ask()] == [DEFAULT, DEFAULT]
     [record] = caplog.records
-    assert record.getMessage() == f"DITO_TUNED names {named}, which is not there. It is not used."
+    assert record.getMessage() == f"DITO_TUNED names {named}, which does not exist. It is ignored."
     tuning.save(named, [entry(8)])
     assert ask().block == 8
 
@@ -284,7 +284,7 @@ def test_a_search_that_was_cut_short_goes_on_and_keeps_what_it_has(files, monkey
     assert [key.kernel for key in tuning.load(files[1])] == [KERNEL]
     as_if_on_a_gpu(monkeypatch, ops=(op,))
     assert searched == [KERNEL, "toy_backward.triton", "toy_backward.triton"]
-    assert f"{KERNEL} float32 width=64 mask=none size=256: measured already" in capsys.readouterr().err
+    assert f"{KERNEL} float32 width=64 mask=none size=256: up to date" in capsys.readouterr().err
     assert sorted(key.kernel for key in tuning.load(files[1])) == sorted(kernels)
     as_if_on_a_gpu(monkeypatch, "--again", ops=(op,))
     assert len(searched) == 5
@@ -324,7 +324,7 @@ def test_blocks_compiled_in_before_are_no_candidates(files):
     task = task_of(toy())
     task = dataclasses.replace(task, op=dataclasses.replace(task.op, kernels={"triton": deaf}))
     found = tune.search(task, task.configs, seconds=60.0)
-    assert "it did not ask for its blocks" in found["status"]
+    assert "did not look up its block sizes" in found["status"]
 
 
 def take_so_long(monkeypatch, took):

@@ -1,17 +1,18 @@
-"""Other people's implementations of our ops, for `bench` to time beside ours; nothing here is ever chosen.
+"""Baselines from other libraries that `bench` measures beside the package's own implementations.
 
-What makes the comparison fair:
-- The same numbers. A peer gets copies of the very inputs, and its answer is held to the same tolerance.
-- The same clock: the time of all kernels that it launches, forward, backward, or both (timing.py). PyTorch runs
-  eagerly, and its host's work counts as little as JAX's; where CUPTI cannot be loaded it does count, for both.
-- The same layout, (B, T, N, H). PyTorch's SDPA takes (B, N, T, H): it gets transposed views, which its kernels read
-  as they are.
-- The mask in the form that suits the peer, made before the clock starts: none, or its own causal flag, or its own
-  ranges of keys, or else the dense (M, 1, T, S) tensor. Most give a query that sees nothing NaN or a mean of all
-  values; such a query gets a key to see, and its output is set to 0 afterwards, one elementwise kernel more.
-- `backward` is the gradient alone, from what the peer's own forward kept: jax.vjp's residuals, or PyTorch's graph,
-  retained. PyTorch's flash backward adds with atomics, and two of its runs differ; ours does not.
-- As its users have it: no tuning for these cases beyond what it ships. tokamax ships none for an H200.
+A baseline is only measured; it is never chosen to run an operation. How the comparison is kept fair:
+- The same inputs: a baseline gets copies of the inputs, and its result is checked with the same tolerance.
+- The same clock: the time of all kernels that it launches in forward, backward, or both (timing.py). PyTorch runs
+  eagerly; the host time of PyTorch and of JAX is not counted. If CUPTI cannot be loaded it is counted for both.
+- The same layout, (B, T, N, H). PyTorch's SDPA takes (B, N, T, H); it gets transposed views, which its kernels read in
+  place.
+- The mask in the form that is fastest for the baseline, prepared before the clock starts: no mask, its own causal flag,
+  its own key ranges, or else a dense (M, 1, T, S) tensor. Most libraries return NaN or the mean of all values for a
+  query that no key is visible to. Such a query gets one visible key, and its output is set to 0 afterwards, at the
+  cost of one more elementwise kernel.
+- `backward` is the gradient alone, from the residuals of the baseline's own forward: jax.vjp's residuals, or PyTorch's
+  retained graph. PyTorch's flash backward uses atomics, so its results vary from run to run.
+- No tuning beyond what the library ships. tokamax ships no configurations for an H200.
 """
 
 import dataclasses
@@ -24,15 +25,15 @@ from . import attention, experts, memory, torch
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Somebody else's op.
+    """A baseline: an implementation of an op in another library.
 
-    unsupported(*arrays, **static) -> None, or why these arguments cannot run here
-    call(pass_, copies, **static) -> what `timing` takes; `copies` as of timing.copies
+    unsupported(*arrays, **static) -> None, or the reason why it cannot run these arguments here
+    call(pass_, copies, **static) -> a timing.Call; `copies` is the result of timing.copies
     """
 
     unsupported: Callable[..., str | None]
     call: Callable[..., timing.Call]
-    yardstick: bool = False  # as much work, and another answer
+    yardstick: bool = False  # an upper bound on speed: as much work as the op, with another result
 
 
 def _of_experts(of_product: Callable, dense: Callable) -> dict[str, Peer]:
@@ -52,7 +53,7 @@ def _torch(backend_name: str) -> Peer:
 
 
 def _jax(function: Callable, *, yardstick: bool = False) -> Peer:
-    """A function of arrays and options that JAX can differentiate."""
+    """A baseline written as a differentiable JAX function of arrays and options."""
     reason = memory.tokamax_unsupported if function.__name__.startswith("tokamax") else memory.no_reason
     run = lambda pass_, copies, **static: timing.call(functools.partial(function, **static), pass_, copies)
     return Peer(reason, run, yardstick)

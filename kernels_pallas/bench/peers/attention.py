@@ -1,4 +1,4 @@
-"""Other people's attention in JAX and PyTorch, for `bench` to time beside ours."""
+"""Attention baselines for `bench`: JAX's default attention, tokamax, and PyTorch's SDPA."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from .. import timing
 
 
 def xla_default_unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
-    """Why JAX's own attention has no row here, or None."""
+    """The reason why JAX's default attention cannot run these arguments, or None."""
     del q, k, v, mask, scale
     if softcap is not None or sinks is not None or return_lse:
         return "jax.nn.dot_product_attention has no soft cap, no sinks and no lse"
@@ -23,13 +23,13 @@ def xla_default_unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse)
 
 
 def xla_default(q, k, v, dense, blind, *, scale, causal):
-    """What JAX does where nobody asks for more: XLA's attention in the dtype of the inputs."""
+    """JAX's default attention: XLA's implementation, in the dtype of the inputs."""
     attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
     return _blinded(attend(q, k, v, mask=dense, scale=scale, is_causal=causal), blind)
 
 
 def tokamax_unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
-    """Why tokamax has no row here, or None."""
+    """The reason why tokamax cannot run these arguments here, or None."""
     del q, k, v, mask, scale, softcap
     if importlib.util.find_spec("tokamax") is None:
         return "needs tokamax: pip install -e '.[peers]'"
@@ -39,9 +39,9 @@ def tokamax_unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> 
 
 
 def tokamax(q, k, v, ranges, dense, blind, *, scale, softcap, causal):
-    """tokamax's best for the GPU, its Mosaic kernel or else its Triton kernel; on a CPU its plain XLA.
+    """tokamax's preferred kernel on a GPU, Mosaic else Triton; on a CPU its XLA implementation.
 
-    Its public function falls back to XLA in silence, and takes no ranges of keys: this asks its kernels by name.
+    tokamax's public function falls back to XLA silently and takes no key ranges, so the kernels are called by name.
     """
     from tokamax._src.ops.attention import api, base  # pyright: ignore[reportMissingImports]
 
@@ -60,14 +60,14 @@ def tokamax(q, k, v, ranges, dense, blind, *, scale, softcap, causal):
 
 
 def torch_unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse, backend_name: str) -> str | None:
-    """Why PyTorch's SDPA has no row here, or None."""
+    """The reason why PyTorch's SDPA cannot run these arguments here, or None."""
     del k, v, scale
     if softcap is not None or sinks is not None or return_lse:
         return "PyTorch's SDPA has no soft cap, no sinks and no lse"
     if q.dtype.name not in ("bfloat16", "float16"):
         return f"PyTorch's kernels need bfloat16 or float16, got {q.dtype}"
     if backend_name == "FLASH_ATTENTION" and _kind(mask) == "dense":
-        return f"PyTorch's flash attention knows full and causal attention only, got a mask of kind {mask.kind!r}"
+        return f"PyTorch's flash attention supports only full and causal masks, got a mask of kind {mask.kind!r}"
     if importlib.util.find_spec("torch") is None:
         return "needs PyTorch with CUDA, which is not installed"
     if backend.target().platform != "gpu":
@@ -80,7 +80,7 @@ def torch_unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse, backe
 def torch_call(
     pass_: str, copies: Sequence[timing.Arrays], *, scale, softcap, return_lse, backend_name: str
 ) -> timing.Call:
-    """PyTorch's scaled_dot_product_attention by one backend; the arrays are shared with JAX, not copied."""
+    """PyTorch's scaled_dot_product_attention with one backend; the tensors share memory with JAX's arrays."""
     import torch  # pyright: ignore[reportMissingModuleSource]
 
     del softcap, return_lse
@@ -100,7 +100,7 @@ def torch_call(
 
 
 def torch_attention(q, k, v, *, dense, blind, causal, scale, backend):
-    """(B, T, N, H) tensors to one; views only around the kernel."""
+    """SDPA of (B, T, N, H) tensors; the transpositions are views."""
     import torch  # pyright: ignore[reportMissingModuleSource]
     from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
 
@@ -117,7 +117,7 @@ def torch_attention(q, k, v, *, dense, blind, causal, scale, backend):
 
 
 def torch_pass(attend, pass_: str, inputs, d_outs):
-    """(function, its arguments a copy): `pass_` of `attend`, with gradients by torch.autograd.grad."""
+    """(function, its arguments for each copy): one pass of `attend`, with gradients by torch.autograd.grad."""
     import torch  # pyright: ignore[reportMissingModuleSource]
 
     if pass_ == "forward":
@@ -150,7 +150,7 @@ def tokamax_call(pass_, copies, *, scale, softcap, return_lse) -> timing.Call:
     sighted, blind = _sighted(mask)
     ranges = dense = None
     if _kind(mask) == "dense":
-        # Ranges let it skip tiles. What is private has no other form than the dense one, beside them.
+        # Key ranges let tokamax skip tiles. Private keys can only be expressed by a dense mask in addition.
         ranges = tuple(jnp.asarray(x)[:, None, :] for x in (sighted.start, sighted.end))
         dense = None if mask.k_private is None else _dense(sighted, blind)
     function = functools.partial(tokamax, scale=scale, softcap=softcap, causal=_kind(mask) == "causal")
@@ -158,14 +158,17 @@ def tokamax_call(pass_, copies, *, scale, softcap, return_lse) -> timing.Call:
 
 
 def _kind(mask) -> str:
-    """ "full", "causal" where a peer's own flag means this mask, or "dense". Where T and S differ flags disagree."""
+    """ "full"; "causal" if the causal flag of other libraries means this mask, which needs T = S; or "dense"."""
     if mask is None or mask.kind == "full":
         return "full"
     return "causal" if mask.kind == "causal" and mask.start.shape[1] == mask.num_keys else "dense"
 
 
 def _sighted(mask) -> tuple[Any, Any]:
-    """The mask with a key for every query whose range is empty, and which those are, (M, T), or None for none."""
+    """(the mask, with one visible key for every query whose key range is empty; which queries those are, (M, T)).
+
+    The second is None if there are no such queries.
+    """
     if mask is None:
         return None, None
     start, end = np.asarray(mask.start), np.asarray(mask.end)
@@ -178,7 +181,7 @@ def _sighted(mask) -> tuple[Any, Any]:
 
 
 def _dense(sighted, blind) -> jax.Array:
-    """The mask as booleans, (M, 1, T, S); a query that sees nothing is let see everything."""
+    """The mask as booleans, (M, 1, T, S). A query without a visible key gets all keys."""
     dense = sighted.dense()[:, None]
     return dense if blind is None else dense | blind[:, None, :, None]
 

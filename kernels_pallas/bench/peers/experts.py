@@ -1,8 +1,8 @@
-"""Other people's products of many experts, for `bench` to time beside ours; see peers.py for what makes it fair.
+"""Grouped GEMM and MoE MLP baselines for `bench`; peers/__init__.py describes how the comparison is kept fair.
 
-`ragged_dot` is JAX's own; XLA decides what becomes of it. `dense` is no peer but a yardstick: one matrix product, or
-one gated MLP, of as many flops, which shows what cuBLAS makes of the same work without experts. Its answer is not
-ours, and is not held to it.
+`ragged_dot` is JAX's grouped product, which XLA lowers. `dense` is a yardstick: one dense matrix product, or one gated
+MLP, of as many flops. It shows the speed of cuBLAS on the same work without experts. Its result differs from the op's
+and is not checked.
 """
 
 import functools
@@ -16,11 +16,11 @@ from .. import timing
 
 
 def no_reason(*arrays, **static) -> None:
-    """It runs everywhere."""
+    """None: the baseline runs everywhere."""
 
 
 def tokamax_unsupported(*arrays) -> str | None:
-    """Why tokamax has no row here, or None."""
+    """The reason why tokamax cannot run here, or None."""
     del arrays
     if importlib.util.find_spec("tokamax") is None:
         return "needs tokamax: pip install -e '.[peers]'"
@@ -29,25 +29,25 @@ def tokamax_unsupported(*arrays) -> str | None:
 
 
 def ragged_dot(x, w, group_sizes):
-    """JAX's own, in the dtype of the inputs."""
+    """JAX's grouped product, in the dtype of the inputs."""
     return jax.lax.ragged_dot(x, w, group_sizes)
 
 
 def tokamax(x, w, group_sizes, *, implementation):
-    """One of tokamax's kernels by its name: left to itself it falls back to XLA in silence."""
+    """One of tokamax's kernels, called by name because tokamax falls back to XLA silently."""
     from tokamax import ragged_dot  # pyright: ignore[reportMissingImports]
 
     return ragged_dot(x, w, group_sizes, implementation=implementation)
 
 
 def dense(x, w, group_sizes):
-    """All rows by the first expert's matrix."""
+    """All rows times the first expert's matrix."""
     del group_sizes
     return x @ w[0]
 
 
 def mlp(x, routing, w_gate_up, w_down, *, product):
-    """What a user of a grouped product writes: gather, two products, and a sum by scattering."""
+    """The MoE MLP as a user of a grouped product writes it: gather, two products, and a scatter-add."""
     rows = x[routing.row_index]
     gate, up = jnp.split(product(rows, w_gate_up, routing.group_sizes), 2, axis=-1)
     y = product(jax.nn.silu(gate) * up, w_down, routing.group_sizes)
@@ -56,14 +56,14 @@ def mlp(x, routing, w_gate_up, w_down, *, product):
 
 
 def dense_mlp(x, routing, w_gate_up, w_down):
-    """All rows by the first expert, neither gathered nor summed."""
+    """The MLP of the first expert on all rows, without gather and scatter."""
     rows = jnp.resize(x, (routing.row_index.shape[0], x.shape[1]))
     gate, up = jnp.split(rows @ w_gate_up[0], 2, axis=-1)
     return (jax.nn.silu(gate) * up) @ w_down[0]
 
 
 def call(function):
-    """`function` as a peer's call."""
+    """The `call` of a baseline that runs `function`."""
     return lambda pass_, copies: timing.call(function, pass_, copies)
 
 

@@ -1,7 +1,7 @@
-"""Other people's norms, MLPs and losses in JAX, for `bench` to time beside ours; see peers.py for what makes it fair.
+"""Norm, MLP and loss baselines in JAX for `bench`; peers/__init__.py describes how the comparison is kept fair.
 
-`xla_default` is what a user writes in the dtype of the inputs, where our definition computes in float32. `products`
-is no peer but a yardstick: the matrix products of an MLP alone, with nothing between them.
+`xla_default` is the operation as a user writes it, in the dtype of the inputs; the package's reference computes in
+float32. `products` is a yardstick: the matrix products of an MLP alone, without the activation.
 """
 
 import importlib.util
@@ -13,11 +13,11 @@ from ... import backend
 
 
 def no_reason(*arrays, **static) -> None:
-    """It runs everywhere."""
+    """None: the baseline runs everywhere."""
 
 
 def tokamax_unsupported(*arrays, **static) -> str | None:
-    """Why tokamax has no row here, or None."""
+    """The reason why tokamax cannot run here, or None."""
     del arrays, static
     if importlib.util.find_spec("tokamax") is None:
         return "needs tokamax: pip install -e '.[peers]'"
@@ -26,7 +26,7 @@ def tokamax_unsupported(*arrays, **static) -> str | None:
 
 
 def tokamax_norm(x, scale, shift, weight, *, kind, eps):
-    """tokamax's norm, by its Triton kernel, and what XLA makes of the modulation after it."""
+    """tokamax's Triton norm kernel, followed by the modulation in XLA."""
     from tokamax import layer_norm  # pyright: ignore[reportMissingImports]
 
     y = layer_norm(x, weight, None, epsilon=eps, subtract_mean=kind == "layer", implementation="triton")
@@ -36,13 +36,13 @@ def tokamax_norm(x, scale, shift, weight, *, kind, eps):
 
 
 def tokamax_residual_norm(x, branch, gate, scale, shift, weight, *, kind, eps):
-    """The sum by XLA, and tokamax's norm of it."""
+    """The residual sum in XLA, followed by tokamax's norm."""
     x_new = x + _by_token(gate, x.dtype) * branch
     return x_new, tokamax_norm(x_new, scale, shift, weight, kind=kind, eps=eps)
 
 
 def tokamax_mlp(x, w_gate_up, w_down, *, activation):
-    """tokamax's gated linear unit, its Mosaic kernel or else its Triton kernel, and a product."""
+    """tokamax's gated linear unit (its Mosaic kernel, else its Triton kernel), followed by a product."""
     from tokamax import gated_linear_unit  # pyright: ignore[reportMissingImports]
 
     function = _activation(activation)
@@ -50,31 +50,31 @@ def tokamax_mlp(x, w_gate_up, w_down, *, activation):
 
 
 def default_gated_mlp(x, w_gate_up, w_down, *, activation):
-    """Two products by cuBLAS, and what XLA makes of what lies between them."""
+    """Two products by cuBLAS with the gated activation fused by XLA."""
     both = x @ w_gate_up.reshape(x.shape[1], -1)
     gate, up = jnp.split(both, 2, axis=-1)
     return (_activation(activation)(gate) * up) @ w_down
 
 
 def default_dense_mlp(x, w_up, b_up, w_down, b_down, *, activation):
-    """The same without a gate."""
+    """Two products by cuBLAS with bias and activation fused by XLA."""
     return _activation(activation)(x @ w_up + b_up[None]) @ w_down + b_down[None]
 
 
 def gated_products(x, w_gate_up, w_down, *, activation):
-    """The products of a gated MLP alone."""
+    """The matrix products of a gated MLP, without the activation."""
     del activation
     return (x @ w_gate_up.reshape(x.shape[1], -1))[:, : w_down.shape[0]] @ w_down
 
 
 def dense_products(x, w_up, b_up, w_down, b_down, *, activation):
-    """The products of an MLP alone."""
+    """The matrix products of an MLP, without bias and activation."""
     del b_up, b_down, activation
     return (x @ w_up) @ w_down
 
 
 def default_loss(x, w, labels, *, ignore_index, z_loss, logit_softcap):
-    """By way of all logits, in the dtype of x; the loss in float32."""
+    """Cross-entropy from materialised logits: the product in the dtype of x, the loss in float32."""
     logits = (x @ w).astype(jnp.float32)
     if logit_softcap is not None:
         logits = logit_softcap * jnp.tanh(logits / logit_softcap)

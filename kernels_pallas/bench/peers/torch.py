@@ -1,6 +1,7 @@
-"""What a PyTorch user writes for our other ops, for torch.compile to fuse; peers.py says what makes it fair.
+"""torch.compile baselines for `bench`: norms, rotary embeddings, MLPs and the loss as PyTorch users write them.
 
-Each function takes the arrays of our op, as tensors, in its order. They import nothing but torch, when called.
+Each function takes the arrays of the op as tensors, in the op's order. torch is imported when a function is called.
+peers/__init__.py describes how the comparison is kept fair.
 """
 
 import functools
@@ -16,7 +17,7 @@ from .. import timing
 
 
 def unsupported(*arrays, **static) -> str | None:
-    """Why torch.compile has no row here, or None."""
+    """The reason why torch.compile cannot run here, or None."""
     del arrays, static
     if importlib.util.find_spec("torch") is None:
         return "needs PyTorch with CUDA, which is not installed"
@@ -28,7 +29,7 @@ def unsupported(*arrays, **static) -> str | None:
 
 
 def modulated_norm(x, scale, shift, weight, *, kind, eps):
-    """As our definition, in float32 inside."""
+    """As the op's reference, computed in float32."""
     y = x.float()
     if kind == "layer":
         y = y - y.mean(-1, keepdim=True)
@@ -41,13 +42,13 @@ def modulated_norm(x, scale, shift, weight, *, kind, eps):
 
 
 def gated_residual_norm(x, branch, gate, scale, shift, weight, *, kind, eps):
-    """The sum, then the norm of it."""
+    """The residual sum, then its norm."""
     x_new = (x.float() + _by_token(gate) * branch.float()).to(x.dtype)
     return x_new, modulated_norm(x_new, scale, shift, weight, kind=kind, eps=eps)
 
 
 def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, interleaved, eps):
-    """q, k and v as slices, of which the last is made contiguous, as attention wants it."""
+    """q and k normalised and rotated; v is copied to a contiguous tensor, which attention needs."""
     import torch  # pyright: ignore[reportMissingModuleSource]
 
     def prepared(x, weight):
@@ -66,18 +67,18 @@ def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, interleaved, eps):
 
 
 def gated_mlp(x, w_gate_up, w_down, *, activation):
-    """Two products by cuBLAS, and what lies between them."""
+    """Two products with the gated activation between them."""
     gate, up = (x @ w_gate_up.flatten(1)).chunk(2, -1)
     return (_activated(gate, activation) * up) @ w_down
 
 
 def dense_mlp(x, w_up, b_up, w_down, b_down, *, activation):
-    """The same without a gate."""
+    """Two products with bias and activation between them."""
     return _activated(x @ w_up + b_up, activation) @ w_down + b_down
 
 
 def linear_cross_entropy(x, w, labels, *, ignore_index, z_loss, logit_softcap):
-    """By way of all logits, in the dtype of x; the loss in float32."""
+    """Cross-entropy from materialised logits: the product in the dtype of x, the loss in float32."""
     import torch  # pyright: ignore[reportMissingModuleSource]
 
     logits = (x @ w).float()
@@ -91,13 +92,13 @@ def linear_cross_entropy(x, w, labels, *, ignore_index, z_loss, logit_softcap):
 
 FUNCTIONS = {f.__name__: f for f in (modulated_norm, gated_residual_norm, qk_norm_rope, gated_mlp, dense_mlp,
                                      linear_cross_entropy)}  # fmt: skip
-CONSTANT = {"qk_norm_rope": (3, 4)}  # leaves without a gradient, beside integers
+CONSTANT = {"qk_norm_rope": (3, 4)}  # floating-point leaves that have no gradient
 
 
 def call(name: str, pass_: str, copies: Sequence[timing.Arrays], *, compiled: bool = True, **static) -> timing.Call:
-    """One pass of one of FUNCTIONS after torch.compile; tensors share the memory of JAX's arrays.
+    """One pass of one of FUNCTIONS with torch.compile; the tensors share memory with JAX's arrays.
 
-    Gradients are those of every floating array: zeros of a constant, in the order of the op's leaves.
+    There is a gradient for every floating-point array, in the order of the op's leaves; that of a constant is zero.
     """
     import torch  # pyright: ignore[reportMissingModuleSource]
 
@@ -139,7 +140,7 @@ def call(name: str, pass_: str, copies: Sequence[timing.Arrays], *, compiled: bo
 
 
 def _leaves(name: str, arrays) -> list:
-    """The arrays with None where one is left out, a rotation as its two tables."""
+    """The leaves of the arguments: None for an omitted array, and two tables for a rotation."""
     if name == "qk_norm_rope":
         *front, rotation = arrays
         return [*front, *((None, None) if rotation is None else (rotation.cos, rotation.sin))]

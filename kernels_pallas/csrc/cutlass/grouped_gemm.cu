@@ -1,9 +1,9 @@
-// grouped_matmul by CUTLASS's grouped GEMM for Hopper: persistent thread blocks, TMA, wgmma, float32 sums.
+// grouped_matmul by CUTLASS's grouped GEMM for Hopper: persistent thread blocks, TMA, wgmma, float32 accumulation.
 //
-// How many rows a group has is known on the device alone. A small kernel of ours turns the group sizes into what
-// CUTLASS reads, pointers, strides and shapes, and clears the rows of no group; nothing waits for the device. The
-// scratch memory depends on the numbers of groups and of processors, and not on the sizes: CUTLASS keeps the TMA
-// descriptors of each processor there, which the kernel writes before it reads them.
+// The group sizes are known only on the device. A small kernel turns them into what CUTLASS reads (pointers, strides
+// and shapes) and sets the padding rows to zero; there is no host synchronisation. The size of the scratch memory
+// depends on the numbers of groups and of SMs and not on the group sizes: CUTLASS keeps the TMA descriptors of each SM
+// there, which the kernel writes before it reads them.
 
 #include <cuda_runtime.h>
 #include <cutlass/cutlass.h>
@@ -25,13 +25,13 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kAlign = 8;                 // numbers of 16 bits in the 16 bytes that TMA wants rows to be multiples of
-constexpr size_t kLine = 256;             // bytes that each array in scratch begins at; a TMA descriptor wants 128
-constexpr size_t kScratchAlign = 16;      // the most that XLA's allocator may be asked for
-constexpr int kThreads = 256;             // of the kernel that prepares
-constexpr int kSharedMemory = 227 << 10;  // bytes, the most a block has on Hopper
+constexpr int kAlign = 8;                 // 16-bit numbers in 16 bytes: TMA needs rows of multiples of 16 bytes
+constexpr size_t kLine = 256;             // alignment in bytes of the arrays in scratch; a TMA descriptor needs 128
+constexpr size_t kScratchAlign = 16;      // the largest alignment that XLA's allocator supports
+constexpr int kThreads = 256;             // threads per block of the Prepare kernel
+constexpr int kSharedMemory = 227 << 10;  // bytes, the most that a block can use on Hopper
 
-// y = x w with the rows of x and y and both dims of w as JAX has them: the last dim is contiguous.
+// y = x w, with JAX's layouts of x, y and w: the last dim is contiguous.
 template <typename Element>
 struct Config {
   using Shape = cute::Shape<int, int, int>;  // rows, columns, depth of a group
@@ -53,7 +53,7 @@ struct Config {
       cutlass::gemm::device::GemmUniversalAdapter<cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, Epilogue>>;
 };
 
-// What CUTLASS reads of each group, in device memory.
+// The arguments of CUTLASS for each group, in device memory.
 template <typename Element>
 struct Groups {
   using Kernel = typename Config<Element>::Gemm::GemmKernel;
@@ -76,8 +76,8 @@ struct Arrays {
   int rows, depth, columns, num_groups;
 };
 
-// The first block writes the groups; all clear what lies past the last row of a group. Negative sizes count as 0, and
-// no group reaches past the arrays' rows. Where there are more groups than threads, the scan goes on in further rounds.
+// The first block writes the groups; all blocks set the padding rows to zero. Negative sizes count as 0, and groups are
+// clipped to the rows of the arrays. If there are more groups than threads, the scan takes several rounds.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) Prepare(Arrays<Element> arrays, Groups<Element> groups) {
   using Scan = cub::BlockScan<int64_t, kThreads>;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) Prepare(Arrays<Element> arrays, Grou
 
 constexpr size_t ToLine(size_t size) { return (size + kLine - 1) / kLine * kLine; }
 
-// Cuts one piece of scratch memory into arrays; from null, only how much they take.
+// Divides one piece of scratch memory into arrays; with a null pointer it only computes the size.
 class Cutter {
  public:
   explicit Cutter(void* memory) : memory_(ToLine(reinterpret_cast<uintptr_t>(memory))) {}
@@ -151,7 +151,7 @@ ffi::Error Failed(const std::string& what, const std::string& why) {
   return ffi::Error::Internal("grouped_gemm: " + what + ": " + why + ".");
 }
 
-// Whether the driver filled in a TMA descriptor; CUTLASS goes on without.
+// Whether the driver has filled in a TMA descriptor; CUTLASS does not report a failure.
 bool Encoded(const cute::TmaDescriptor* descriptor) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(descriptor);
   for (size_t i = 0; i < sizeof(*descriptor); ++i)
@@ -167,13 +167,13 @@ ffi::Error Run(cudaStream_t stream, ffi::ScratchAllocator& scratch, const Arrays
   cudaError_t status = cudaGetDevice(&device.device_id);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, device.device_id);
-  if (status != cudaSuccess) return Failed("no device", cudaGetErrorString(status));
+  if (status != cudaSuccess) return Failed("cannot query the device", cudaGetErrorString(status));
 
   const auto arguments_of = [&](const Groups<Element>& groups) {
     return typename Gemm::Arguments{cutlass::gemm::GemmUniversalMode::kGrouped,
                                     {arrays.num_groups, groups.shape, nullptr},
                                     {groups.x, groups.x_stride, groups.w, groups.w_stride},
-                                    {{}, nullptr, nullptr, groups.y, groups.y_stride},  // 1 times the product
+                                    {{}, nullptr, nullptr, groups.y, groups.y_stride},  // alpha = 1, no C
                                     device};
   };
   Cutter measure(nullptr);
@@ -181,30 +181,30 @@ ffi::Error Run(cudaStream_t stream, ffi::ScratchAllocator& scratch, const Arrays
   measure.Bytes(workspace_size);
   const auto memory = scratch.Allocate(measure.wanted(), kScratchAlign);
   if (!memory.has_value() || *memory == nullptr)
-    return Failed("no scratch memory", std::to_string(measure.wanted()) + " bytes");
+    return Failed("cannot allocate scratch memory", std::to_string(measure.wanted()) + " bytes");
   Cutter cutter(*memory);
   const auto groups = Cut<Element>(cutter, arrays.num_groups);
   const auto arguments = arguments_of(groups);
 
   Gemm gemm;
   if (const auto answer = Gemm::can_implement(arguments); answer != cutlass::Status::kSuccess)
-    return Failed("CUTLASS cannot do this", cutlassGetStatusString(answer));
+    return Failed("CUTLASS does not support these arguments", cutlassGetStatusString(answer));
   const auto ready = gemm.initialize(arguments, cutter.Bytes(workspace_size), stream);
-  if (ready != cutlass::Status::kSuccess) return Failed("CUTLASS is not ready", cutlassGetStatusString(ready));
+  if (ready != cutlass::Status::kSuccess) return Failed("CUTLASS failed to initialize", cutlassGetStatusString(ready));
   const auto& params = gemm.params();
   if (!Encoded(params.mainloop.tma_load_a.get_tma_descriptor()) ||
       !Encoded(params.mainloop.tma_load_b.get_tma_descriptor()) ||
       !Encoded(params.epilogue.tma_store_d.get_tma_descriptor()))
-    return Failed("no TMA descriptor", "the driver refused");
+    return Failed("cannot create a TMA descriptor", "the driver returned an error");
   Prepare<Element><<<device.sm_count, kThreads, 0, stream>>>(arrays, groups);
   status = cudaGetLastError();
-  if (status != cudaSuccess) return Failed("no groups", cudaGetErrorString(status));
+  if (status != cudaSuccess) return Failed("cannot launch the Prepare kernel", cudaGetErrorString(status));
   const auto ran = gemm.run(stream);
   return ran == cutlass::Status::kSuccess ? ffi::Error::Success()
-                                          : Failed("CUTLASS did not run", cutlassGetStatusString(ran));
+                                          : Failed("CUTLASS failed to run", cutlassGetStatusString(ran));
 }
 
-// Null, or what is wrong with the arrays.
+// The reason why the arrays are invalid, or null.
 const char* Unfit(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& group_sizes,
                   const ffi::AnyBuffer& y) {
   const auto dtype = x.element_type();
@@ -213,13 +213,13 @@ const char* Unfit(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::A
   if (group_sizes.element_type() != ffi::S32) return "group_sizes must be int32";
   const auto xs = x.dimensions(), ws = w.dimensions(), sizes = group_sizes.dimensions(), ys = y.dimensions();
   if (xs.size() != 2 || ws.size() != 3 || sizes.size() != 1 || ys.size() != 2)
-    return "wanted x (R, D), w (E, D, F), group_sizes (E,) and y (R, F)";
+    return "the shapes must be x (R, D), w (E, D, F), group_sizes (E,) and y (R, F)";
   if (ws[0] != sizes[0] || ws[1] != xs[1] || ys[0] != xs[0] || ys[1] != ws[2])
-    return "the sides of x (R, D), w (E, D, F), group_sizes (E,) and y (R, F) do not fit together";
+    return "the shapes of x (R, D), w (E, D, F), group_sizes (E,) and y (R, F) do not fit together";
   if (ws[1] % kAlign != 0 || ws[2] % kAlign != 0) return "D and F must be multiples of 8";
-  if (xs[0] > INT_MAX || ws[0] > INT_MAX || ws[1] > INT_MAX || ws[2] > INT_MAX) return "a side is 2^31 or more";
+  if (xs[0] > INT_MAX || ws[0] > INT_MAX || ws[1] > INT_MAX || ws[2] > INT_MAX) return "a dimension is 2^31 or larger";
   for (const void* data : {x.untyped_data(), w.untyped_data(), y.untyped_data()})
-    if (reinterpret_cast<uintptr_t>(data) % sizeof(uint4) != 0) return "an array does not begin at 16 bytes";
+    if (reinterpret_cast<uintptr_t>(data) % sizeof(uint4) != 0) return "an array is not aligned to 16 bytes";
   return nullptr;
 }
 
@@ -228,9 +228,9 @@ ffi::Error GroupedGemm(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::
   if (const char* wrong = Unfit(x, w, group_sizes, *y); wrong != nullptr)
     return ffi::Error::InvalidArgument("grouped_gemm: " + std::string(wrong) + ".");
   if (y->element_count() == 0) return ffi::Error::Success();
-  if (w.element_count() == 0) {  // no group, or sums of nothing
+  if (w.element_count() == 0) {  // no groups, or a contraction of size 0
     const cudaError_t status = cudaMemsetAsync(y->untyped_data(), 0, y->size_bytes(), stream);
-    return status == cudaSuccess ? ffi::Error::Success() : Failed("no zeros", cudaGetErrorString(status));
+    return status == cudaSuccess ? ffi::Error::Success() : Failed("cannot set y to zero", cudaGetErrorString(status));
   }
   const auto run = [&](auto zero) {
     using Element = decltype(zero);
@@ -247,8 +247,8 @@ ffi::Error GroupedGemm(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::
 }  // namespace
 }  // namespace kernels_pallas
 
-// It may not be captured in a CUDA graph: the scratch memory is given back when the handler returns, and a graph that
-// runs again would write to memory that may be another's by then.
+// This call must not be captured in a CUDA graph: the scratch memory is freed when the handler returns, so a replayed
+// graph could write to memory that is used by other operations.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_gemm, kernels_pallas::GroupedGemm,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()

@@ -91,7 +91,7 @@ def test_image_that_both_sets_hold_is_no_copy_and_a_held_out_one_is_none():
 
 
 def test_memorisation_ratio_wants_a_yardstick():
-    with pytest.raises(UserError, match="1 held-out images: give at least 2"):
+    with pytest.raises(UserError, match="1 validation images: wanted at least 2"):
         memorisation_ratio(line(1), line(1), line(1))
 
 

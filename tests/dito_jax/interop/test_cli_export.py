@@ -7,7 +7,7 @@ import pytest
 
 from dito_jax.cli import main as cli
 from dito_jax.config import to_json
-from dito_jax.run import command_line
+from dito_jax.run import saved_run
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
@@ -20,7 +20,7 @@ def said(config, tmp_path, monkeypatch, capsys):
     def refused(*arguments: str, epsilon: float | None = None) -> str:
         private = dataclasses.replace(config.privacy, epsilon=epsilon)
         run.config.write_text(to_json(dataclasses.replace(config, privacy=private)))
-        monkeypatch.setattr(command_line, "restored_here", lambda *_: pytest.fail("it goes on"))
+        monkeypatch.setattr(saved_run, "restored_here", lambda *_: pytest.fail("it goes on"))
         monkeypatch.setattr(sys, "argv", ["dito", "export", str(run.path), *arguments])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit, match="2"):

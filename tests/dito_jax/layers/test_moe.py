@@ -38,7 +38,7 @@ ROUTERS = {
     ),
     "race": dict(choose=lambda x, bias, index: race(x, rows=2 * len(x)), scores=softmax_scores, active=2),
     "by_index": dict(
-        choose=lambda x, bias, index: by_index(index, num_experts=E), scores=softmax_scores, active=1, told=True
+        choose=lambda x, bias, index: by_index(index, num_experts=E), scores=softmax_scores, active=1, by_index=True
     ),
 }  # fmt: skip
 

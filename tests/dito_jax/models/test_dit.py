@@ -210,10 +210,13 @@ def numpy_dit(params, config, image, t, label):
         ({"num_kv_heads": 3}, "not a multiple of num_kv_heads 3"),
         ({"width": 72, "num_heads": 6}, "head width 12"),
         ({"depth": 0}, "depth 0"),
-        ({"kernels": KernelsConfig(norm="cuda")}, "kernels.norm 'cuda' is no implementation; choose from xla, triton"),
-        ({"kernels": KernelsConfig(qk_norm_rope="mosaic_gpu")}, "qk_norm_rope 'mosaic_gpu' is no implementation"),
-        ({"kernels": KernelsConfig(attention="cuda")}, "kernels.attention 'cuda' is no implementation"),
-        ({"kernels": KernelsConfig(norm="triton"), "forward_mode": True}, "forward_mode has no other norms"),
+        (
+            {"kernels": KernelsConfig(norm="cuda")},
+            "kernels.norm 'cuda' is not an implementation; choose from xla, triton",
+        ),
+        ({"kernels": KernelsConfig(qk_norm_rope="mosaic_gpu")}, "qk_norm_rope 'mosaic_gpu' is not an implementation"),
+        ({"kernels": KernelsConfig(attention="cuda")}, "kernels.attention 'cuda' is not an implementation"),
+        ({"kernels": KernelsConfig(norm="triton"), "forward_mode": True}, "forward_mode supports only xla norms"),
     ],
 )
 def test_impossible_configs_say_why(change, words):

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dito_jax.config import TrainConfig, check, from_json, override, to_json
+from dito_jax.config import TrainConfig, check, from_json, to_json
 from dito_jax.data import DigitsData
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
 from dito_jax.models.dit import DiTConfig, Report
 from dito_jax.models.moe_dit import MoEBlock, MoEDiTConfig
 from dito_jax.models.upcycling import check_upcycling, upcycled
+from dito_jax.overrides import override
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig, make_program
@@ -241,7 +242,7 @@ def test_eight_devices_train_to_the_losses_of_one(exchange, sizes):
         (dict(active_experts=5), "active_experts 5 is not between 1 and num_experts 4"),
         (dict(depth=3, moe_every=2), "depth 3 is not a multiple of moe_every 2"),
         (dict(router="sigmoid", router_groups=3), "num_experts 4 is not a multiple of router_groups 3"),
-        (dict(router="sigmoid", router_groups=4), "the 1 active_groups have less than active_experts 2"),
+        (dict(router="sigmoid", router_groups=4), "the 1 active_groups have fewer than active_experts 2"),
         (dict(pool=2, balance="example"), "balance 'example' needs a pool of 1"),
         (dict(capacity_factor=0.0), "capacity_factor 0.0 is not positive"),
     ],
@@ -308,10 +309,10 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(make, moe_every):
 @pytest.mark.parametrize(
     ("dense", "model", "words"),
     [
-        ({}, dict(expert_hidden=24), "model.expert_hidden is 24, its MLPs have 96"),
+        ({}, dict(expert_hidden=24), "model.expert_hidden is 24, the dense model's MLPs have 96"),
         ({}, dict(shared_hidden=16), "model.shared_hidden is 16"),
-        (dict(mlp="gelu"), {}, "its MLPs are not swiglu"),
-        (dict(depth=4), {}, "its model differs from this one: depth 4 != 2"),
+        (dict(mlp="gelu"), {}, "the dense model's MLPs are not swiglu"),
+        (dict(depth=4), {}, "the dense model differs from this one: depth 4 != 2"),
     ],
 )
 def test_what_cannot_be_upcycled_is_refused_in_one_line(dense, model, words):

@@ -55,8 +55,8 @@ def test_each_bad_step_is_told_in_words_and_only_when_others_are_queued_behind_i
     assert [row["step"] for row in read_events(run, "bad_step")] == [7]
     guard.settle()
     assert capsys.readouterr().err.splitlines() == [
-        "step 7 left out: its loss or gradient is not finite.",
-        f"step {7 + LAG} left out: the norm of its gradient 1234 is a spike.",
+        "step 7 skipped: loss or gradient not finite.",
+        f"step {7 + LAG} skipped: gradient norm spike (1234).",
     ]
 
 
@@ -81,7 +81,7 @@ def test_a_burst_leads_back_to_before_it_and_past_its_data(run):
     assert [position(run, step) for step in (9, 10, 11, 30)] == [9, 24, 25, 44]
     (row,) = read_events(run, "rollback")
     assert "3 of the steps 18 to 24 were bad" in row["said"]
-    assert "back to step 10, past the 14 batches since (rollback 1 of 2 to it)" in row["said"]
+    assert "rolled back to step 10, skipping the 14 batches since (rollback 1 of 2 to this step)" in row["said"]
     assert skips(run)[0]["because"] == row["said"] and not guard.burst()
 
 

@@ -104,7 +104,7 @@ def test_tensorboard_shows_the_same_numbers_and_hides_the_forgotten_steps(tmp_pa
 @pytest.mark.parametrize("values, file", [({"note": "x" * 100}, "metrics.jsonl"), ({"a": 1, "b": 2}, "tensorboard")])
 def test_full_disk_is_one_line_and_the_whole_lines_stay(tmp_path, files_at_most, values, file):
     run = RunDirectory(tmp_path)
-    line = f"{file}.*: File too large: make room"
+    line = f"{file}.*: File too large: free some space"
     with MetricsWriter(run) as metrics, files_at_most(1000), pytest.raises(ValueError, match=line) as error:
         for step in range(1000):
             metrics.write(step, values)
