@@ -20,7 +20,7 @@ from ..op import Op
 
 RECORDED = ("h200", "a100")
 PACKAGE = Path(__file__).parents[1]
-# The files outside a family on which its rows depend. tests/kernels_pallas/test_compiled.py checks that none is missing.
+# The files outside a family on which its rows depend. The tests check that none is missing.
 SHARED = (
     "op.py", "backend.py", "tuning.py", "hardware.py", "deviceless.py", "bench/machine_code.py", "ffi/custom_calls.py",
     "ffi/libraries.py", "ffi/ranges.py",
@@ -70,7 +70,7 @@ def read(family: str) -> list[dict]:
 
 
 def write(family: str, ops: Sequence[Op], columns: Sequence[str], rows: Sequence[dict]) -> None:
-    """Writes the record of the family. If a kernel did not compile, its row is omitted and the record stays out of date."""
+    """Writes the record of the family. It stays out of date if a kernel did not compile; that kernel has no row."""
     complete = not any("error" in row for row in rows)
     head = {
         "digest": digest(ops) if complete else "incomplete",

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas import OPS, deviceless
-from kernels_pallas.bench import inspect
+from kernels_pallas.bench import inspect, machine_code
 from kernels_pallas.hardware import H200
 from kernels_pallas.op import PASSES, Case, Cost, Kernel, Op
 

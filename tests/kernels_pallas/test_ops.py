@@ -233,7 +233,7 @@ def test_two_runs_agree_to_the_bit(name, kernel, case):
 
 @every(BATCHED)
 def test_gradient_of_each_example(name, kernel, case):
-    """vmap of the gradient through remat, as private training takes it: the batch's own; of what is shared, its terms."""
+    """vmap of the gradient through remat, as private training does: the batch's own; of what is shared, its terms."""
     flags = batched(name, case)
     run = passes(name, of_leaves(name, case, jax.remat(implementation(name, kernel, case))))
 
