@@ -60,7 +60,7 @@ def test_a_record_has_checksums_of_itself_and_of_the_values(tmp_path):
     assert read_record(tmp_path) == record and record["metadata"] == {"step": 3, "shape": [1, 2]}
     check_values(LEAVES, record)
     older = {name: [kind, mark[:16]] for name, (kind, mark) in record["arrays"].items()}
-    with pytest.raises(UserError, match="those of an older dito_jax"):
+    with pytest.raises(UserError, match="checksums of an older dito_jax"):
         check_values(LEAVES, record | {"arrays": older})
     with pytest.raises(Damaged, match="checksum mismatch of int32 and 1 more"):
         check_values(LEAVES | {"int32": LEAVES["int32"] + 1, "number": -LEAVES["number"]}, record)
