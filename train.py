@@ -120,12 +120,12 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
             guard.watch(number, measured)
             if config.guard.check_replicas_every and number % config.guard.check_replicas_every == 0:
                 guard.compare_replicas(number, state)
-            logger.note(measured)
+            logger.add(measured)
 
             last, stop = number == config.train.steps, services.preemption.requested(number)
             if number % config.train.log_every == 0 or last or stop:
                 guard.settle()
-                logger.tell(number)
+                logger.log(number)
             if clock.due(number) or last or stop:
                 with ledger.phase("save"):
                     faults.before_save(number)

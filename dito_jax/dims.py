@@ -1,6 +1,6 @@
-"""The legend: dimension letters and mesh axes. Every annotation, parameter and sharding rule in the project uses these.
+"""Names of array dimensions and mesh axes, used by all annotations, parameters and sharding rules.
 
-`axis` is a mesh axis, `dim` an array dimension. Lower case letters are image space; "." names a dimension that is
+`axis` is a mesh axis, `dim` an array dimension. Lower-case letters are image dimensions; "." is a dimension that is
 never sharded.
 """
 
@@ -25,8 +25,8 @@ DIMS = {
 }
 
 AXES = {
-    "data": "copies of the parameters; shards the batch",
-    "fsdp": "shards parameters along D, and the batch",
-    "expert": "shards experts, and the batch",
-    "tensor": "shards heads and the feed-forward width",
+    "data": "data parallelism: shards the batch, replicates the parameters",
+    "fsdp": "FSDP: shards the parameters along D, and the batch",
+    "expert": "expert parallelism: shards the experts, and the batch",
+    "tensor": "tensor parallelism: shards the heads and the feed-forward width",
 }

@@ -1,7 +1,7 @@
-"""Several processes of one run: how they join, what they tell each other, and what they agree on.
+"""Multi-process (multi-host) runs: jax.distributed initialization, barriers, and a shared key-value store.
 
-Joined, they share a store of texts that process 0 keeps: what one publishes, all can read, also while their devices
-are stuck. A single process keeps its own.
+The key-value store is kept by process 0. Each process can publish texts in it and read all of them, also while devices
+are blocked in a collective. A single process uses a local dict instead.
 """
 
 import contextlib
@@ -14,27 +14,27 @@ from typing import NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # the store is JAX's own; this file alone knows where JAX has it
+from jax._src import distributed  # private module of JAX: its key-value store; imported in this file only
 from jax.experimental import multihost_utils
 
 from dito_jax.errors import UserError
 
 
 GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-DETECTED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # clusters whose other variables JAX reads itself
-HEARTBEAT_SECONDS = 30  # after which JAX takes a silent process for dead, and ends the others
+DETECTED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # Slurm and Open MPI; JAX reads their other variables itself
+HEARTBEAT_SECONDS = 30  # without a heartbeat for so long, JAX treats a process as dead and ends the others
 
 _own: dict[str, str] = {}
 
 
 def join() -> None:
-    """Joins the processes of one run if the environment says that there are several; call it before any device is used.
+    """Calls jax.distributed.initialize if the environment describes several processes; call it before using devices.
 
-    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or Slurm's or Open MPI's variables. It
-    returns when all have joined.
+    The environment is JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or the variables of
+    Slurm or Open MPI. Returns when all processes have joined.
 
     Raises:
-      UserError: the three are incomplete, or no numbers.
+      UserError: some of the three variables are missing or invalid.
     """
     if any(name in os.environ for name in GIVEN):
         address, count, index = _given(os.environ)
@@ -45,28 +45,28 @@ def join() -> None:
 
 
 def count() -> int:
-    """How many processes the run has; unlike `jax.process_count`, it starts no device."""
+    """Number of processes of the run; unlike `jax.process_count` it does not initialize the devices."""
     return distributed.global_state.num_processes
 
 
 def index() -> int:
-    """Which of them this is; unlike `jax.process_index`, it starts no device."""
+    """Index of this process; unlike `jax.process_index` it does not initialize the devices."""
     return distributed.global_state.process_id
 
 
 def agree(value: bool) -> bool:
-    """True if all processes say so. All must ask; it also waits for the last of them."""
+    """Logical and of `value` over all processes; a collective that is also a barrier."""
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 def publish(key: str, value: str, *, seconds: float = 5.0) -> None:
-    """Puts a text where all processes can read it, over the one that was there.
+    """Writes a text to the key-value store, replacing an earlier one.
 
     Raises:
       TimeoutError: process 0 did not answer in time.
-      RuntimeError: JAX's error; the processes are no longer joined.
+      RuntimeError: raised by JAX if the processes are no longer connected.
     """
     client = distributed.global_state.client
     if client is None:
@@ -76,9 +76,9 @@ def publish(key: str, value: str, *, seconds: float = 5.0) -> None:
 
 
 def published(prefix: str, *, seconds: float = 5.0) -> dict[str, str]:
-    """Every text under `prefix`, a whole path: {"0": "a", "1": "b"} for "at" where "at/0" and "at/1" are published.
+    """All texts under the path `prefix`: {"0": "a", "1": "b"} for "at" if "at/0" and "at/1" are published.
 
-    Raises: as `publish`.
+    Raises: the errors of `publish`.
     """
     client = distributed.global_state.client
     whole = prefix.rstrip("/") + "/"
@@ -87,10 +87,10 @@ def published(prefix: str, *, seconds: float = 5.0) -> dict[str, str]:
 
 
 def leave(code: int, *, seconds: float = 20.0) -> NoReturn:
-    """Ends this process with an exit code and without JAX's farewell, which waits for all processes to be done.
+    """Ends this process with an exit code, without JAX's shutdown barrier, which waits for all processes.
 
-    So those that wait for this one in a collective hear of it. Process 0 goes when the others have, or after `seconds`:
-    JAX aborts whoever loses its store.
+    Other processes that wait for this one in a collective then fail instead of hanging. Process 0 exits last, or after
+    `seconds`, because JAX aborts processes that lose the key-value store.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -101,15 +101,17 @@ def leave(code: int, *, seconds: float = 20.0) -> NoReturn:
         deadline = time.monotonic() + seconds
         while index() == 0 and len(published("left")) < count() - 1 and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(0.1 if index() == 0 and count() > 1 else 0)  # they publish, then end
+        time.sleep(0.1 if index() == 0 and count() > 1 else 0)  # the others publish just before they end
     os._exit(code)
 
 
 def _given(environment: Mapping[str, str]) -> tuple[str, int, int]:
-    """Address, number of processes, and which of them this is."""
+    """(coordinator address, number of processes, index of this process) from the environment."""
     found = {name: environment[name] for name in GIVEN if environment.get(name)}
     if missing := [name for name in GIVEN if name not in found]:
-        raise UserError(f"{', '.join(found) or GIVEN[0]} is set, {' and '.join(missing)} not: set all three, or none.")
+        raise UserError(
+            f"{', '.join(found) or GIVEN[0]} is set, but not {' and '.join(missing)}: set all three, or none."
+        )
     address, count, index = found.values()
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()):
@@ -120,7 +122,7 @@ def _given(environment: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def _answer[T](ask: Callable[[], T], seconds: float) -> T:
-    """What `ask` returns or raises. JAX sets no time limit: process 0 may be frozen, and a thread waits for it."""
+    """Calls `ask` in a thread, with a timeout: JAX has none, and process 0 may not answer."""
     answers: list[T] = []
     errors: list[Exception] = []
 

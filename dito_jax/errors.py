@@ -1,16 +1,16 @@
-"""How a command ends: exit codes, and the errors that mean one."""
+"""Exit codes of the commands, and the exceptions that map to them."""
 
 DONE = 0
-CRASHED = 1  # a bug of ours, or of what we stand on; the traceback says which
-USER_MISTAKE = 2  # one line said why; the same command will fail again
-PREEMPTED = 75  # asked to stop, and saved; the same command goes on
-HUNG = 86  # the watchdog saw no progress; the same command goes on from the last checkpoint
-INTERRUPTED = 130
+CRASHED = 1  # an unexpected exception: a bug here or in a dependency; see the traceback
+USER_MISTAKE = 2  # usage error, explained in one line; the same command will fail again
+PREEMPTED = 75  # stopped by a signal after saving; the same command resumes
+HUNG = 86  # watchdog timeout; the same command resumes from the last checkpoint
+INTERRUPTED = 130  # Ctrl-C before or outside training
 
 
 class UserError(ValueError):
-    """What was given, what was wanted, what to do, in one line; a command prints it and exits with 2."""
+    """A usage error in one line: what was given, what was wanted, what to do; a command prints it and exits with 2."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved what there was to save; a command exits with 75."""
+    """The run was stopped by a signal and has saved its state; a command exits with 75."""

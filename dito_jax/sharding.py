@@ -1,9 +1,8 @@
-"""Where arrays live on the mesh: the mesh, the rules from dims to axes, and the one shard_map wrapper for kernels.
+"""Sharding: the device mesh (data parallel, FSDP, expert and tensor parallel) and the rules from dims to mesh axes.
 
-Models are written for one device. They name the dims of what they hold ("D K . H") and of what they compute ("B T
-D"); the rules below say which mesh axis shards which dim. A kernel is a custom call that XLA cannot partition: it
-would gather the whole array first. So kernels meet a mesh through `on_mesh` alone, which hands each device its own
-piece.
+Models are written for one device. They name the dims of their parameters ("D K . H") and activations ("B T D"); RULES
+says which mesh axes shard which dim. A kernel is a custom call that XLA cannot partition: XLA would all-gather its
+arguments first. Kernels are therefore called through `on_mesh`, a shard_map that passes each device its own shards.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "F": ("tensor",),
 }
 
-Dims = str | tuple[str, ...]  # of an array, or of each of several
+Dims = str | tuple[str, ...]  # dims of one array, or of each of several
 
 _one_example = contextvars.ContextVar("one_example", default=False)
 
@@ -50,7 +49,7 @@ class MeshConfig:
     """Devices for tensor parallelism: attention heads and feed-forward layers are sharded."""
 
     def resolve(self, num_devices: int) -> dict[str, int]:
-        """Axis sizes whose product is `num_devices`; raises UserError if there are none."""
+        """The axis sizes, with -1 resolved; raises UserError if their product cannot be `num_devices`."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         given = math.prod(n for n in sizes.values() if n != -1)
         shape = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
@@ -59,12 +58,12 @@ class MeshConfig:
         if -1 in sizes.values():
             sizes = {axis: num_devices // given if n == -1 else n for axis, n in sizes.items()}
         if math.prod(sizes.values()) != num_devices:
-            raise UserError(f"mesh: {shape} does not use exactly the {num_devices} devices there are.")
+            raise UserError(f"mesh: {shape} does not use exactly the {num_devices} available devices.")
         return sizes
 
 
 def make_mesh(config: MeshConfig, devices: np.ndarray | None = None) -> jax.sharding.Mesh:
-    """A mesh of all devices, or of `devices` (which may be compile-only), with Auto axes."""
+    """The mesh of all devices, or of `devices` (which may be compile-only), with Auto axes."""
     devices = np.array(jax.devices() if devices is None else devices)
     sizes = config.resolve(devices.size)
     return jax.sharding.Mesh(devices.reshape(tuple(sizes.values())), tuple(sizes))
@@ -73,7 +72,8 @@ def make_mesh(config: MeshConfig, devices: np.ndarray | None = None) -> jax.shar
 def spec(dims: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> jax.P:
     """The PartitionSpec of an array with these dims: "D F" -> P("fsdp", "tensor").
 
-    An axis shards one dim of an array at most, the first that claims it: in "B T D" the batch has fsdp, so D is whole.
+    A mesh axis shards at most one dim of an array, the first whose rule has it: in "B T D" the batch is sharded over
+    fsdp, so D is not.
     """
     free = [axis for axis, size in mesh.shape.items() if size > 1]
     entries = []
@@ -87,7 +87,7 @@ def spec(dims: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> jax.
 
 @contextlib.contextmanager
 def one_example() -> Iterator[None]:
-    """For what is traced inside, under a vmap over examples: the batch is one example's, and no axis shards it."""
+    """Inside a vmap over examples: the batch is that of one example, and no mesh axis shards it."""
     token = _one_example.set(True)
     try:
         yield
@@ -96,7 +96,7 @@ def one_example() -> Iterator[None]:
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
-    """Pins an activation to the mesh in force by its dims; nothing without a mesh."""
+    """Constrains the sharding of an activation by its dims on the current mesh; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if not _shards(mesh):
         return x
@@ -104,9 +104,9 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
 
 
 def on_mesh(function: Callable, in_dims: tuple[Dims, ...], out_dims: Dims) -> Callable:
-    """`function` run on each device's own piece: `on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)`.
+    """shard_map of `function` by dims: `on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)`.
 
-    An argument or a result may be a tree of arrays that begin with the same dims.
+    An argument or a result may be a tree of arrays whose first dims are the given ones.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not _shards(mesh):
@@ -115,26 +115,26 @@ def on_mesh(function: Callable, in_dims: tuple[Dims, ...], out_dims: Dims) -> Ca
         function,
         in_specs=jax.tree.map(lambda dims: spec(dims, mesh), in_dims),
         out_specs=jax.tree.map(lambda dims: spec(dims, mesh), out_dims),
-        check_vma=False,  # a kernel's outputs carry no record of the axes they vary over
+        check_vma=False,  # the outputs of kernels have no varying-axes information
     )
 
 
 def piece_start(cut: jax.P, piece: tuple[int, ...]) -> Int[Array, " dims"]:
-    """Inside shard_map: where this device's piece of an array that is cut so begins in the whole, in each dim."""
+    """Inside shard_map: the start index, in each dim, of this device's shard of shape `piece` in the whole array."""
     entries = (*cut, *[None] * (len(piece) - len(cut)))
     index = [0 if axes is None else jax.lax.axis_index(axes) for axes in entries]
     return jnp.stack([jnp.int32(at * size) for at, size in zip(index, piece, strict=True)])
 
 
 def sharded_by(dim: str, axis: str) -> bool:
-    """Whether that axis of the mesh in force shards such a dim."""
+    """Whether `axis` of the current mesh shards `dim`."""
     return axis in RULES.get(dim, ()) and axis_size(axis) > 1
 
 
 def summed(part: jax.Array, dims: str | tuple[str, ...]) -> jax.Array:
-    """Inside `on_mesh`: the sum of the parts that devices with different examples hold, of an array of these dims.
+    """Inside `on_mesh`: sums per-device parts over the axes that shard the batch (psum or reduce-scatter).
 
-    Each device is left with its own piece of the sum. The dims that "tensor" shards are pieces before it already.
+    Each device gets its own shard, by `dims`, of the sum. Dims sharded over "tensor" are shards already.
     """
     dims = tuple(dims.split()) if isinstance(dims, str) else dims
     for axis in RULES["B"]:
@@ -149,9 +149,7 @@ def summed(part: jax.Array, dims: str | tuple[str, ...]) -> jax.Array:
 
 
 def shardings[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
-    """Where each leaf lies: a parameter, and what an optimizer keeps of its shape, by the dims it was made with; the
-    rest on every device.
-    """
+    """The sharding of each leaf: parameters and optimizer moments by their dims, all other leaves replicated."""
 
     def of_variable(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(jax.NamedSharding(mesh, spec(whole_dims(variable), mesh)))
@@ -163,7 +161,7 @@ def shardings[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
 
 
 def whole_dims(variable: nnx.Variable) -> str:
-    """The dims of a parameter; those of stacked layers have a leading "L"."""
+    """The dims of a parameter, with a leading "L" for stacked layers."""
     dims = variable.get_metadata()["dims"]
     if variable.ndim == len(dims.split()) + 1:
         dims = f"L {dims}"
@@ -172,18 +170,18 @@ def whole_dims(variable: nnx.Variable) -> str:
 
 
 def batch_pieces(sizes: Mapping[str, int]) -> int:
-    """Into how many pieces a mesh of these axis sizes cuts a batch; B must be a multiple of it."""
+    """Number of shards of the batch on a mesh of these axis sizes; B must be a multiple of it."""
     return 1 if _one_example.get() else math.prod(sizes.get(axis, 1) for axis in RULES["B"])
 
 
 def whole_batch(num: int, multiple: int) -> int:
-    """`num` images, or the few more that give each device of the mesh in force as many, a multiple of `multiple`."""
+    """`num` rounded up so that each device of the current mesh gets equally many images, a multiple of `multiple`."""
     unit = batch_pieces(jax.sharding.get_abstract_mesh().shape) * multiple
     return -(-num // unit) * unit
 
 
 def axis_size(axis: str) -> int:
-    """Of the mesh in force; 1 where it has no such axis, or there is none."""
+    """Size of an axis of the current mesh; 1 if there is no such axis or no mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 

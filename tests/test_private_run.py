@@ -1,4 +1,4 @@
-"""A private run as a user has it: train.py, killed, going on, refused; and what `dito privacy` says of it."""
+"""A private run end to end: train.py killed, resumed and refused; the `dito privacy` commands."""
 
 import argparse
 import dataclasses
@@ -205,4 +205,4 @@ def test_two_processes_keep_alike_and_go_back_with_other_keys(call, tmp_path):
     call("-m", "dito_jax", "supervise", *PRIVATE, *options, DITO_LEDGERS=str(ledgers))
     first, again = [(0, step) for step in range(1, 7)], [(1, step) for step in range(3, 9)]
     assert charged(ledgers / "digits.jsonl") == first + again
-    assert "back to step 2" in (run / "events.jsonl").read_text()
+    assert "rolled back to step 2" in (run / "events.jsonl").read_text()

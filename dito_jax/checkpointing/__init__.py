@@ -1,1 +1,1 @@
-"""Checkpoints: saved in the background, checksummed, and verified when they are restored."""
+"""Checkpoints: asynchronous saves, checksums, and verification on restore."""

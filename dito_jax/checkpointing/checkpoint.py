@@ -1,12 +1,11 @@
-"""Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh, and never wrong.
+"""Checkpoints of a run: asynchronous and atomic saves, checksums, restore onto any mesh.
 
-Step N is the directory `N`, which Orbax renames into place when all of it is written. So a run killed at any
-moment leaves its last good step, and perhaps a `N.orbax-checkpoint-tmp` that the next save removes. A step that is
-not what was saved (integrity.py) is set aside as `N.corrupt`, and the one before it is taken. Reading changes nothing
-on the disk: a run can be sampled from while it trains.
+Step N is the directory `N`, which Orbax renames into place after writing all of it. A run killed at any moment
+therefore keeps its last complete step, and perhaps a `N.orbax-checkpoint-tmp` that the next save removes. A step whose
+checksums do not match (checksums.py) is renamed to `N.corrupt`, and the step before it is restored. Reading changes
+nothing on disk, so a run can be sampled from while it trains.
 
-The state is stored flat, {path of the leaf: array}, so that what a checkpoint holds does not depend on the
-Python classes around it.
+The state is stored as a flat dict {path of the leaf: array}, so a checkpoint does not depend on Python classes.
 """
 
 import concurrent.futures
@@ -30,23 +29,23 @@ from dito_jax.distributed import agree
 from dito_jax.errors import UserError
 
 
-UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a directory that it is still writing
+UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of a directory that is still being written
 
 DEFAULT = CheckpointConfig()
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or used, in one line: which, why, and what to do."""
+    """A checkpoint cannot be written or used; one line says which, why, and what to do."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that is not what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 class Checkpoints:
-    """The steps saved in one directory. The processes of one run save, together; any number read.
+    """The checkpoints in one directory. All processes of a run save together; any number of processes may read.
 
-    `on_disk(step, path)` is called in process 0, in the background, when all of a step is written.
+    `on_disk(step, path)` is called in process 0, in the background, after a step is completely written.
     """
 
     def __init__(
@@ -64,26 +63,26 @@ class Checkpoints:
         hush_orbax()
 
     def steps(self) -> list[int]:
-        """Every step that was saved whole, ascending."""
+        """All completely saved steps, ascending."""
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
     def latest(self) -> int | None:
-        """The last step that was saved whole; None if there is none."""
+        """The last completely saved step; None if there is none."""
         return max(self.steps(), default=None)
 
     def path(self, step: int) -> Path:
-        """Where a step is."""
+        """The directory of a step."""
         return self.directory / str(step)
 
     def save(self, step: int, state: Any, *, metadata: dict[str, Any]) -> None:
-        """Begins to save `state` (a pytree of arrays) and `metadata` (JSON).
+        """Starts to save `state` (a pytree of arrays) and `metadata` (JSON) in the background.
 
-        When it returns, all are copied: the state may be donated. A step that is there already is left as it is.
+        When it returns, the arrays are copied and may be donated. A step that is saved already is not saved again.
 
         Raises:
-          CheckpointError: the disk is full or read-only, now or while the save before this one was being written.
+          CheckpointError: the disk is full or read-only, now or during the previous save.
         """
         self.wait()
         if step in self.steps():
@@ -92,22 +91,22 @@ class Checkpoints:
         leaves = _by_path(state)
         self._saving = step, sum(leaf.nbytes for leaf in leaves.values())
         record = Record(leaves, metadata | {"time": time.time()})
-        # Made in the background, directories keep a process whose save failed before from ending.
+        # Directories created asynchronously would keep a process from exiting after a failed save.
         in_turn = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         with self._explained(), ocp.Context(async_options=in_turn):
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._remove_unfinished()
                 if self._saving[1] > self._free():
-                    raise self._refused("measured before writing")
+                    raise self._refused("not enough free space")
             response = ocp.save_checkpointables_async(str(self.path(step)), {"state": leaves, "record": record})
         self._pending = self._background.submit(self._finish, step, response)
 
     def wait(self) -> None:
-        """Returns when the save in progress is on the disk, and the steps too old to keep are off it.
+        """Waits until the save in progress is on disk and the steps that are not kept are deleted.
 
         Raises:
-          CheckpointError: the disk was full. Nothing is left of the step; those before it are intact.
+          CheckpointError: the disk was full. Nothing of the step is left; earlier steps are intact.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -115,22 +114,22 @@ class Checkpoints:
                 pending.result()
 
     def close(self) -> None:
-        """Waits for the save in progress; saves no more."""
+        """Waits for the save in progress and ends the background thread."""
         try:
             self.wait()
         finally:
             self._background.shutdown()
 
     def restore[Tree](self, step: int, like: Tree) -> Tree:
-        """The state of `step`, laid out as `like`: `jax.ShapeDtypeStruct`s, on shardings of any mesh.
+        """Restores the state of `step` with the structure and shardings of `like` (ShapeDtypeStructs on any mesh).
 
         Raises:
-          CheckpointError: there is no such step, or it is of another model.
-          DamagedCheckpoint: it is not what was saved.
+          CheckpointError: there is no such step, or its arrays are those of another model.
+          DamagedCheckpoint: the step differs from what was saved.
         """
         wanted = _by_path(like)
         self._find(step)
-        with self._damage_told(step):
+        with self._damage_explained(step):
             record, state = self._load(step, wanted)
             if self._config.verify == "full":
                 check_values(state, record)
@@ -139,13 +138,13 @@ class Checkpoints:
     def restore_newest[Tree](
         self, like: Tree, on_damage: Callable[[int, DamagedCheckpoint], None], *, before: int | None = None
     ) -> tuple[int, Tree] | None:
-        """The newest step, of those `before` one, that is what was saved, and its state; None if there are none.
+        """Restores the newest intact step, below `before` if given: (step, state); None if there are no steps.
 
-        `on_damage(step, error)` hears of each newer one that is not.
+        `on_damage(step, error)` is called for each newer step that is damaged.
 
         Raises:
-          DamagedCheckpoint: there are steps, and none is good.
-          CheckpointError: they are of another model.
+          DamagedCheckpoint: there are steps, but all are damaged.
+          CheckpointError: the arrays are those of another model.
         """
         last = None
         for step in reversed([step for step in self.steps() if before is None or step < before]):
@@ -158,24 +157,24 @@ class Checkpoints:
         return None
 
     def set_aside(self, step: int, why: str) -> Path:
-        """Renames a step to `N.<why>`, so that it is kept and not taken for good; in all processes at once."""
+        """Renames a step to `N.<why>`, so that it is kept but not restored; all processes must call it."""
         self.wait()
         names = [f"{step}.{why}", *(f"{step}.{why}-{number}" for number in range(2, 1000))]
         aside = next(path for name in names if not (path := self.directory / name).exists())
-        agree(True)  # on the name, before it is taken
+        agree(True)  # barrier: all processes have chosen the same name before the rename
         if jax.process_index() == 0:
             self.path(step).rename(aside)
-        agree(True)  # that it is done
+        agree(True)  # barrier: the rename is done
         return aside
 
     def record(self, step: int) -> dict[str, Any]:
-        """What `save` recorded: {"arrays": {path: [kind, fingerprint]}, "metadata": what it was given, ...}."""
+        """The record of a step: {"arrays": {path: [kind, checksum]}, "metadata": as given to `save`, ...}."""
         self._find(step)
-        with self._damage_told(step):
+        with self._damage_explained(step):
             return read_record(self.path(step))
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `metadata`, and "time", seconds since 1970."""
+        """The `metadata` given to `save`, with "time" in seconds since 1970."""
         return self.record(step)["metadata"]
 
     def _find(self, step: int) -> None:
@@ -184,9 +183,9 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; choose from: {there}.")
 
     def _load(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The record and the arrays. Every process reads for itself, and all agree whether all could."""
+        """Reads the record and the arrays; raises in all processes if one of them cannot read."""
         record, state, failed = {}, {}, None
-        # Within Orbax's own barriers a process that cannot read would leave the others waiting for it.
+        # Each process reads without Orbax's barriers, in which the others would wait for a process that fails.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
@@ -201,21 +200,21 @@ class Checkpoints:
             raise
         except Damaged as damage:
             failed = str(damage)
-        except Exception as error:  # whatever Orbax makes of damaged files
+        except Exception as error:  # Orbax raises many types for damaged files
             failed = f"it cannot be read: {first_line(error)}"
         if not agree(failed is None):
             raise Damaged(failed or "it cannot be read by another process")
         return record, state
 
     def _finish(self, step: int, response: Any) -> None:
-        """In the background: what follows when a step is on the disk."""
+        """Runs in the background after a step is on disk: records file sizes and deletes old steps."""
         response.result()
         if jax.process_index() != 0:
             return
         write_sizes(self.path(step))
         saved = {step: self._metric(step) for step in self.steps()}
         for old in superfluous(saved, self._config):
-            # Renamed first, so that a kill in the middle leaves no half of a step under its name.
+            # Renamed first, so that a kill during the deletion leaves no incomplete step under its name.
             self.path(old).rename(doomed := self.directory / f"{old}{UNFINISHED}")
             shutil.rmtree(doomed)
         self._on_disk(step, self.path(step))
@@ -237,7 +236,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Removes what a failed save wrote, and says in a line that the disk was full, or closed to us, if it was."""
+        """Removes the files of a failed save; raises a CheckpointError if the disk was full or not writable."""
         try:
             yield
         except CheckpointError:
@@ -251,19 +250,19 @@ class Checkpoints:
 
     def _refused(self, reason: str) -> CheckpointError:
         step, needed = self._saving
-        kept = "no step was saved yet" if self.latest() is None else f"step {self.latest()} is intact"
+        kept = "no step was saved before" if self.latest() is None else f"step {self.latest()} is intact"
         return CheckpointError(
             f"{self.directory}: cannot write the checkpoint of step {step} ({reason}): it needs {needed:,} "
-            f"bytes, {self._free():,} are free; make room, or use another --run-dir; {kept}."
+            f"bytes, {self._free():,} are free; free some space, or use another --run-dir; {kept}."
         )
 
     @contextlib.contextmanager
-    def _damage_told(self, step: int) -> Iterator[None]:
+    def _damage_explained(self, step: int) -> Iterator[None]:
         try:
             yield
         except Damaged as damage:
             earlier = max((s for s in self.steps() if s < step), default=None)
-            cure = "use another --run-dir" if earlier is None else f"move it away to go on from step {earlier}"
+            cure = "use another --run-dir" if earlier is None else f"move it away to continue from step {earlier}"
             raise DamagedCheckpoint(f"{self.path(step)}: damaged ({damage}): {cure}.") from damage
 
     def _compare(self, step: int, record: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -278,9 +277,9 @@ class Checkpoints:
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 in hex of every leaf's path, dtype, shape and bytes, in the order of the paths.
+    """SHA-256 in hex of the path, dtype, shape and bytes of every leaf, in the order of the paths.
 
-    Equal for equal bits, however the leaves are sharded; each must be addressable from this process.
+    It does not depend on the sharding. All leaves must be addressable from this process.
     """
     sha = hashlib.sha256()
     for name, leaf in sorted(_by_path(tree).items()):
@@ -291,7 +290,7 @@ def digest(tree: Any) -> str:
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    """{"params/blocks/scale": leaf}, in the tree's own order."""
+    """A flat dict {"params/blocks/scale": leaf}, in the order of the tree."""
     leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     assert len(named) == len(leaves), "two leaves have one path"

@@ -1,8 +1,8 @@
-"""Whether what was read is what was written: a fingerprint of every array, and a record that vouches for itself.
+"""Checksums of checkpoints: one of every array, verified on restore, in a record with its own checksum.
 
-A flipped bit in a checkpoint is read without a complaint, as another number. So each save records a fingerprint of
-every array, taken on the devices before any copy of it is made, and a restore takes it again, of what it has put on
-the devices, however the arrays lie on them.
+Without a checksum a flipped bit in a checkpoint is read as another number, without an error. So each save records a
+checksum of every array, computed on the devices before the array is copied. A restore computes it again from the
+arrays on the devices; it does not depend on their sharding.
 """
 
 import asyncio
@@ -28,111 +28,118 @@ Leaves = Mapping[str, Any]  # arrays by their path in the state
 
 
 class Damaged(Exception):
-    """What was read is not what was written; the message says how it shows."""
+    """A checkpoint that differs from what was saved; the message says how."""
 
 
-def fingerprints(leaves: Leaves) -> dict[str, str]:
-    """Of each array 32 hex digits, which depend on its bits and their places, not on its sharding: its state_digest.
+def array_checksums(leaves: Leaves) -> dict[str, str]:
+    """The state_digest of each array as 32 hex digits; it depends on all bits and their positions, not on the sharding.
 
-    Arrays of any process or sharding; every process gets all.
+    A collective for arrays sharded over several processes; every process gets all checksums.
     """
-    return begin_fingerprints(leaves)()
+    return begin_checksums(leaves)()
 
 
-def begin_fingerprints(leaves: Leaves) -> Callable[[], dict[str, str]]:
-    """`fingerprints` for another thread to wait for; the arrays may be donated meanwhile."""
-    # A call for each array: most shapes come four times (parameters, two moments, average), and are compiled once.
+def begin_checksums(leaves: Leaves) -> Callable[[], dict[str, str]]:
+    """Starts `array_checksums`; call the result, in any thread, to wait for it. The arrays may be donated meanwhile."""
+    # One call per array: most shapes occur four times (parameters, two moments, EMA) and are compiled once.
     compute = lambda leaves: {name: _digest(leaf) for name, leaf in leaves.items()}
     hexadecimal = lambda sums: {
         name: "".join(f"{int(word):08x}" for word in words) for name, words in jax.device_get(sums).items()
     }
     if jax.process_count() == 1 and all(_on_cpu(leaf) for leaf in leaves.values()):
-        # A CPU computes where it is called. It may read the old values later: who donates them gets a copy then.
+        # On CPUs the computation runs in the thread that waits, on aliases: a donation of the arrays then copies them.
         aliases = {name: _alias(leaf) for name, leaf in leaves.items()}
         return lambda: hexadecimal(compute(aliases))
-    sums = compute(leaves)  # queued on the devices, before whatever takes the arrays' memory
+    sums = compute(leaves)  # queued on the devices before any computation that donates the arrays
     return lambda: hexadecimal(sums)
 
 
 def kind(leaf: Any) -> str:
-    """float32[3,4] for an array or what stands for one; "absent" for None."""
+    """Dtype and shape of an array or ShapeDtypeStruct as text, e.g. float32[3,4]; "absent" for None."""
     if leaf is None:
         return "absent"
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
 class Record:
-    """Says what a checkpoint holds: {"arrays": {path: [kind, fingerprint]}, "metadata", "sha256"}, as JSON.
+    """The record of a checkpoint as JSON: {"arrays": {path: [kind, checksum]}, "metadata", "sha256" of the record}.
 
-    Orbax saves it beside the arrays, and waits for their fingerprints in the background.
+    Orbax saves it beside the arrays; the checksums are awaited in the background.
     """
 
     def __init__(self, leaves: Leaves, metadata: dict[str, Any]):
         self._kinds = {name: kind(leaf) for name, leaf in leaves.items()}
-        self._marks, self._metadata = begin_fingerprints(leaves), metadata
+        self._checksums, self._metadata = begin_checksums(leaves), metadata
 
-    def made(self) -> dict[str, Any]:
-        """The record; waits."""
-        marks = self._marks()
-        arrays = {name: [kind, marks[name]] for name, kind in self._kinds.items()}
-        # As a reader will find it: JSON has no tuples, and no integers as keys.
+    def wait(self) -> dict[str, Any]:
+        """Waits for the checksums; returns the record."""
+        found = self._checksums()
+        arrays = {name: [kind, found[name]] for name, kind in self._kinds.items()}
+        # Through JSON, which has no tuples and no integer keys, so that the SHA-256 is that of what is read back.
         record = json.loads(json.dumps({"arrays": arrays, "metadata": self._metadata}))
         return record | {"sha256": _sha256(record)}
 
     async def save(self, directory: Any) -> Awaitable[None]:
-        """Orbax's protocol for what saves itself: what it returns is done in the background."""
+        """Orbax's protocol for custom objects: the returned awaitable runs in the background."""
 
         async def write() -> None:
             folder = await directory.await_creation()
-            record = await asyncio.to_thread(self.made)
+            record = await asyncio.to_thread(self.wait)
             if jax.process_index() == 0:
                 (Path(folder) / RECORD.name).write_text(json.dumps(record))
 
         return write()
 
     async def load(self, directory: Any) -> Awaitable[None]:
-        """Nothing loads it through Orbax; `read_record` does."""
+        """Not implemented: `read_record` reads the record without Orbax."""
         raise NotImplementedError
 
 
 def read_record(step: Path) -> dict[str, Any]:
-    """The record in a step's directory, if it is as it was made; else raises Damaged."""
+    """Reads and verifies the record in a step's directory.
+
+    Raises:
+      Damaged: the record cannot be read, or its SHA-256 is wrong.
+    """
     try:
         record = json.loads((step / RECORD).read_text())
     except (FileNotFoundError, ValueError) as error:
-        raise Damaged("the record of its contents cannot be read") from error
+        raise Damaged("its checksum record cannot be read") from error
     if not isinstance(record, dict) or "sha256" not in record:
-        raise Damaged("it has no record of its contents")
-    told = {name: value for name, value in record.items() if name != "sha256"}
-    if _sha256(told) != record["sha256"]:
-        raise Damaged("the record of its contents was changed")
+        raise Damaged("it has no checksum record")
+    contents = {name: value for name, value in record.items() if name != "sha256"}
+    if _sha256(contents) != record["sha256"]:
+        raise Damaged("its checksum record was changed")
     return record
 
 
 def check_values(leaves: Leaves, record: dict[str, Any]) -> None:
-    """Raises Damaged if an array is not, bit for bit, what the record says.
+    """Verifies the checksum of every array.
 
     Raises:
-      UserError: fingerprints of the record are of another kind, so that nothing can be said.
+      Damaged: an array differs from what was saved.
+      UserError: the checksums were written by an older version in another format, so they cannot be compared.
     """
-    marks = fingerprints(leaves)
-    if any(len(mark) != len(next(iter(marks.values()))) for _, mark in record["arrays"].values()):
-        raise UserError("the checkpoint's fingerprints are those of an older dito_jax: go on with that, or start anew.")
-    wrong = [name for name, leaf in leaves.items() if [kind(leaf), marks[name]] != record["arrays"].get(name)]
+    found = array_checksums(leaves)
+    if any(len(checksum) != len(next(iter(found.values()))) for _, checksum in record["arrays"].values()):
+        raise UserError(
+            "the checkpoint has checksums of an older dito_jax: continue with that version, or start a new run."
+        )
+    wrong = [name for name, leaf in leaves.items() if [kind(leaf), found[name]] != record["arrays"].get(name)]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise Damaged(f"the values of {wrong[0]}{more} are not those that were saved")
+        raise Damaged(f"checksum mismatch of {wrong[0]}{more}")
 
 
 def write_sizes(directory: Path) -> None:
-    """Records how large each file is, in files.json among them."""
+    """Writes files.json with the size of each file in the directory."""
     unfinished = directory / f".{FILES}"
     unfinished.write_text(json.dumps(_sizes(directory)))
     unfinished.replace(directory / FILES)
 
 
 def check_sizes(directory: Path) -> None:
-    """Raises Damaged if a file is missing or of another size; nothing where sizes were not recorded."""
+    """Raises Damaged if a file is missing or has another size; does nothing without files.json."""
     try:
         recorded = json.loads((directory / FILES).read_text())
     except (FileNotFoundError, ValueError):
@@ -159,19 +166,19 @@ def _on_cpu(leaf: jax.Array) -> bool:
 
 
 def _alias(leaf: jax.Array) -> jax.Array:
-    """The same memory of a CPU as another array."""
+    """Another array that shares the CPU memory of `leaf`."""
     shards = [jax.device_put(np.asarray(shard.data), shard.device, may_alias=True) for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
 def _digest(leaf: jax.Array) -> jax.Array:
-    """state_digest's four words of the whole array, on every device."""
+    """The four words of the state_digest of the whole array, on every device."""
     return _digester(leaf.shape, leaf.sharding)(leaf)
 
 
 @functools.cache
 def _digester(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
-    """Compiled for arrays that lie so: each device takes the digest of its piece, and digests of pieces add up."""
+    """Compiled digest for one shape and sharding: each device digests its shard, the results are summed."""
     if not isinstance(sharding, jax.NamedSharding):
         return jax.jit(state_digest)
     cut = axes_of(sharding)
@@ -183,7 +190,7 @@ def _digester(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Callab
 
 
 def piece_digest(x: jax.Array, shape: tuple[int, ...], sharding: jax.NamedSharding) -> jax.Array:
-    """Inside shard_map: the digest of a device's piece of an array of this shape, by its place in the whole."""
+    """Inside shard_map: the digest of this device's shard of an array of shape `shape`, by its position."""
     if not shape:
         return state_digest(x)
     start = piece_start(sharding.spec, x.shape)
@@ -191,6 +198,6 @@ def piece_digest(x: jax.Array, shape: tuple[int, ...], sharding: jax.NamedShardi
 
 
 def axes_of(sharding: jax.NamedSharding) -> tuple[str, ...]:
-    """The mesh axes by which an array is cut."""
+    """The mesh axes that shard an array."""
     entries = (axes for axes in sharding.spec if axes is not None)
     return tuple(axis for axes in entries for axis in ((axes,) if isinstance(axes, str) else axes))

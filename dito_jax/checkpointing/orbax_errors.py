@@ -1,4 +1,4 @@
-"""What Orbax says when it fails, in a line where it says pages."""
+"""Orbax errors: one-line messages for full or read-only disks, and a filter for duplicated log output."""
 
 import errno
 import functools
@@ -15,22 +15,22 @@ NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def refusal(error: BaseException) -> str | None:
-    """The system's words if a full disk, a quota, a file size limit or a lack of rights ended a write; else None."""
-    # tensorstore raises no OSError: the system's number is in its message.
+    """The system's error text if a full disk, a quota, a size limit or permissions caused `error`; else None."""
+    # tensorstore does not raise OSError: the errno is in its message.
     number = re.search(r"os_error_code='(\d+)'", str(error))
     code = int(number[1]) if number else getattr(error, "errno", None)
     return os.strerror(code) if code in NO_ROOM + NOT_ALLOWED else None
 
 
 def first_line(error: BaseException) -> str:
-    """The reason of an error that was raised from another."""
+    """The first line of the cause of an error, or of the error itself."""
     lines = str(error.__cause__ or error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 @functools.cache
 def hush_orbax() -> None:
-    """Drops what Orbax prints of an error that it also raises."""
+    """Suppresses log output and warnings of Orbax about errors that it also raises."""
 
     def not_of_orbax(record: logging.LogRecord) -> bool:
         raised = str(record.exc_info[1]) if record.exc_info else ""
@@ -42,7 +42,7 @@ def hush_orbax() -> None:
         if not of_orbax and "Event loop is closed" not in str(args.exc_value):
             before(args)
 
-    # A read that fails closes the event loop under the others: some complain, some are never begun.
+    # A failed read closes the event loop of the other reads: some of them warn, some are never started.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(not_of_orbax)

@@ -1,4 +1,4 @@
-"""What a run's checkpoints hold, for a person: a table, one in full, whether they are good, and what a save costs."""
+"""Reports for `dito checkpoint`: list, contents, verification (checksums) and save time of checkpoints."""
 
 import re
 import statistics
@@ -19,7 +19,7 @@ COLUMNS = "{:>12}  {:>10}  {:19}  {}"
 
 
 def listing(checkpoints: Checkpoints) -> str:
-    """A line for each step: its size, when it was saved, and the metrics of the time; and what was set aside."""
+    """A table with a line per step: size, time of the save and metrics; then the steps that were set aside."""
     lines = [COLUMNS.format("step", "MB", "saved (UTC)", "metrics")]
     for step in checkpoints.steps():
         try:
@@ -34,17 +34,17 @@ def listing(checkpoints: Checkpoints) -> str:
 
 
 def contents(checkpoints: Checkpoints, step: int) -> str:
-    """Every array of a step, its fingerprint, and what was saved beside them."""
+    """Every array of a step with its checksum, and the metadata."""
     record = checkpoints.record(step)
     longest = max(map(len, record["arrays"]))
-    lines = [f"{name:{longest}}  {mark}  {kind}" for name, (kind, mark) in record["arrays"].items()]
+    lines = [f"{name:{longest}}  {checksum}  {kind}" for name, (kind, checksum) in record["arrays"].items()]
     for name, value in record["metadata"].items():
         lines.append(f"{name}: {value}")
     return "\n".join(lines)
 
 
 def verified(checkpoints: Checkpoints) -> Iterator[tuple[int, str | None]]:
-    """(step, None or what is wrong with it) of each step: all its values are read, by the CPU or the first GPU."""
+    """Verifies each step: yields (step, None or the error); reads all values, on the CPU or the first GPU."""
     for step in checkpoints.steps():
         try:
             _read(checkpoints, step)
@@ -54,9 +54,9 @@ def verified(checkpoints: Checkpoints) -> Iterator[tuple[int, str | None]]:
 
 
 def save_cost(checkpoints: Checkpoints, step: int, repeats: int = 5) -> str:
-    """How long a save keeps the step loop waiting, beside how long it takes until it is on the disk.
+    """Measures how long a save blocks the training loop and how long it takes in total.
 
-    The state of `step` is saved beside the run's own checkpoints, again and again, and removed; medians after a first.
+    The state of `step` is saved `repeats` times beside the run's checkpoints, and removed; medians without a warm-up.
     """
     state = _read(checkpoints, step)
     waits, totals = [], []
@@ -72,13 +72,13 @@ def save_cost(checkpoints: Checkpoints, step: int, repeats: int = 5) -> str:
     wait, total = statistics.median(waits[1:]), statistics.median(totals[1:])
     size = sum(leaf.nbytes for leaf in state.values()) / 1e6
     return (
-        f"{size:,.1f} MB on {jax.devices()[0].device_kind}: a save keeps the loop waiting for {wait:.3f} s, "
-        f"and is on the disk after {total:.3f} s: {wait / total:.1%} (medians of {repeats})"
+        f"{size:,.1f} MB on {jax.devices()[0].device_kind}: blocks the training loop {wait:.3f} s "
+        f"of {total:.3f} s total save time ({wait / total:.1%}, medians of {repeats})"
     )
 
 
 def _read(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
-    """All arrays of a step, checked, on one device."""
+    """Reads and verifies all arrays of a step, on one device."""
     place = jax.sharding.SingleDeviceSharding(_reader())
     return checkpoints.restore(
         step, {name: _struct(kind, place) for name, (kind, _) in checkpoints.record(step)["arrays"].items()}
@@ -86,7 +86,7 @@ def _read(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
 
 
 def _struct(kind: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    """What `integrity.kind` describes."""
+    """The ShapeDtypeStruct that `checksums.kind` describes."""
     dtype, shape = re.fullmatch(r"(\w+)\[([\d,]*)\]", kind).groups()  # pyright: ignore[reportOptionalMemberAccess]
     return jax.ShapeDtypeStruct(tuple(map(int, filter(None, shape.split(",")))), np.dtype(dtype), sharding=place)
 

@@ -1,4 +1,4 @@
-"""Which steps of a run are saved, and which of the saved ones stay."""
+"""Checkpoint schedule and retention: which steps are saved, and which saved steps are kept."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ class CheckpointConfig:
 
 
 def superfluous(saved: Mapping[int, float | None], config: CheckpointConfig) -> list[int]:
-    """The steps that may go, of those `saved`, given with their best_metric where that is known."""
+    """The saved steps to delete; `saved` maps each step to its best_metric, or None if unknown."""
     steps = sorted(saved)
     known = {step: value for step, value in saved.items() if value is not None and not math.isnan(value)}
     best = sorted(known, key=lambda step: (known[step], -step))[: config.keep_best]
@@ -44,20 +44,20 @@ def superfluous(saved: Mapping[int, float | None], config: CheckpointConfig) -> 
 
 
 def check_best_metric(config: CheckpointConfig, measured: Mapping[str, float] | None) -> None:
-    """Raises UserError if the best saves are to stay by a metric that is not among those measured."""
+    """Raises UserError if keep_best is set and best_metric is not among the measured metrics."""
     if config.keep_best and measured and config.best_metric not in measured:
         known = ", ".join(measured)
         raise UserError(f"checkpoint.best_metric {config.best_metric!r} is not measured; choose from {known}.")
 
 
 class SaveClock:
-    """Says when a save is due; looks at the time every `look_every` steps."""
+    """Decides when a save is due; checks the time every `look_every` steps."""
 
     def __init__(self, config: CheckpointConfig, look_every: int, clock: Callable[[], float] = time.monotonic):
         self._config, self._look_every, self._clock, self._saved_at = config, look_every, clock, clock()
 
     def due(self, step: int) -> bool:
-        """Whether the run should be saved after `step`; all processes say the same."""
+        """Whether to save after `step`; a collective, with the same result in all processes."""
         if step % self._config.every == 0:
             return True
         seconds = self._config.every_seconds
@@ -66,5 +66,5 @@ class SaveClock:
         return not agree(self._clock() - self._saved_at < seconds)
 
     def saved(self) -> None:
-        """Starts to count again."""
+        """Restarts the time since the last save."""
         self._saved_at = self._clock()

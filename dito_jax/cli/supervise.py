@@ -8,7 +8,7 @@ from dito_jax import bundled
 from dito_jax.config import load, resolved
 from dito_jax.errors import UserError
 from dito_jax.overrides import override
-from dito_jax.resilience.supervisor import Supervisor, places
+from dito_jax.resilience.supervisor import Supervisor, make_workers
 from dito_jax.run.elastic import shrunk
 from dito_jax.telemetry.events import read_events
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -18,7 +18,7 @@ def main(options: argparse.Namespace) -> None:
     """Trains, restarts from the last checkpoint on failure, and goes on with fewer processes if one is lost."""
     config = override(load(options.config), options.overrides)  # so that a mistake is reported before any start
     run = RunDirectory(options.run_dir or f"runs/{Path(options.config).stem}")
-    where = places(options.processes, options.hosts)
+    where = make_workers(options.processes, options.hosts)
 
     def shrink(left: int) -> tuple[int, list[str]]:
         started = [row for row in read_events(run, "start") if row["processes"] == len(where)]

@@ -1,4 +1,4 @@
-"""Data: sources of numbered examples, and the pipeline that makes batches of them."""
+"""Data sets (digits, strokes, image folders, latents) and the input pipeline that makes batches of them."""
 
 from dito_jax.data.array_record import write_array_record as write_array_record
 from dito_jax.data.digits import DigitsData as DigitsData

@@ -1,7 +1,7 @@
-"""Latents in ArrayRecord files: records read by number, for data that no memory holds.
+"""Latents in ArrayRecord files, with random access, for data sets that do not fit in memory.
 
-A record is one example: the label as a little-endian int32, then the latent (h, w, c) as a `.npy` file. All
-records of a data set have one shape and one dtype, so the header of the first is the header of all.
+A record is one example: the label as a little-endian int32, then the latent (h, w, c) in `.npy` format. All records of
+a data set have the same shape and dtype, so they all have the same `.npy` header.
 """
 
 import io
@@ -23,9 +23,9 @@ LABEL = struct.Struct("<i")
 def write_array_record(
     path: str | os.PathLike, latents: Float[np.ndarray, "B h w c"], labels: Integer[np.ndarray, " B"]
 ) -> None:
-    """Writes one file, whole or not at all; `latents` may be a memory map larger than the memory."""
+    """Writes one ArrayRecord file atomically; `latents` may be a memory map that is larger than the memory."""
     partial = f"{os.fspath(path)}.partial"
-    writer = ArrayRecordWriter(partial, "group_size:1")  # a group is read as one: random access wants them single
+    writer = ArrayRecordWriter(partial, "group_size:1")  # one record per group, because a group is read as a whole
     for latent, label in zip(latents, labels, strict=True):
         npy = io.BytesIO()
         np.save(npy, np.ascontiguousarray(latent))
@@ -35,7 +35,7 @@ def write_array_record(
 
 
 class ArrayRecords:
-    """The records of some files, one file after the other."""
+    """The records of several files, one file after the other."""
 
     def __init__(self, files: Sequence[str]):
         self._files = files[0] if len(files) == 1 else f"{files[0]} ... {files[-1]}"
@@ -60,7 +60,7 @@ class ArrayRecords:
         """One latent and its label.
 
         Raises:
-          DataError: the record cannot be read, or is of another shape or dtype than the first.
+          DataError: the record cannot be read, or its shape or dtype differs from the first record's.
         """
         try:
             record = self._records[index]
@@ -68,8 +68,8 @@ class ArrayRecords:
             raise DataError(f"{self._files}: record {index} cannot be read; write the files again.") from error
         if record[LABEL.size : self._start] != self._header:
             raise DataError(
-                f"{self._files}: record {index} is not {self.dtype} of shape {self.shape}, as the first is; "
-                "keep each dtype and shape in files of its own."
+                f"{self._files}: record {index} is not {self.dtype} of shape {self.shape} like the first record; "
+                "write separate files for each dtype and shape."
             )
         latent = np.frombuffer(record, self.dtype, offset=self._start).reshape(self.shape)
         return latent, LABEL.unpack_from(record)[0]

@@ -1,4 +1,4 @@
-"""Handwritten digits that scikit-learn ships: 1,797 scans of 8x8 pixels, ten classes; no download."""
+"""The handwritten digits of scikit-learn: 1,797 scans of 8x8 pixels in ten classes; no download."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from dito_jax.data.sources import Example, Split
 
 
 NUM_CLASSES = 10
-VALIDATION_ONE_IN = 5  # a fifth: a tenth of so few scans would measure little
+VALIDATION_ONE_IN = 5  # one scan in five is held out for validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Digits:
 
     image_shape = (8, 8, 1)
     num_classes = NUM_CLASSES
-    augment = None  # a mirrored digit is no digit
+    augment = None  # a mirrored digit is not a digit
 
     def __init__(self, split: Split):
         from sklearn.datasets import load_digits  # slow to import, and only needed here
 
-        pixels, labels = load_digits(return_X_y=True)  # 0 to 16: how many of 4x4 bits are ink
+        pixels, labels = load_digits(return_X_y=True)  # pixels are 0 to 16: the number of ink dots in a 4x4 cell
         chosen = _validation(labels) == (split == "validation")
         images = pixels[chosen].reshape(-1, *self.image_shape)
         self.images: Float32[np.ndarray, "B 8 8 1"] = (images / 8 - 1).astype(np.float32)
@@ -45,7 +45,7 @@ class Digits:
 
 
 def _validation(labels: Integer[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-    """Every fifth scan of each class, in the order they are shipped: stratified, with no generator to pin."""
+    """Mask of the validation split: every fifth scan of each class, in file order (stratified, not random)."""
     rank = np.empty_like(labels)
     for label in range(NUM_CLASSES):
         of_class = labels == label

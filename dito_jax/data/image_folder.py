@@ -1,9 +1,9 @@
 """Images in folders named after their classes.
 
-    path/<class>/*.{png,jpg,jpeg,webp}                     no split: one image in twenty is held out
-    path/train/<class>/*   path/validation/<class>/*       a split of your own; val/ and test/ serve too
+    path/<class>/*.{png,jpg,jpeg,webp}                     no split: one image in twenty is the validation split
+    path/train/<class>/*   path/validation/<class>/*       your own split; the names val and test also work
 
-Classes are numbered in the order of their names; names that start with a dot are passed over.
+Classes are numbered in alphabetical order; names that start with a dot are ignored.
 """
 
 import dataclasses
@@ -39,19 +39,19 @@ class ImageFolderData:
         """The images of one split.
 
         Raises:
-          DataError: the folder cannot be read, or holds no classes, or no images for this split.
+          DataError: the folder cannot be read, or it has no class folders, or no images for this split.
         """
         return ImageFolder(self, split)
 
 
 class ImageFolder:
-    """One split of an image folder; each image is read when it is asked for."""
+    """One split of an image folder; each image is read when it is accessed."""
 
     def __init__(self, config: ImageFolderData, split: Split):
         if config.channels not in MODES:
-            raise DataError(f"channels={config.channels}: images have 1 (grey) or 3 (RGB) channels; give one of them.")
+            raise DataError(f"channels={config.channels}: wanted 1 (grey) or 3 (RGB).")
         if config.image_size < 1:
-            raise DataError(f"image_size={config.image_size}: images need a side; give it in pixels, at least 1.")
+            raise DataError(f"image_size={config.image_size}: wanted the side of an image in pixels, at least 1.")
         self.image_shape = (config.image_size, config.image_size, config.channels)
         self.augment: Augment | None = random_flip if config.flip and split == "train" else None
         self.classes, self._files = _scan(Path(config.path).expanduser(), split)
@@ -61,7 +61,7 @@ class ImageFolder:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises DataError: the file is no image, or cannot be read."""
+        """Reads one example; raises DataError if the file is not an image or cannot be read."""
         path, label = self._files[index]
         size, _, channels = self.image_shape
         pixels = centre_crop(_decode(path, MODES[channels]), size)
@@ -73,13 +73,13 @@ def _decode(path: str, mode: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert(mode)
-    # What Pillow raises on files with flipped and missing bytes, beside the operating system's own errors.
+    # Pillow raises these for damaged files, and OSError is also raised by the operating system.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({_reason(error)}); repair it or remove it.") from error
 
 
 def _scan(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:
-    """The names of the classes, and each file of the split with its class's number."""
+    """The class names, and (path, class number) of each file of the split."""
     folders = {part: [n for n in names if (root / n).is_dir()] for part, names in SPLIT_NAMES.items()}
     own_split = any(folders.values())
     if own_split and not folders[split]:
@@ -91,7 +91,7 @@ def _scan(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:
     folder = root / folders[split][0] if own_split else root
     classes, present = _listed(train, folders=True), _listed(folder, folders=True)
     if not classes:
-        raise DataError(f"{train}: no folders in it; give each class a folder with its images inside.")
+        raise DataError(f"{train}: no class folders; put the images of each class into a folder named after the class.")
     if unknown := sorted(set(present) - set(classes)):
         raise DataError(f"{folder / unknown[0]}: {train} has no such class; rename this folder or remove it.")
     files = [
@@ -104,26 +104,26 @@ def _scan(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:
     if not files:
         raise DataError(
             f"{folder}: no {'/'.join(SUFFIXES)} files for the {split} split in its class folders; "
-            f"add images, or split them yourself into {root / 'train'} and {root / 'validation'}."
+            f"add images, or make your own split in {root / 'train'} and {root / 'validation'}."
         )
     return classes, files
 
 
 def _listed(folder: Path, *, folders: bool) -> list[str]:
-    """Names of the folders, or of the files, in a folder, sorted."""
+    """Sorted names of the folders, or of the files, in a folder."""
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() == folders and not e.name.startswith("."))
     except OSError as error:
-        raise DataError(f"{folder}: {_reason(error)}; give a folder of images that you can read.") from error
+        raise DataError(f"{folder}: {_reason(error)}; give a readable folder of images.") from error
 
 
 def _drawn(name: str, file: str) -> Split:
-    """The split of an image by a hash of its name, so that no image changes sides when others are added."""
+    """The split of an image by a hash of its name, so that it does not change when other images are added."""
     digest = hashlib.sha256(os.fsencode(f"{name}/{file}")).digest()
     return "validation" if int.from_bytes(digest[:8]) % VALIDATION_ONE_IN == 0 else "train"
 
 
 def _reason(error: Exception) -> str:
-    """One line that does not repeat the path."""
+    """The reason of an error without the path."""
     return getattr(error, "strerror", None) or type(error).__name__

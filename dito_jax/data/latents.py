@@ -1,4 +1,4 @@
-"""Images that an autoencoder has already encoded: one .npz file, or any number of ArrayRecord files."""
+"""Latents: images encoded beforehand by an autoencoder (VAE), in one .npz file or in ArrayRecord files."""
 
 import dataclasses
 import glob
@@ -33,13 +33,13 @@ class LatentsData:
         """The latents of one split.
 
         Raises:
-          DataError: the files are missing, or do not hold what they should.
+          DataError: the files are missing, or have the wrong arrays, shapes, dtypes or labels.
         """
         return Latents(self, split)
 
 
 class Latents:
-    """One split of encoded images, as image = scaling_factor * latent."""
+    """One split of the latents; `image` of an example is scaling_factor * latent."""
 
     augment = None  # a mirrored latent is not the latent of the mirrored image
 
@@ -57,7 +57,7 @@ class Latents:
         if len(self._stored.shape) != 3 or self._stored.dtype.kind != "f":
             raise DataError(
                 f"{path}: latents are {self._stored.dtype} of shape {self._stored.shape} each; "
-                "give floating point (h, w, c)."
+                "wanted floating point (h, w, c)."
             )
         self.image_shape = self._stored.shape
         self._numbers = np.arange(len(self._stored))
@@ -65,13 +65,13 @@ class Latents:
             validation = self._numbers % VALIDATION_ONE_IN == VALIDATION_ONE_IN - 1
             self._numbers = self._numbers[validation if split == "validation" else ~validation]
         if not len(self._numbers):
-            raise DataError(f"{path}: no examples in the {split} split; give at least {VALIDATION_ONE_IN} examples.")
+            raise DataError(f"{path}: no examples in the {split} split; wanted at least {VALIDATION_ONE_IN} examples.")
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises DataError: the example cannot be read, or its label is out of range."""
+        """Reads one example; raises DataError if it cannot be read or its label is out of range."""
         number = int(self._numbers[index])
         latent, label = self._stored.read(number)
         if not 0 <= label < self.num_classes:
@@ -86,7 +86,7 @@ class Latents:
 
 
 class Npz:
-    """`latents` and `labels` of an .npz file; what np.savez wrote is not read until asked for."""
+    """`latents` and `labels` of an .npz file; an uncompressed file (np.savez) is memory-mapped."""
 
     def __init__(self, path: str):
         try:
@@ -110,14 +110,14 @@ class Npz:
 
 
 def _array(path: str, key: str) -> np.ndarray:
-    """One array of an .npz: a view of the file, or, where it is compressed, the whole in memory."""
+    """One array of an .npz: memory-mapped, or read into memory if it is compressed."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{key}.npy")
     if member.compress_type != zipfile.ZIP_STORED:
         with np.load(path) as arrays:
             return arrays[key]
     with open(path, "rb") as file:
-        # A zip's local header ends with the lengths of two fields that stand between it and the data.
+        # The local zip header ends with the lengths of the two fields between the header and the data.
         file.seek(member.header_offset + 26)
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
         np.lib.format.read_magic(file)
@@ -128,5 +128,5 @@ def _array(path: str, key: str) -> np.ndarray:
 def _array_record_files(path: str) -> list[str]:
     pattern = os.path.join(glob.escape(path), "*.arrayrecord") if os.path.isdir(path) else path
     if not (files := sorted(glob.glob(pattern))):
-        raise DataError(f"{path}: no .arrayrecord files there; give an .npz, a folder of them, or a glob.")
+        raise DataError(f"{path}: no .arrayrecord files; give an .npz file, a folder of .arrayrecord files, or a glob.")
     return files

@@ -1,9 +1,8 @@
-"""From a source to batches.
+"""The input pipeline: shuffled, augmented batches from a source; deterministic and resumable.
 
-The stream is a pure function of (seed, step). Example j of step i is draw number k = i * batch_size + j:
-epoch k // n shuffles the n examples by a key of its own, and what chance does to a draw depends on (seed,
-k) alone. How many processes share a batch, how many threads read, and where a run stopped and resumed
-change nothing.
+The batches are a pure function of (seed, step). Example j of step i is draw number k = i * batch_size + j. Epoch k // n
+shuffles the n examples with its own key, and random augmentation depends on (seed, k) only. The number of processes
+and threads, and stopping and resuming a run, do not change the batches.
 """
 
 from typing import TYPE_CHECKING
@@ -28,26 +27,24 @@ def batches(
     process_count: int = 1,
     threads: int = 4,
 ) -> "grain.DatasetIterator":
-    """An endless iterator of `Batch`es, from step `start` on; for training.
+    """An endless iterator of training `Batch`es from step `start` on.
 
-    `batch_size` is the global one: each process gets batch_size / process_count neighbouring rows, and the
-    processes' shares in order are the batch of a single process. `source.augment` is done to each draw.
-    Each of `threads` reads one batch ahead of its need; 0 reads in the calling thread.
-
-    `get_state`, `set_state` and Orbax's checkpoints hold the step, so any number of processes can set the
-    state.
+    `batch_size` is the global batch size. Each process gets batch_size / process_count contiguous rows, and the rows of
+    all processes in order are the batch of a single process. `source.augment` is applied to each draw. Each of
+    `threads` prefetches one batch; 0 reads in the calling thread. The state of the iterator is the step only, so it
+    does not depend on the number of processes.
 
     Raises:
-      UserError: the batch does not divide among the processes. The iterator raises what the source does.
+      UserError: the batch size is not a multiple of the number of processes. The iterator raises the source's errors.
     """
     import grain  # slow to import, and only needed here
 
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f"batch_size={batch_size} cannot be shared by {process_count} processes; "
-            f"give a multiple of {process_count}."
+            f"batch_size={batch_size} cannot be split over {process_count} processes; "
+            f"wanted a multiple of {process_count}."
         )
-    # Hashed, for grain shuffles epoch e by key + e: the epochs of seed 1 would be those of seed 0, one late.
+    # Hashed, because grain shuffles epoch e with key + e: epoch e of seed 1 would otherwise be epoch e + 1 of seed 0.
     shuffle_key, augment_key = (int(key) for key in np.random.SeedSequence(seed).generate_state(2))
     draws = grain.MapDataset.source(source).shuffle(seed=shuffle_key).repeat()
     if source.augment is not None:

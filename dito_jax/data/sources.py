@@ -1,4 +1,4 @@
-"""What every data set is: examples by number, readable in any order and from any thread."""
+"""The interface of a data set: examples by index, readable in any order and from any thread."""
 
 from collections.abc import Callable
 from typing import Literal, Protocol, TypedDict, runtime_checkable
@@ -11,27 +11,27 @@ from dito_jax.errors import UserError
 
 Split = Literal["train", "validation"]
 
-# Names that a folder or a file of each split may have; the first that exists is taken.
+# Accepted folder or file names of each split; the first that exists is used.
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("validation", "val", "test", "heldout"),
 }
-VALIDATION_ONE_IN = 20  # where a folder or a file comes without a split of its own
+VALIDATION_ONE_IN = 20  # size of the validation split if a folder or file has no split: one example in 20
 
 
 class DataError(UserError):
-    """Data that cannot be used, in one line: which, why, and what to do."""
+    """Data cannot be used; one line says which, why, and what to do."""
 
 
 class Example(TypedDict):
-    """An image in [-1, 1], or a scaled latent, and its class."""
+    """One example: an image in [-1, 1] or a scaled latent, and its class label."""
 
     image: Float32[np.ndarray, "h w c"]
     label: np.int32
 
 
 class Batch(TypedDict):
-    """B examples, stacked."""
+    """A batch of B examples."""
 
     image: Float32[np.ndarray, "B h w c"]
     label: Int32[np.ndarray, " B"]
@@ -51,7 +51,7 @@ class Source(Protocol):
     def num_classes(self) -> int: ...
 
     @property
-    def augment(self) -> Augment | None: ...  # what training does to an example each time it is drawn
+    def augment(self) -> Augment | None: ...  # random augmentation of training examples
 
     def __len__(self) -> int: ...
 
@@ -59,13 +59,13 @@ class Source(Protocol):
 
 
 def class_names(source: Source) -> list[str]:
-    """The names of the classes in the order of their numbers; where a source has no `classes`, the numbers."""
+    """Class names in the order of the class numbers; the numbers as text if the source has no `classes`."""
     names = getattr(source, "classes", None)
     return [str(number) for number in range(source.num_classes)] if names is None else list(names)
 
 
 def arrays(source: Source) -> Batch:
-    """Every example of `source`, not augmented, in the order of its numbers: for data that fit in memory."""
+    """All examples of `source` in order, without augmentation, for data that fits in memory."""
     examples = [source[i] for i in range(len(source))]
     return Batch(
         image=np.stack([example["image"] for example in examples]),
@@ -74,7 +74,7 @@ def arrays(source: Source) -> Batch:
 
 
 def drawn(source: Source, most: int) -> Batch:
-    """At most so many examples, in an order of chance, always the same: sources come sorted by class."""
+    """At most `most` examples in a fixed random order (sources are sorted by class), without augmentation."""
     order = np.random.default_rng(0).permutation(len(source))[:most]
     examples = [source[int(i)] for i in order]
     return Batch(image=np.stack([e["image"] for e in examples]), label=np.stack([e["label"] for e in examples]))

@@ -1,6 +1,6 @@
-"""Pen strokes in the shapes of the ten digits, drawn by rules: public data to begin a private run on digits with.
+"""Synthetic digits drawn from pen strokes: public pretraining data for a private run on the digits.
 
-Nothing in them is fitted to scans: shapes, slants and widths are made up here. They cost no privacy and no download.
+Shapes, slants and widths are chosen by hand and not fitted to any scans, so they cost no privacy; no download.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from dito_jax.data.sources import DataError, Example, Split
 
 
 NUM_CLASSES = 10
-FINE = 4  # pixels a side that each pixel is the mean of
+FINE = 4  # supersampling: each pixel is the mean of FINE x FINE samples
 VALIDATION_ONE_IN = 5
 
 
@@ -28,15 +28,19 @@ class StrokesData:
     """Seed of the generated images."""
 
     def open(self, split: Split) -> "Strokes":
-        """The pictures of one split, drawn anew: some 0.5 ms each."""
+        """Draws the images of one split; about 0.5 ms per image.
+
+        Raises:
+          DataError: fewer than 10 images, or images smaller than 4 x 4 pixels.
+        """
         if self.num < NUM_CLASSES or self.size < 4:
-            raise DataError(f"strokes: num {self.num}, size {self.size}: wanted at least 10 pictures of 4 x 4 pixels.")
+            raise DataError(f"strokes: num {self.num}, size {self.size}: wanted at least 10 images of 4 x 4 pixels.")
         num = self.num if split == "train" else max(self.num // VALIDATION_ONE_IN, NUM_CLASSES)
         return Strokes(num, self.size, self.seed, split)
 
 
 class Strokes:
-    """One split, held in memory. Picture i is a function of the seed, the split and i alone; its class is i mod 10."""
+    """One split in memory. Image i is a function of the seed, the split and i only; its class is i mod 10."""
 
     num_classes = NUM_CLASSES
     augment = None
@@ -56,12 +60,12 @@ class Strokes:
 
 
 def _arc(x: float, y: float, wide: float, high: float, begin: int, end: int) -> list[tuple[float, float]]:
-    """Of an ellipse around (x, y), between two angles in degrees; 0 is right, 90 is down."""
+    """Points of an elliptic arc around (x, y) between two angles in degrees; 0 is right, 90 is down."""
     angles = np.radians(np.linspace(begin, end, 13))
     return [(x + wide * np.cos(a), y + high * np.sin(a)) for a in angles]
 
 
-# A digit's strokes, each a line of points, in a square of side 1; y grows downwards.
+# The strokes of each digit as polylines in the unit square; y points down.
 DIGITS: tuple[tuple[list[tuple[float, float]], ...], ...] = (
     (_arc(0.5, 0.5, 0.24, 0.38, -90, 270),),
     ([(0.36, 0.3), (0.52, 0.12), (0.52, 0.88)],),
@@ -77,7 +81,7 @@ DIGITS: tuple[tuple[list[tuple[float, float]], ...], ...] = (
 
 
 def _drawn(label: int, size: int, rng: np.random.Generator) -> Float32[np.ndarray, "h w"]:
-    """One picture in [-1, 1], white on black: leaned, stretched, shifted and shaken, with a pen of some width."""
+    """One image in [-1, 1], white on black, with random shear, rotation, scale, shift, jitter and pen width."""
     lean, turn = rng.uniform(-0.25, 0.25), np.radians(rng.uniform(-10, 10))
     stretch = rng.uniform(0.75, 1.1, size=2)
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
@@ -96,7 +100,7 @@ def _drawn(label: int, size: int, rng: np.random.Generator) -> Float32[np.ndarra
 def _distance(
     points: Float[np.ndarray, "P 2"], begins: Float[np.ndarray, "S 2"], ends: Float[np.ndarray, "S 2"]
 ) -> Float[np.ndarray, " P"]:
-    """From each point to the nearest of the segments."""
+    """Distance of each point to the nearest segment."""
     along = ends - begins
     away = points[:, None] - begins
     share = np.sum(away * along, axis=2) / np.maximum(np.sum(along**2, axis=1), 1e-12)

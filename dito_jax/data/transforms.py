@@ -1,4 +1,4 @@
-"""What is done to one image between its file and the batch."""
+"""Image transforms: center crop and random horizontal flip."""
 
 import numpy as np
 from jaxtyping import UInt8
@@ -8,11 +8,11 @@ from dito_jax.data.sources import Example
 
 
 def centre_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w ..."]:
-    """The middle square of an image, `size` pixels a side.
+    """Resizes and center-crops an image to `size` x `size` pixels.
 
-    Halves by box filter while both sides stay at least `size`, then scales the shorter side to `size` by
-    bicubic interpolation, then cuts. Every published ImageNet figure of the DiT family rests on just these
-    pixels (ADM, arXiv 2105.05233, in its code's `center_crop_arr`).
+    Halves the image with a box filter while both sides stay at least `size`, then scales the shorter side to `size` by
+    bicubic interpolation, then crops. This is `center_crop_arr` of ADM's code (arXiv 2105.05233), which all published
+    ImageNet results of the DiT family use.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -24,7 +24,7 @@ def centre_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w ..."]:
 
 
 def random_flip(example: Example, rng: np.random.Generator) -> Example:
-    """Mirrors the image left to right, every other time."""
+    """Mirrors the image left to right with probability 1/2."""
     if rng.random() < 0.5:
         return Example(image=example["image"][:, ::-1], label=example["label"])
     return example

@@ -1,1 +1,1 @@
-"""Diffusion as plain functions of arrays: the path, what is predicted, the loss, guidance, the samplers."""
+"""Diffusion as plain functions of arrays: path, prediction types, flow matching loss, guidance, samplers."""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598), within an interval of times (arXiv 2404.07724)."""
+"""Classifier-free guidance (CFG, arXiv 2207.12598), within an interval of timesteps (arXiv 2404.07724)."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,8 @@ def guided(
 ) -> Velocity:
     """v = v_null + scale (v_label - v_null) while interval[0] <= t <= interval[1], v_label otherwise.
 
-    `velocity(z, t, label)` takes one time for the batch. Both predictions come from one call on twice the batch.
+    `velocity(z, t, label)` takes one scalar timestep for the batch. Both predictions are computed in one call on twice
+    the batch.
     """
 
     def both(z, t):

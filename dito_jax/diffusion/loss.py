@@ -1,4 +1,4 @@
-"""The flow matching loss, for any quantity the network predicts and any in which errors are counted."""
+"""The flow matching loss, for x-, v- or eps-prediction and x-, v- or eps-loss."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,6 +32,7 @@ class LossConfig:
     """Probability of training an example without its class, which classifier-free guidance needs."""
 
     def draw_times(self, key: Key[Array, ""], num: int) -> Float[Array, " num"]:
+        """Random training timesteps in (0, 1)."""
         if self.timestep_sampling == "uniform":
             t = time.uniform(key, num)
         else:
@@ -51,15 +52,15 @@ def flow_matching_loss(
 ) -> Float[Array, " B"]:
     """|convert(network(z_t, t, label)) - convert(truth)|^2, averaged over each image, in float32.
 
-    Network and truth are converted alike, so a perfect network has loss zero wherever errors are counted. Channels
-    beyond the image's (learn_sigma) are ignored.
+    Prediction and truth are converted in the same way, so a perfect network has loss zero for every `loss_type`. Output
+    channels beyond the image's (learn_sigma) are ignored.
     """
     z = path.interpolate(image, noise, t)
     return flow_matching_error(network(z, t, label), z, image, t, noise, prediction=prediction, loss_type=loss_type)
 
 
 def flow_matching_error(
-    said: Float[Array, "B h w c_out"],
+    predicted: Float[Array, "B h w c_out"],
     z: Float[Array, "B h w c"],
     image: Float[Array, "B h w c"],
     t: Float[Array, " B"],
@@ -68,15 +69,15 @@ def flow_matching_error(
     prediction: Quantity,
     loss_type: Quantity,
 ) -> Float[Array, " B"]:
-    """The loss of what a network said of z."""
-    said = said[..., : image.shape[-1]].astype(jnp.float32)
+    """The flow matching loss of a prediction for z; see `flow_matching_loss`."""
+    predicted = predicted[..., : image.shape[-1]].astype(jnp.float32)
     truth = path.quantity(image, noise, prediction)
-    error = path.convert(said, z, t, source=prediction, target=loss_type) - path.convert(
+    error = path.convert(predicted, z, t, source=prediction, target=loss_type) - path.convert(
         truth, z, t, source=prediction, target=loss_type
     )
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
 def drop_labels(key: Key[Array, ""], label: Int[Array, " B"], *, rate: float, null_label: int) -> Int[Array, " B"]:
-    """Replaces a share `rate` of the labels by the null label, so that guidance has an unconditional network."""
+    """Class dropout: replaces each label by the null label with probability `rate`, for classifier-free guidance."""
     return jnp.where(jax.random.bernoulli(key, rate, label.shape), null_label, label)

@@ -1,11 +1,11 @@
-"""The straight path from noise to data, and the three ways to name a point's direction on it.
+"""The linear path from noise to data (flow matching) and conversion between x-, v- and eps-prediction.
 
     z_t = t x + (1 - t) noise,     v = dz/dt = x - noise          (flow matching, arXiv 2210.02747; rectified flow,
     2209.03003)
 
 TIME RUNS FROM NOISE (t = 0) TO DATA (t = 1), here and everywhere in the project. A network may predict the data x,
-the noise eps or the velocity v; each gives the other two, given z and t. Where one is divided by a distance that
-vanishes at an end of the path, the distance is held at MIN_GAP (JiT, arXiv 2511.13720).
+the noise eps or the velocity v; each can be converted to the others, given z and t. Divisors that vanish at an end of
+the path are clamped to at least MIN_GAP (JiT, arXiv 2511.13720).
 """
 
 from typing import Literal
@@ -31,13 +31,13 @@ _CONVERT = {
 def interpolate(
     x: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], t: Float[Array, " B"]
 ) -> Float[Array, "B h w c"]:
-    """z_t, the point at time t on the way from `noise` to `x`."""
+    """z_t = t x + (1 - t) noise."""
     t = t[:, None, None, None]
     return t * x + (1 - t) * noise
 
 
 def quantity(x: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], kind: Quantity) -> Float[Array, "B h w c"]:
-    """What a perfect network that predicts `kind` would say."""
+    """The true value of the quantity `kind`: the target of a network that predicts it."""
     return {"x": x, "v": x - noise, "eps": noise}[kind]
 
 
@@ -49,7 +49,7 @@ def convert(
     source: Quantity,
     target: Quantity,
 ) -> Float[Array, "B h w c"]:
-    """The same prediction under another name: `source` in, `target` out."""
+    """Converts a prediction of `source` to one of `target`, given z and t."""
     if source == target:
         return value
     return _CONVERT[source, target](value, z, t[:, None, None, None])

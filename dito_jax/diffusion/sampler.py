@@ -1,4 +1,4 @@
-"""Solvers of dz/dt = v(z, t) from noise to data."""
+"""Samplers: ODE solvers (Euler, Heun) of dz/dt = v(z, t) from noise to data."""
 
 import jax
 from jaxtyping import Array, Float
@@ -7,7 +7,7 @@ from dito_jax.diffusion.guidance import Velocity
 
 
 def euler(velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array, " times"]) -> Float[Array, "B h w c"]:
-    """z += (t' - t) v(z, t), over each pair of neighbouring `times`: one evaluation a step."""
+    """Euler's method: z += (t' - t) v(z, t) for each pair of neighbouring `times`; one evaluation per step."""
 
     def step(z, pair):
         t, t_next = pair
@@ -17,10 +17,9 @@ def euler(velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array
 
 
 def heun(velocity: Velocity, noise: Float[Array, "B h w c"], times: Float[Array, " times"]) -> Float[Array, "B h w c"]:
-    """The trapezoid rule: z += (t' - t) (v(z, t) + v(z_euler, t')) / 2, two evaluations a step.
+    """Heun's method: z += (t' - t) (v(z, t) + v(z_euler, t')) / 2, two evaluations per step.
 
-    The last step is Euler's: at t = 1 a network's velocity is a division by a vanishing gap (EDM, arXiv 2206.00364
-    alg. 1).
+    The last step is an Euler step, because the velocity at t = 1 divides by 1 - t (EDM, arXiv 2206.00364 alg. 1).
     """
 
     def step(z, pair):

@@ -1,4 +1,4 @@
-"""Which times are trained and which are stepped through. t = 1 is data (see path.py)."""
+"""Timestep sampling for training and the timestep schedule of samplers; t = 1 is data (see path.py)."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ def uniform(key: Key[Array, ""], num: int) -> Float[Array, " num"]:
 
 
 def logit_normal(key: Key[Array, ""], num: int, *, mean: float, std: float) -> Float[Array, " num"]:
-    """t = sigmoid(N(mean, std)); a negative mean trains the noisy end more (SD3, arXiv 2403.03206 §3.1)."""
+    """t = sigmoid(N(mean, std)); a negative mean favours noisy timesteps (SD3, arXiv 2403.03206 §3.1)."""
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, (num,)))
 
 
 def shift_time(t: Float[Array, "*num"], shift: float) -> Float[Array, "*num"]:
-    """t / (t + shift (1 - t)): shift > 1 spends more of [0, 1] near the noise, as large images need (SD3 eq. 23)."""
+    """Timestep shift t / (t + shift (1 - t)): shift > 1 favours noisy timesteps, for large images (SD3 eq. 23)."""
     return t / (t + shift * (1 - t))
 
 
 def schedule(steps: int, *, shift: float = 1.0) -> Float[Array, " times"]:
-    """The steps + 1 times of a sampler, from noise (0) to data (1)."""
+    """The steps + 1 timesteps of a sampler, from noise (0) to data (1)."""
     return shift_time(jnp.linspace(0.0, 1.0, steps + 1), shift)

@@ -1,1 +1,1 @@
-"""Evaluation: what the samples of a run are worth, in figures and in pictures."""
+"""Evaluation of a run: sampling, metrics of sample quality, plots and report."""

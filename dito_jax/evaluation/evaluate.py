@@ -1,4 +1,4 @@
-"""Judges samples against the real data of a run: eval.json and report.md, beside figures of real data as yardstick."""
+"""Evaluation of samples against the real data: metrics for eval.json and report.md, with real images as baseline."""
 
 import dataclasses
 import json
@@ -31,14 +31,14 @@ def evaluate(
     *,
     max_reference: int,
 ) -> dict[str, Any]:
-    """Every figure of `metrics`, each beside what real images get.
+    """All metrics of metrics.py for the samples, each with the value that real images get.
 
-    Fréchet distances are between sets of one size, the largest that samples and both splits allow, for they fall with
-    it.
+    Fréchet distances depend on the set size, so all sets have the same size: the largest that the samples and both
+    splits allow.
     """
     real, others = drawn(train, max_reference), drawn(validation, max_reference)
     train_images, validation_images = real["image"], others["image"]
-    images = np.clip(images, train_images.min(), train_images.max())  # as an image file would
+    images = np.clip(images, train_images.min(), train_images.max())  # as saving to an image file does
     agreement = ClassAgreement(train_images, real["label"])
     size = min(len(images), len(train_images), len(validation_images))
     memorised = memorisation_ratio(images, train_images, validation_images)
@@ -56,44 +56,44 @@ def evaluate(
 
 
 def report(title: str, figures: dict[str, Any], settings: dict[str, Any]) -> str:
-    """report.md: the figures, the pictures, and how the samples were drawn."""
+    """The text of report.md: metrics, images and sampling settings."""
     memorised = figures["memorisation"]
     rows = [
         (
             "class agreement",
             figures["class_agreement"],
             figures["class_agreement_of_validation"],
-            "held-out data",
+            "validation data",
         ),
         (
-            "held-out accuracy of a classifier trained on them (utility)",
+            "validation accuracy of a classifier trained on them (utility)",
             figures["utility"],
             figures["utility_of_train"],
             "training data",
         ),
         (
-            f"Fréchet distance of pixels to held-out data, {figures['frechet_distance_set_size']} images each",
+            f"Fréchet distance of pixels to validation data, {figures['frechet_distance_set_size']} images each",
             figures["frechet_distance"],
             figures["frechet_distance_of_train"],
             "training data",
         ),
         (
-            "distance to nearest training image / to nearest held-out image, median",
+            "distance to nearest training image / to nearest validation image, median",
             memorised["median"],
             memorised["validation_median"],
-            "held-out data",
+            "validation data",
         ),
         (
             f"share of images with that ratio below {memorised['threshold']}",
             memorised["share_below"],
             memorised["validation_share_below"],
-            "held-out data",
+            "validation data",
         ),
     ]
     table = "\n".join(f"| {name} | {value:.4f} | {real:.4f} ({whose}) |" for name, value, real, whose in rows)
     return f"""# {title}
 
-{figures["num_samples"]} samples. Each figure stands beside what real images get: equal is as good as real.
+{figures["num_samples"]} samples. The last column is the value that real images get.
 
 | | samples | real |
 |---|---|---|
@@ -112,7 +112,7 @@ def _of_experts(figures: dict[str, Any]) -> str:
         return ""
     load = figures["expert_load"]
     return f"""
-Experts have {load["smallest"]:.2f} to {load["largest"]:.2f} times an even share of the rows, on held-out data.
+Expert load on validation data: {load["smallest"]:.2f} to {load["largest"]:.2f} times the even share of rows.
 
-![load of the experts](expert_load.png)
+![expert load](expert_load.png)
 """

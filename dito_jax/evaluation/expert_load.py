@@ -1,4 +1,4 @@
-"""How evenly a network's experts are used on real data: the share of each expert in each layer."""
+"""Expert load (utilization) of an MoE network on real data, for each expert of each layer."""
 
 from collections.abc import Callable
 
@@ -14,15 +14,15 @@ from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.sharding import constrain, whole_batch
 
 
-MOST = 256  # images
+MOST = 256  # maximum number of images
 
 
 def make_load_meter(
     graph: nnx.GraphDef, model: DiTConfig, *, seed: int
 ) -> Callable[[nnx.State, Source], np.ndarray] | None:
-    """`measure(params, source) -> (L, E)`: rows of each expert over an even share, in each layer; None without experts.
+    """Returns `measure(params, source) -> (L, E)`: rows of each expert divided by the even share; None for a dense DiT.
 
-    Images of the source, noised at times that cover [0, 1] evenly, an image a time.
+    It uses up to 256 images of the source, each noised at its own timestep; the timesteps cover [0, 1] evenly.
     """
     if not isinstance(model, MoEDiTConfig):
         return None

@@ -1,4 +1,4 @@
-"""The end of a run: samples, the loss curve, the figures, and a report that shows them."""
+"""Final evaluation of a run: samples, loss curve, metrics (eval.json) and report.md."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from dito_jax.telemetry.metrics import read_metrics
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
-NOT_RELEASED = "Computed on private data without noise: for those who may see the data, not to be released."
+NOT_RELEASED = "Computed on private data without noise: not to be released."
 
 
 def final_evaluation(
@@ -31,18 +31,17 @@ def final_evaluation(
     load: Callable[[nnx.State, Source], np.ndarray] | None = None,
     private: bool = False,
 ) -> dict[str, Any] | None:
-    """Writes samples/final.png and loss.png, and, where there are validation data, eval.json and report.md.
+    """Writes samples/final.png and loss.png and, if there is validation data, eval.json and report.md.
 
-    `private`: training was; these figures look at the data themselves, so they are marked as not to be released.
+    `private` marks the results as not to be released, because they are computed from the data without noise. `load`
+    measures the expert load (expert_load.py), which is drawn in expert_load.png.
 
-    `load` measures how a network with experts uses them (expert_load.py); expert_load.png shows it.
-
-    Returns the figures of eval.json, or None without an evaluation, or in a process that does not write.
+    Returns the content of eval.json; None without validation data, or in a process that does not write.
     """
     labels = balanced_labels(max(evaluation.num_samples, evaluation.grid), train.num_classes)
     images = draw(params, labels, seed)
     shares = None if load is None or validation is None else load(params, validation)
-    if not run.writes:  # all processes compute, one writes
+    if not run.writes:  # all processes compute, process 0 writes
         return None
     image_grid(visible(images[: evaluation.grid]), run.samples / "final.png")
     history = [row for row in read_metrics(run) if "loss" in row]
@@ -54,15 +53,15 @@ def final_evaluation(
     figures = evaluate(images, np.array(labels), train, validation, max_reference=evaluation.max_reference)
     if shares is not None:
         figures["expert_load"] = {"smallest": float(shares.min()), "largest": float(shares.max())}
-    said = report(run.path.name, figures, dataclasses.asdict(sample))
+    text = report(run.path.name, figures, dataclasses.asdict(sample))
     if private:
-        figures, said = figures | {"internal": NOT_RELEASED}, f"{said.rstrip()}\n\n{NOT_RELEASED}\n"
+        figures, text = figures | {"internal": NOT_RELEASED}, f"{text.rstrip()}\n\n{NOT_RELEASED}\n"
     run.write_json(run.evaluation.name, figures)
-    run.write_text(run.report.name, said)
+    run.write_text(run.report.name, text)
     return figures
 
 
 def visible(images: np.ndarray) -> np.ndarray:
-    """What a grid can show: grey or RGB as they are, of latents the first three channels, or the first."""
+    """Images for a grid: grey or RGB unchanged; of latents the first three channels, or the first one."""
     channels = images.shape[-1]
     return images if channels in (1, 3) else images[..., :3] if channels > 3 else images[..., :1]

@@ -1,6 +1,6 @@
-"""How good samples are, without any downloaded network: float64 figures of plain arrays of images in [-1, 1].
+"""Metrics of sample quality without pretrained networks: float64, from arrays of images in [-1, 1].
 
-Distances are between pixels, so the figures compare runs on small images of one data set and nothing else.
+Distances are between pixels, so the metrics can only compare runs on small images of the same data set.
 """
 
 import dataclasses
@@ -13,11 +13,10 @@ from dito_jax.errors import UserError
 
 
 class ClassAgreement:
-    """Share of images that a classifier, trained on real ones, takes for the class they should be of.
+    """Class accuracy of images under a classifier that was trained on real images.
 
-    The classifier is a support vector machine with a Gaussian kernel, exp(-|x - y|^2 / (d var x)), d
-    pixels, C = 10. On held-out images it gives its own accuracy: what samples that are as good as real
-    would reach.
+    The classifier is a support vector machine with a Gaussian kernel, exp(-|x - y|^2 / (d var x)), d pixels, C = 10.
+    On validation images the metric is the accuracy of the classifier, which samples as good as real ones would reach.
     """
 
     def __init__(self, images: Float[np.ndarray, "B h w c"], labels: Integer[np.ndarray, " B"]):
@@ -26,7 +25,7 @@ class ClassAgreement:
         self._classifier = SVC(C=10, kernel="rbf", gamma="scale").fit(_rows(images), labels)
 
     def __call__(self, images: Float[np.ndarray, "B h w c"], labels: Integer[np.ndarray, " B"]) -> float:
-        """The share of `images` whose predicted class is the one in `labels`."""
+        """Share of `images` whose predicted class equals their label."""
         return float(np.mean(self._classifier.predict(_rows(images)) == labels))
 
 
@@ -36,9 +35,9 @@ def utility(
     validation: Float[np.ndarray, "validation h w c"],
     validation_labels: Integer[np.ndarray, " validation"],
 ) -> float:
-    """What the images are worth to somebody who has no others: held-out accuracy of a classifier trained on them alone.
+    """Downstream utility: validation accuracy of a classifier that is trained on the images only.
 
-    The classifier is logistic regression on pixels; with images of one class it would know that one only.
+    The classifier is logistic regression on pixels; for images of a single class it always predicts that class.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -52,16 +51,15 @@ def frechet_distance(a: Float[np.ndarray, "B h w c"], b: Float[np.ndarray, "S h 
     """Squared Wasserstein distance of the Gaussians with the means and covariances of two sets of images.
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), in squared units of the images, summed
-    over pixels (Dowson and Landau, J. Multivariate Anal. 12, 1982). Where S = R' R, the trace of the root is
-    the sum of the singular values of R_a R_b': no matrix root, and no root of an eigenvalue that is rounding,
-    so covariances without an inverse (constant pixels, fewer images than pixels) are as good as any. Few
-    images make the distance larger: compare sets of one size.
+    over pixels (Dowson and Landau, J. Multivariate Anal. 12, 1982). With S = R' R the trace of the root is the sum of
+    the singular values of R_a R_b', which needs no matrix square root and works for singular covariances (constant
+    pixels, fewer images than pixels). The distance is larger for fewer images: compare sets of equal size.
 
     Raises:
-      UserError: a set has no covariance, for want of a second image.
+      UserError: a set has fewer than two images, so it has no covariance.
     """
     if min(len(a), len(b)) < 2:
-        raise UserError(f"sets of {len(a)} and {len(b)} images: give at least 2 in each, for a covariance.")
+        raise UserError(f"Fréchet distance of {len(a)} and {len(b)} images: wanted at least 2 in each set.")
     a, b = _rows(a), _rows(b)
     shift = a.mean(axis=0) - b.mean(axis=0)
     root_a, root_b = _covariance_root(a), _covariance_root(b)
@@ -70,13 +68,13 @@ def frechet_distance(a: Float[np.ndarray, "B h w c"], b: Float[np.ndarray, "S h 
 
 
 def _covariance_root(rows: Float[np.ndarray, "B d"]) -> Float[np.ndarray, "r d"]:
-    """An R such that R' R is the covariance of the columns, unbiased; r is the smaller of B and d."""
+    """R with R' R the unbiased covariance of the columns; r = min(B, d)."""
     return np.linalg.qr(rows - rows.mean(axis=0), mode="r") / np.sqrt(len(rows) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Memorisation:
-    """What `memorisation_ratio` finds; a model that does not memorise has the figures of held-out images."""
+    """Result of `memorisation_ratio`; without memorisation samples have the values of validation images."""
 
     median: float
     share_below: float
@@ -92,21 +90,21 @@ def memorisation_ratio(
     *,
     threshold: float = 0.5,
 ) -> Memorisation:
-    """Whether samples lie nearer to the training images than images that the model cannot know do.
+    """Memorisation: whether samples are closer to training images than validation images are.
 
-    ratio(x) = min_t |x - t| / min_h |x - h|, t over `train` and h over `validation`; 0 is a copy of a training
-    image. Reported are its median and the share of it below `threshold`, over the samples; and, as the
-    yardstick, over the held-out images, each measured against the other held-out ones. The larger set has
-    something near anything, so without memorisation the ratio is below 1 where there are more training
-    images than held-out ones. Samples and yardstick are measured against the same two sets, so that this is
-    in both alike, and no training image, hence no copy of one, is left out to make the sets equal.
+    ratio(x) = min_t |x - t| / min_h |x - h|, t over `train` and h over `validation`; 0 is a copy of a training image.
+    The result has the median of the ratio and its share below `threshold`, over the samples, and as a baseline over the
+    validation images, each compared with the other validation images. The nearest image of a larger set is closer, so
+    even without memorisation the ratio is below 1 if there are more training than validation images. Samples and
+    baseline are compared with the same two sets, so the effect is the same in both; no training image is left out to
+    make the sets equal, since a copy of it would be missed.
 
     Raises:
-      UserError: fewer than two held-out images, of which none has another to be measured against.
+      UserError: fewer than two validation images.
     """
     samples, train, validation = _rows(samples), _rows(train), _rows(validation)
     if len(validation) < 2:
-        raise UserError(f"{len(validation)} held-out images: give at least 2, to measure one against another.")
+        raise UserError(f"{len(validation)} validation images: wanted at least 2, to compare one with another.")
     of_samples = _ratio(_nearest(train, samples), _nearest(validation, samples))
     of_validation = _ratio(_nearest(train, validation), _nearest(validation))
     return Memorisation(
@@ -121,7 +119,7 @@ def memorisation_ratio(
 def closest_pairs(
     samples: Float[np.ndarray, "samples h w c"], train: Float[np.ndarray, "train h w c"], num: int
 ) -> list[tuple[int, int]]:
-    """The `num` samples that lie nearest to a training image, nearest first, each with the number of that image."""
+    """The `num` samples closest to a training image, closest first: (index of the sample, index of that image)."""
     index = _neighbours(_rows(train))
     distance, nearest = index.kneighbors(_rows(samples))
     order = np.argsort(distance[:, 0], kind="stable")[:num]
@@ -131,10 +129,10 @@ def closest_pairs(
 def _nearest(
     references: Float[np.ndarray, "S d"], queries: Float[np.ndarray, "B d"] | None = None
 ) -> Float[np.ndarray, " B"]:
-    """Distance of each query to the nearest reference; without queries, of each of these to the next one."""
+    """Distance of each query to the nearest reference; without queries, of each reference to the nearest other one."""
     index = _neighbours(references)
     nearest = index.kneighbors(queries, return_distance=False)[:, 0]
-    # Searched by |x|^2 - 2xy + |y|^2, which leaves rounding where a copy's distance is exactly zero.
+    # Recomputed: the search uses |x|^2 - 2xy + |y|^2, which is not exactly zero for a copy.
     return np.linalg.norm((references if queries is None else queries) - references[nearest], axis=1)
 
 
@@ -145,7 +143,7 @@ def _neighbours(rows: Float[np.ndarray, "S d"]) -> Any:
 
 
 def _ratio(near: Float[np.ndarray, " B"], far: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
-    """near / far; an image that both sets hold is as near to one as to the other."""
+    """near / far; 1 for an image that is in both sets."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((near == 0) & (far == 0), 1.0, near / far)
 

@@ -1,4 +1,4 @@
-"""Pictures for a person to look at: a PNG each, written whole or not at all."""
+"""Plots as PNG files: sample grid, loss curve, expert load, ROC curves; written atomically."""
 
 import math
 import os
@@ -13,14 +13,14 @@ from sklearn.metrics import roc_curve
 from dito_jax.telemetry.run_directory import atomic_path
 
 
-SIDE = 64  # pixels that a tiny image is enlarged to, about
-GAP = 2
+SIDE = 64  # approximate side in pixels to which small images are enlarged
+GAP = 2  # pixels between images
 
 
 def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *, columns: int | None = None) -> None:
-    """Draws images in [-1, 1], grey or RGB, in rows of `columns` (about as many as rows) on white.
+    """Draws images in [-1, 1], grey or RGB, as a grid with `columns` columns (default: a square grid) on white.
 
-    Tiny ones are enlarged by a whole number with their pixels left square.
+    Small images are enlarged by an integer factor without interpolation.
 
     Raises:
       ValueError: the images are neither grey nor RGB.
@@ -44,14 +44,14 @@ def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *,
 
 
 def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.PathLike) -> None:
-    """Draws the loss of each step, and its mean over a window of a fiftieth of them, to show the trend."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")  # without pyplot: it keeps every figure it makes
+    """Draws the loss of each log interval, and its moving average over 1/50 of the intervals."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")  # not by pyplot, which keeps every figure in memory
     axes = figure.subplots()
     window = max(1, len(losses) // 50)
-    axes.plot(steps, losses, color="0.8" if window > 1 else "C0", label="each")
+    axes.plot(steps, losses, color="0.8" if window > 1 else "C0", label="loss (per log interval)")
     if window > 1:
         mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window}")
+        axes.plot(steps[window - 1 :], mean, color="C0", label=f"moving average ({window} intervals)")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
@@ -60,7 +60,7 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.Pat
 
 
 def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
-    """Draws each layer's experts as a row of squares: white is an even share, blue less, red more."""
+    """Draws the expert load as a heat map, a row per layer: white is the even share, blue less, red more."""
     layers, experts = load.shape
     figure = Figure(figsize=(2 + 0.5 * experts, 1.5 + 0.4 * layers), layout="constrained")
     axes = figure.subplots()
@@ -72,7 +72,7 @@ def load_map(load: Float[np.ndarray, "L E"], path: str | os.PathLike) -> None:
         axes.set_yticks(range(layers))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer with experts")
-    figure.colorbar(squares, label="rows over an even share")
+    figure.colorbar(squares, label="rows / even share")
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
@@ -81,9 +81,9 @@ def roc_curves(
     scores: Mapping[str, tuple[Float[np.ndarray, " members"], Float[np.ndarray, " validation"]]],
     path: str | os.PathLike,
 ) -> None:
-    """Draws the ROC of each attack from its scores of members and hold-outs, on logarithmic axes: what counts is left.
+    """Draws the ROC curve of each membership inference attack on logarithmic axes, which show low FPRs.
 
-    An attack that tells nothing lies on the dotted line.
+    `scores` are those of members and of validation images; the dotted line is random guessing.
     """
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -93,7 +93,7 @@ def roc_curves(
         false_rates, true_rates, _ = roc_curve(is_member, np.concatenate([members, validation]))
         least = min(least, 1 / len(validation), 1 / len(members))
         axes.plot(false_rates, true_rates, drawstyle="steps-post", label=name)
-    axes.plot([least, 1], [least, 1], color="0.6", linestyle=":", label="nothing told")
+    axes.plot([least, 1], [least, 1], color="0.6", linestyle=":", label="random guessing")
     axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.02))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
     axes.legend(loc="lower right")

@@ -1,4 +1,4 @@
-"""Draws images from a network: noise in, images out, the same for any batch size."""
+"""Class-conditional sampling from a network; the result does not depend on the batch size."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -41,15 +41,18 @@ class SampleConfig:
 def make_draw(
     graph: nnx.GraphDef, model: DiTConfig, sample: SampleConfig, prediction: Quantity
 ) -> Callable[[nnx.State, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """`draw(params, label (B,), key, index (B,)) -> images (B, h, w, c)`, a pure function; image i is of index[i]."""
+    """Returns the pure function `draw(params, label (B,), key, index (B,)) -> images (B, h, w, c)`.
+
+    The noise of image i is a function of the key and index[i].
+    """
 
     def draw(params, label, key, index):
         network = nnx.merge(graph, params)
 
         def velocity(z, t, label):
             times = jnp.full((z.shape[0],), t)
-            said = network(z, times, label)[..., : z.shape[-1]].astype(jnp.float32)
-            return path.convert(said, z, times, source=prediction, target="v")
+            predicted = network(z, times, label)[..., : z.shape[-1]].astype(jnp.float32)
+            return path.convert(predicted, z, times, source=prediction, target="v")
 
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), model.image_shape))(index)
         guided_velocity = guided(
@@ -60,7 +63,7 @@ def make_draw(
             interval=sample.guidance_interval,
         )
         times = schedule(sample.steps, shift=sample.time_shift)
-        # Whole on every device, so that each process of several can look at it.
+        # Replicated, so that every process can read all images.
         return constrain(SAMPLERS[sample.sampler](guided_velocity, noise, times), ". h w c")
 
     return draw
@@ -69,9 +72,9 @@ def make_draw(
 def make_sampler(
     graph: nnx.GraphDef, model: DiTConfig, sample: SampleConfig, prediction: Quantity
 ) -> Callable[[nnx.State, Sequence[int], int], np.ndarray]:
-    """`draw(params, labels, seed) -> images (len(labels), h, w, c)`, float32.
+    """Returns `draw(params, labels, seed) -> images (len(labels), h, w, c)`, float32.
 
-    Image i depends on its label, the seed and i, not on the others it is drawn with.
+    Image i depends on its label, the seed and i only, not on the other images (unless model.pool > 1).
     """
     draw_batch = jax.jit(make_draw(graph, model, sample, prediction))
 
@@ -79,7 +82,9 @@ def make_sampler(
         label, index = np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32)
         size, batches = whole_batch(sample.batch_size, model.together), []
         for start in range(0, len(labels), size):
-            chosen = np.minimum(start + np.arange(size), len(labels) - 1)  # one shape to compile
+            chosen = np.minimum(
+                start + np.arange(size), len(labels) - 1
+            )  # pad the last batch, to compile one shape only
             images = draw_batch(params, label[chosen], jax.random.key(seed), index[chosen])
             batches.append(np.asarray(images)[: len(labels) - start])
         return np.concatenate(batches)
@@ -105,5 +110,5 @@ def sample(
 
 
 def balanced_labels(num: int, num_classes: int) -> list[int]:
-    """0, 1, ..., num_classes - 1, 0, 1, ...: as many of each class as `num` allows."""
+    """`num` labels 0, 1, ..., num_classes - 1, 0, 1, ...: equally many of each class."""
     return [i % num_classes for i in range(num)]

@@ -1,1 +1,1 @@
-"""Trained networks where there is none of this code."""
+"""Export of trained networks for use without this code."""

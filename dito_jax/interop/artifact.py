@@ -1,12 +1,12 @@
-"""An ahead-of-time artifact: a compiled function's StableHLO, its weights, and a manifest that vouches for both.
+"""Exported artifacts: a StableHLO function with its weights and a manifest with the SHA-256 of all files.
 
-    DIR/manifest.json         what it is, what goes in and comes out, versions, and the sha256 of all files, its own too
-    DIR/function.bin          jax.export's serialized function of (weights, *inputs), one platform or several
-    DIR/weights.safetensors   its weights, by name
-    DIR/check.safetensors     inputs, and what came out where it was made
-    DIR/host/                 the same for a host without Python, which host.py tells of
+    DIR/manifest.json         kind, inputs, outputs, versions, the SHA-256 of all other files and of the manifest
+    DIR/function.bin          function of (weights, *inputs), serialized by jax.export, for one or more platforms
+    DIR/weights.safetensors   weights by name
+    DIR/check.safetensors     inputs, and the outputs on the machine that exported
+    DIR/host/                 files for a host without Python (host.py)
 
-Whoever has JAX, NumPy and safetensors runs it; this file knows nothing of models, nor does what it imports:
+Only JAX, NumPy and safetensors are needed to run an artifact; this file does not import any model:
 
     python -m dito_jax.interop.artifact DIR
 """
@@ -30,8 +30,8 @@ from dito_jax.interop import host
 
 
 FUNCTION, WEIGHTS, CHECK, MANIFEST = "function.bin", "weights.safetensors", "check.safetensors", "manifest.json"
-FAR = 0.05  # of an output's largest number: what another chip's rounding may leave
-CHANGED = "not as it was written: damaged, or changed. Export the run again."
+FAR = 0.05  # tolerance for other hardware, as a share of the largest absolute output
+CHANGED = "checksum mismatch: the file is damaged or was changed. Export the run again."
 Arrays = dict[str, np.ndarray]
 
 
@@ -43,9 +43,9 @@ def write(
     static: Sequence[export.Exported],
     about: dict[str, Any],
 ) -> None:
-    """All of its files, the manifest last: without it there is no artifact.
+    """Writes all files of an artifact, the manifest last; a directory without a manifest is not an artifact.
 
-    `static` is the function again, for each platform alone, with the shapes of `inputs`.
+    `static` has the function for each single platform, with the shapes of `inputs`.
     """
     serialized, outputs = exported.serialize(), jax.tree.leaves(jax.jit(exported.call)(weights, *inputs))
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,10 +70,10 @@ def write(
 
 
 def load(directory: Path) -> tuple[export.Exported, Arrays, dict[str, Any]]:
-    """(function, weights, manifest); `function.call(weights, *inputs)`.
+    """Loads (function, weights, manifest); call `function.call(weights, *inputs)`.
 
     Raises:
-      UserError: it is no artifact, or a file is not as it was written.
+      UserError: the directory is not an artifact, or the checksum of a file is wrong.
     """
     manifest = _manifest(directory)
     for name, digest in manifest["files"].items():
@@ -84,39 +84,40 @@ def load(directory: Path) -> tuple[export.Exported, Arrays, dict[str, Any]]:
 
 
 def verify(directory: Path) -> str:
-    """Runs it on the inputs it came with; says how near the results are to those of where it was made.
+    """Runs an artifact on its check inputs; returns a line with the difference to the outputs of the exporting machine.
 
     Raises:
-      UserError: as `load`; this machine's platform is not among those it was exported for; or a result is further from
-        what it was than rounding can be.
+      UserError: the errors of `load`; the artifact was not exported for this platform; or a result differs by more than
+        rounding errors.
     """
     function, weights, manifest = load(directory)
     here = jax.default_backend().replace("gpu", "cuda")
     if here not in manifest["platforms"]:
-        raise UserError(f"{directory}: exported for {', '.join(manifest['platforms'])}, and this machine has {here}.")
+        raise UserError(f"{directory}: exported for {', '.join(manifest['platforms'])}, but this machine has {here}.")
     held = load_file(directory / CHECK)
     inputs = [held[f"input{i}"] for i in range(sum(name.startswith("input") for name in held))]
     outputs = [np.asarray(x) for x in jax.tree.leaves(jax.jit(function.call)(weights, *inputs))]
     wanted = [held[f"output{i}"] for i in range(len(outputs))]
     intact = f"{directory}: {manifest['what']}, {len(weights)} weights: intact"
     if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(outputs, wanted, strict=True)):
-        return f"{intact}, results the same to the bit."
-    apart = max(_apart(a, b) for a, b in zip(outputs, wanted, strict=True))
+        return f"{intact}, results are bit-identical."
+    difference = max(_difference(a, b) for a, b in zip(outputs, wanted, strict=True))
     there = f"those on {manifest['checked_on']}, jaxlib {manifest['versions']['jaxlib']}"
-    if not apart <= FAR:
+    if not difference <= FAR:
         raise UserError(
-            f"{directory}: intact, but jaxlib {version('jaxlib')} on this {here} gives results {apart:.2g} of the "
-            f"largest from {there}; rounding leaves {FAR}. Compare with another machine or jaxlib."
+            f"{directory}: intact, but with jaxlib {version('jaxlib')} on {here} the results differ by "
+            f"{difference:.2g} of the largest value from {there}; the tolerance is {FAR}. "
+            "Compare with another machine or jaxlib."
         )
-    return f"{intact}; results are {apart:.2g} of the largest from {there}."
+    return f"{intact}; results differ by {difference:.2g} of the largest value from {there}."
 
 
-def _apart(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The furthest that two numbers are apart, as a part of the largest wanted; infinite where one is not finite."""
+def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest absolute difference, as a share of the largest wanted value; infinite if only one is not finite."""
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     alike = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
-    apart = np.abs(found[~alike] - wanted[~alike])
-    furthest = float(np.max(np.where(np.isfinite(apart), apart, np.inf), initial=0.0))
+    difference = np.abs(found[~alike] - wanted[~alike])
+    furthest = float(np.max(np.where(np.isfinite(difference), difference, np.inf), initial=0.0))
     largest = float(np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0))
     return furthest / largest if largest else furthest and float("inf")
 
@@ -126,11 +127,11 @@ def _manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads((directory / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{directory}: no artifact ({MANIFEST}: {error}); `dito export RUN -o DIR` makes one."
+            f"{directory}: not an artifact ({MANIFEST}: {error}); make one with `dito export RUN -o DIR`."
         ) from error
     if not isinstance(manifest, dict) or "sha256" not in manifest:
         raise UserError(
-            f"{directory / MANIFEST}: without its own sha256: cut out, or of an older version. Export the run again."
+            f"{directory / MANIFEST}: no sha256 of the manifest: removed, or an older version. Export the run again."
         )
     if manifest.pop("sha256") != _digest(manifest):
         raise UserError(f"{directory / MANIFEST}: {CHANGED}")

@@ -1,4 +1,4 @@
-"""What of a run is exported ahead of time: its network, sampler or train step, as a function of plain arrays."""
+"""Export of a run's denoiser, sampler or train step as a function of plain arrays (jax.export, StableHLO)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,14 +19,14 @@ from dito_jax.training.state import TrainState
 
 
 What = Literal["denoiser", "sampler", "train_step"]
-# What artifact.write takes: a function of (weights, *inputs), them, and the same with these inputs' shapes alone, a
-# function for each platform.
+# Arguments of artifact.write: a function of (weights, *inputs), weights, inputs, and for each platform the function
+# with the fixed shapes of these inputs.
 Made = tuple[export.Exported, Arrays, list[np.ndarray], list[export.Exported]]
-BATCH = 2  # of the inputs that an artifact is checked with, where its batch may be any
+BATCH = 2  # batch size of the check inputs if the exported batch size is symbolic
 
 
 def exported_denoiser(graph: nnx.GraphDef, params: nnx.State, model: DiTConfig, platforms: Sequence[str]) -> Made:
-    """(weights, z (b, h, w, c), t (b,), label (b,)) -> what the network says (b, h, w, channels), for any b."""
+    """Exports (weights, z (b, h, w, c), t (b,), label (b,)) -> prediction (b, h, w, channels), for any b."""
     unflatten, weights = _by_name(params)
     run = lambda weights, z, t, label: nnx.merge(graph, unflatten(weights))(z, t, label)
     rng = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def exported_sampler(
     prediction: Quantity,
     platforms: Sequence[str],
 ) -> Made:
-    """(weights, label (b,), key uint32[2], index (b,)) -> images (b, h, w, c), for any b; the key is of threefry."""
+    """Exports (weights, label (b,), threefry key uint32[2], index (b,)) -> images (b, h, w, c), for any b."""
     unflatten, weights = _by_name(params)
     draw = make_draw(graph, model, sample, prediction)
     run = lambda weights, label, key, index: draw(unflatten(weights), label, jax.random.wrap_key_data(key), index)
@@ -56,7 +56,7 @@ def exported_sampler(
 
 
 def exported_train_step(program: Program, state: TrainState, platforms: Sequence[str]) -> Made:
-    """(state by name, *batch in the order of its names) -> (state by name, metrics); the batch is the run's."""
+    """Exports (state by name, *batch in the order of its names) -> (state by name, metrics), for the run's batch."""
     unflatten, weights = _by_name(state)
     names = sorted(program.batch)
 
@@ -78,13 +78,13 @@ def _exported(
     specs = [jax.ShapeDtypeStruct(shape(x, free), x.dtype) for x, free in zip(inputs, symbolic, strict=True)]
     of_weights = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     exported = export.export(jax.jit(run), platforms=tuple(platforms))(of_weights, *specs)
-    whole = jax.jit(run, keep_unused=True)  # so that on every platform it has the same arguments
+    whole = jax.jit(run, keep_unused=True)  # so that it has the same arguments on every platform
     static = [export.export(whole, platforms=(platform,))(of_weights, *inputs) for platform in platforms]
     return exported, weights, inputs, static
 
 
 def _by_name(tree: Any) -> tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]:
-    """A tree's arrays by their path, "blocks/attention/qkv/kernel", and what makes the tree of them again."""
+    """(unflatten, arrays by path): a tree as a flat dict {"blocks/attention/qkv/kernel": array}, and the inverse."""
     leaves, structure = jax.tree.flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     unflatten = lambda arrays: jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in names])

@@ -1,11 +1,11 @@
-"""What a host without Python needs of an artifact: plain files for the PJRT C API, beside those that JAX reads.
+"""Files of an artifact for a host program without Python, which uses the PJRT C API.
 
-    DIR/host/PLATFORM.mlirbc   StableHLO for one platform, its shapes those of the inputs in check.safetensors
-    DIR/host/options.pb        XLA's CompileOptionsProto: one device
-    DIR/host/arguments.txt     a line an argument, then a line an output, in the order the module has them:
-                               input|output FILE OFFSET BYTES DTYPE DIM DIM ..., the offset from the file's beginning
+    DIR/host/PLATFORM.mlirbc   StableHLO for one platform, with the shapes of the inputs in check.safetensors
+    DIR/host/options.pb        XLA's CompileOptionsProto for one device
+    DIR/host/arguments.txt     one line per argument, then one per output, in the order of the module:
+                               input|output FILE OFFSET BYTES DTYPE DIM DIM ..., OFFSET in bytes from the file's start
 
-examples/pjrt_host is such a host.
+examples/pjrt_host is an example of such a host program.
 """
 
 import json
@@ -20,17 +20,19 @@ from dito_jax.errors import UserError
 
 
 FOLDER = "host"
-DTYPES = ("float32", "bfloat16", "float64", "int32", "uint32", "int8", "uint8", "bool")  # as main.cc has them
-# CompileOptionsProto{executable_build_options{device_ordinal: -1, num_replicas: 1, num_partitions: 1}}. What jaxlib
-# would serialise holds every flag of XLA as it was where the artifact was made, and they would override the host's.
+DTYPES = ("float32", "bfloat16", "float64", "int32", "uint32", "int8", "uint8", "bool")  # as in main.cc
+# CompileOptionsProto{executable_build_options{device_ordinal: -1, num_replicas: 1, num_partitions: 1}}. The
+# options that jaxlib serializes contain all XLA flags of the exporting machine, which would override the host's.
 OPTIONS = b"\x1a\x0f" + b"\x08" + b"\xff" * 9 + b"\x01" + b"\x20\x01" + b"\x28\x01"
 
 
 def write(directory: Path, static: Sequence[export.Exported], weights: Path, check: Path) -> list[str]:
-    """The files' names; `static` are functions of (weights, *inputs), one a platform, `weights` and `check` written."""
+    """Writes the host files; returns their names. `static` has one function of (weights, *inputs) per platform;
+    `weights` and `check` are files that are written already.
+    """
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
-    for left in folder.glob("*.mlirbc"):  # of an earlier export, which may have been for more platforms
+    for left in folder.glob("*.mlirbc"):  # files of an earlier export for other platforms
         left.unlink()
     for function in static:
         (platform,) = function.platforms
@@ -44,7 +46,7 @@ def write(directory: Path, static: Sequence[export.Exported], weights: Path, che
 
 
 def _arguments(function: export.Exported, weights: Path, check: Path) -> str:
-    held = {weights.name: _places(weights), check.name: _places(check)}
+    held = {weights.name: _offsets(weights), check.name: _offsets(check)}
     of_weights, *of_inputs = jax.tree.unflatten(function.in_tree, range(len(function.in_avals)))[0]
     index_to_name = {index: (weights.name, name) for name, index in of_weights.items()}
     index_to_name |= {index: (check.name, f"input{i}") for i, index in enumerate(of_inputs)}
@@ -57,19 +59,19 @@ def _arguments(function: export.Exported, weights: Path, check: Path) -> str:
     return "".join(_line(*line) for line in lines)
 
 
-def _line(kind: str, file: str, place: tuple[int, int], aval: ShapedArray) -> str:
-    offset, size = place
+def _line(kind: str, file: str, span: tuple[int, int], aval: ShapedArray) -> str:
+    offset, size = span
     if aval.dtype.name not in DTYPES:
-        raise UserError(f"export: an array of {aval.dtype}; a host without Python takes {', '.join(DTYPES)}.")
+        raise UserError(f"export: an array has dtype {aval.dtype}; a host without Python supports {', '.join(DTYPES)}.")
     assert size == aval.size * aval.dtype.itemsize, f"{kind} of {aval} has {size} bytes in {file}"
     return " ".join(map(str, (kind, file, offset, size, aval.dtype, *aval.shape))) + "\n"
 
 
-def _places(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each array of a safetensors file begins in it, and its bytes."""
+def _offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """(offset, number of bytes) of each array in a safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    spans = {name: told["data_offsets"] for name, told in header.items()}
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
     return {name: (8 + length + start, end - start) for name, (start, end) in spans.items()}

@@ -1,1 +1,1 @@
-"""Layers: small NNX modules and functions. They take numbers, never a config."""
+"""Layers: small NNX modules and functions, which take numbers and never a config."""

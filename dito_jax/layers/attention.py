@@ -9,20 +9,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dito_jax.layers.gradient_hooks import observed_weights
+from dito_jax.layers.gradient_hooks import with_weight_hooks
 from dito_jax.layers.linear import linear
 from dito_jax.sharding import axis_size, on_mesh
 from kernels_pallas import Rotation, flash_attention, qk_norm_rope
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(H)) v, every token seeing every token.
+    """softmax(q k^T / sqrt(H)) v without a mask: every token attends to every token.
 
-    One projection makes q, k and v. Its output is ordered by key/value head, each with its own group of query heads
-    beside it, so that splitting key/value heads over devices (mesh axis "tensor") separates no group and moves no
-    data. QK-norm (RMSNorm over each head, arXiv 2302.05442) keeps attention logits bounded. `attend` is what computes
-    attention, e.g. flash_attention_jvp where the model is differentiated forward. Projections have low-rank adapters
-    where `adapter_rank` is positive.
+    One projection computes q, k and v. Its output is ordered by key/value head, each followed by its group of query
+    heads, so that sharding key/value heads over the mesh axis "tensor" keeps each group on one device and moves no
+    data. QK-norm (RMSNorm over each head, arXiv 2302.05442) keeps attention logits bounded. `attend` is the attention
+    function, e.g. flash_attention_jvp for forward-mode differentiation. A positive `adapter_rank` adds LoRA adapters to
+    the projections.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Attention(nnx.Module):
         prepare = on_mesh(self.prepare, ("B T K . .", ".", ".", f"{each} T ."), ("B T N .", "B T K .", "B T K ."))
         packed = self.qkv(x)
         out = prepare(packed, *weights, rotation)
-        q, k, v = observed_weights(self, ("q_norm", "k_norm"), self.weight_gradients, (packed, weights, rotation), out)
+        q, k, v = with_weight_hooks(self, ("q_norm", "k_norm"), self.weight_gradients, (packed, weights, rotation), out)
         attend = on_mesh(self.attend, ("B T N H", "B S K H", "B S K H"), "B T N H")
         return self.out(attend(q, k, v))
 
     def weight_gradients(self, arrays: Any, d_out: Any) -> tuple[Float[Array, "B H"], ...]:
-        """Of QK-norm's two weights, for each row of the batch."""
+        """Gradients of the two QK-norm weights for each row of the batch."""
         packed, weights, rotation = arrays
 
         def on_device(packed, d_out, weights, rotation):

@@ -1,4 +1,4 @@
-"""What the network is told beside the image: the time and the class."""
+"""Embeddings of the conditioning: the timestep and the class label."""
 
 import jax
 import jax.numpy as jnp
@@ -6,16 +6,16 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
-from dito_jax.layers.gradient_hooks import observed
+from dito_jax.layers.gradient_hooks import with_hook
 from dito_jax.layers.linear import linear
 
 
 NUM_FREQUENCIES = 256
-TIME_SCALE = 1000.0  # t in [0, 1] moves the features as DiT's 1000 integer steps do
+TIME_SCALE = 1000.0  # scales t in [0, 1] to the range of DiT's 1000 integer timesteps
 
 
 class TimeEmbedding(nnx.Module):
-    """MLP(features(t)): sines and cosines at 128 frequencies, then two layers."""
+    """Timestep embedding: sines and cosines of t at 128 frequencies, then a two-layer MLP."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.up = linear(NUM_FREQUENCIES, width, ". D", init=normal(0.02), rngs=rngs)
@@ -35,7 +35,7 @@ def time_features(t: Float[Array, " B"]) -> Float[Array, "B 256"]:
 
 
 class ClassEmbedding(nnx.Module):
-    """A row for each class and, last, one for "no class", which guidance needs."""
+    """Class embedding table; the last row is "no class", the unconditional input of classifier-free guidance."""
 
     def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
         table = normal(0.02)(rngs.params(), (num_classes + 1, width), jnp.float32)
@@ -43,4 +43,4 @@ class ClassEmbedding(nnx.Module):
 
     def __call__(self, label: Int[Array, " B"]) -> Float[Array, "B D"]:
         row = self.table[...][label]
-        return observed(self, "table", jax.nn.one_hot(label, self.table.shape[0], dtype=row.dtype), row)
+        return with_hook(self, "table", jax.nn.one_hot(label, self.table.shape[0], dtype=row.dtype), row)

@@ -1,14 +1,14 @@
-"""Experts on the devices of a mesh axis: three ways for rows to meet their experts, and back.
+"""Expert parallelism: three exchanges that move rows to the devices of their experts and back.
 
-Each runs on one device's tokens and one device's experts, inside `sharding.on_mesh`; devices along the axis "expert"
-hold different tokens and different experts. What moves, of width D, with k rows a token, T tokens a device and P
-devices along the axis:
+Each exchange runs inside `sharding.on_mesh` on one device's tokens and one device's experts. Devices along the mesh
+axis "expert" hold different tokens and different experts. Numbers moved per device, for width D, k experts per token,
+T tokens per device and P devices along the axis:
 
-    gather       (P - 1) T D each way: every device sees all tokens, and computes what is its experts'
-    all_to_all   k T D (P - 1) / P each way: rows in slots, as many for each expert of each sender; static shapes
-    ragged       the same, rows as they are: any load, and no slots to fill
+    gather       (P - 1) T D each way: all-gather of the tokens; each device computes the rows of its own experts
+    all_to_all   k T D (P - 1) / P each way: all-to-all of capacity slots, equally many per expert and sender
+    ragged       k T D (P - 1) / P each way: ragged all-to-all of the rows themselves, for any load
 
-gather and all_to_all run anywhere; ragged is a GPU's, and is emulated elsewhere for tests.
+gather and all_to_all run on every platform; ragged runs on GPUs and is emulated elsewhere for tests.
 """
 
 import functools
@@ -30,10 +30,11 @@ Exchange = Callable[..., Float[Array, "T D"]]
 
 
 def default_exchange(active: int, devices: int, *, even: bool, gpu: bool) -> ExchangeName:
-    """The exchange that moves least, among those that drop nothing.
+    """The exchange that moves least among those that drop no rows.
 
-    A gather moves (P - 1) T D, the others k T D (P - 1) / P: the gather where k >= P. Else slots, which are exact
-    where every expert has the same number of rows (`even`: expert choice), or ragged; off a GPU a gather for that.
+    gather moves (P - 1) T D, the others k T D (P - 1) / P, so gather is chosen if k >= P. Otherwise all_to_all is
+    chosen if every expert has the same number of rows (`even`: expert choice), where its slots are exact; else ragged,
+    or gather on other platforms than GPUs.
     """
     if active >= devices:
         return "gather"
@@ -41,16 +42,16 @@ def default_exchange(active: int, devices: int, *, even: bool, gpu: bool) -> Exc
 
 
 def local(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
-    """All experts are here."""
+    """No exchange: all experts are on this device."""
     del capacity
     return expert_mlp(x, assignments.route(), w_gate_up, w_down)
 
 
 def gather(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
-    """Every device computes the rows of its experts for all tokens, and the sums go back to where the tokens are.
+    """All-gathers the tokens, computes the rows of this device's experts and reduce-scatters the sums.
 
-    Rows are counted for the worst load: each array of rows is P times that of one device, and its unused part costs
-    memory, not time. Sums of a token's experts on different devices are added in the dtype of x.
+    Arrays of rows are sized for the worst load, P times the rows of one device; the unused part costs memory, not
+    time. A token's partial sums from different devices are added in the dtype of x.
     """
     del capacity
     mine = w_down.shape[0]
@@ -64,9 +65,9 @@ def gather(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | No
 
 
 def all_to_all(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
-    """Each expert has `capacity` slots for the rows of each device; what does not fit was dropped before.
+    """All-to-all of capacity slots: `capacity` per expert and sending device; rows beyond it were dropped before.
 
-    A slot that is not filled holds zeros, which are computed like the others, and has weight 0.
+    An empty slot holds zeros, is computed like the others and has weight 0.
     """
     assert capacity is not None
     mine, devices = w_down.shape[0], lax.axis_size(AXIS)
@@ -86,16 +87,16 @@ def all_to_all(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int 
 
 
 def ragged(x, assignments: Assignments, w_gate_up, w_down, *, capacity: int | None):
-    """Each expert gets the rows that it has, one piece from each device, side by side with those of other devices."""
+    """Ragged all-to-all: each expert receives exactly its rows, one contiguous piece from each device."""
     del capacity
     routing = assignments.route()
     n, mine, devices, me = routing.row_index.size, w_down.shape[0], lax.axis_size(AXIS), lax.axis_index(AXIS)
     sizes = lax.all_gather(routing.group_sizes, AXIS)  # (sender, expert)
-    sent_from = lax.cumsum(sizes, axis=1) - sizes  # where a piece begins among its sender's rows
+    sent_from = lax.cumsum(sizes, axis=1) - sizes  # offset of each piece in its sender's rows
     of_device = sizes.reshape(devices, devices, mine)  # (sender, receiver, expert)
-    arrival = jnp.swapaxes(of_device, 0, 1).swapaxes(1, 2).reshape(devices, -1)  # (receiver, expert and sender)
+    arrival = jnp.swapaxes(of_device, 0, 1).swapaxes(1, 2).reshape(devices, -1)  # (receiver, expert x sender)
     lands_at = (lax.cumsum(arrival, axis=1) - arrival).reshape(devices, mine, devices)  # (receiver, expert, sender)
-    pieces = lambda of: of.reshape(-1)  # (peer, expert): the order of updates
+    pieces = lambda of: of.reshape(-1)  # flattened in the order (peer, expert)
 
     there = ragged_all_to_all(
         dispatch(x, routing), devices * n,
@@ -118,9 +119,9 @@ EXCHANGES: dict[str, Exchange] = {"gather": gather, "all_to_all": all_to_all, "r
 def ragged_all_to_all(
     rows: Float[Array, "R D"], num_out: int, *, input_offsets, send_sizes, output_offsets, recv_sizes
 ):
-    """lax.ragged_all_to_all along the axis into zeros; several pieces to each device, in the order of devices.
+    """lax.ragged_all_to_all along the axis "expert" into zeros, with several pieces per device, in device order.
 
-    XLA has it on GPUs alone. Elsewhere every device sees all rows and takes those that are for it.
+    XLA implements it for GPUs only. Elsewhere it is emulated by an all-gather and a selection of the rows.
     """
     if backend.target().platform != "gpu":
         return _emulated(rows, num_out, input_offsets, send_sizes, output_offsets)

@@ -1,6 +1,6 @@
-"""Feed-forward layers: the original DiT's and the gated one of modern transformers.
+"""Feed-forward layers: the GELU MLP of the original DiT and the SwiGLU of modern transformers.
 
-Their products are XLA's, unless `implementation` names one of `kernels_pallas.gated_mlp` and `dense_mlp`.
+XLA computes the matrix products, unless `implementation` names a kernel of `kernels_pallas.gated_mlp` or `dense_mlp`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from kernels_pallas import dense_mlp, gated_mlp
 
 
 class GeluMLP(nnx.Module):
-    """W2 gelu_tanh(W1 x), four times the width inside."""
+    """W2 gelu_tanh(W1 x) with biases; the hidden width is 4 D."""
 
     def __init__(self, width: int, *, implementation: str | None = None, rngs: nnx.Rngs):
         self.implementation = implementation
@@ -28,7 +28,7 @@ class GeluMLP(nnx.Module):
         if self.implementation is None:
             return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
-        def mlp(x, w_up, b_up, w_down):  # what devices share is added up before the bias is
+        def mlp(x, w_up, b_up, w_down):  # the output bias is added after the psum over "tensor", once
             none = jnp.zeros(x.shape[-1], x.dtype)
             return dense_mlp(x, w_up, b_up, w_down, none, implementation=self.implementation)
 
@@ -43,14 +43,14 @@ class GeluMLP(nnx.Module):
 
     @staticmethod
     def flops(width: int) -> int:
-        """Of one token: two products."""
+        """FLOPs per token of the two matrix products."""
         return 2 * 2 * width * GeluMLP.hidden(width)
 
 
 class SwiGLU(nnx.Module):
-    """W3 (silu(W1 x) * W2 x), without biases (arXiv 2002.05202 eq. 6): three matrices, `hidden` wide inside.
+    """W3 (silu(W1 x) * W2 x) without biases (arXiv 2002.05202 eq. 6), with hidden width `hidden`.
 
-    Where that is left out there are as many parameters as in GeluMLP.
+    The default hidden width gives about as many parameters as GeluMLP.
     """
 
     def __init__(self, width: int, hidden: int | None = None, *, implementation: str | None = None, rngs: nnx.Rngs):
@@ -68,17 +68,17 @@ class SwiGLU(nnx.Module):
 
     @staticmethod
     def hidden(width: int) -> int:
-        """Feed-forward width F: two thirds of 4 D, up to the next multiple of 16 that a GPU's tiles want."""
+        """Feed-forward width F: 2/3 of 4 D, rounded up to a multiple of 16 for the tiles of GPU kernels."""
         return -(-8 * width // 3 // 16) * 16
 
     @staticmethod
     def flops(width: int) -> int:
-        """Of one token: three products."""
+        """FLOPs per token of the three matrix products."""
         return 3 * 2 * width * SwiGLU.hidden(width)
 
 
 def _on_mesh(mlp: Callable, dims: tuple[str, ...]) -> Callable:
-    """`mlp(x, *weights)` with F over the devices of the axis "tensor", whose outputs are added up."""
+    """`mlp(x, *weights)` with F sharded over the mesh axis "tensor" and the outputs summed over it."""
 
     def on_one_device(x, *weights):
         y = mlp(x, *weights)

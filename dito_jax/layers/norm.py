@@ -1,4 +1,4 @@
-"""Adaptive normalization: the kernels, on whatever mesh is in force."""
+"""Adaptive normalization (adaLN) by the kernels of kernels_pallas, on the current mesh."""
 
 import functools
 from typing import Literal
@@ -22,9 +22,9 @@ def adaptive_norm(
 ) -> Float[Array, "B T D"]:
     """norm(x) * (1 + scale) + shift, one scale and shift for each example (adaLN, arXiv 2212.09748 §3.2).
 
-    `implementation="xla"` can be differentiated forward too; a kernel cannot.
+    `implementation="xla"` supports forward-mode differentiation; the kernels do not.
     """
-    # T D and D are whole on each device: the norm needs a whole row.
+    # T and D are not sharded: the norm needs whole rows.
     norm = functools.partial(modulated_norm, kind=kind, implementation=implementation)
     return on_mesh(norm, ("B T .", "B .", "B ."), "B T .")(x, scale, shift)
 
@@ -39,7 +39,7 @@ def residual_norm(
     kind: NormKind,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """x + gate * branch, and the adaptive norm of that, in one pass over memory."""
+    """Returns x + gate * branch and the adaptive norm of that, in one pass over memory."""
     norm = functools.partial(gated_residual_norm, kind=kind, implementation=implementation)
     dims = ("B T .", "B T .", "B .", "B .", "B .")
     return on_mesh(norm, dims, ("B T .", "B T ."))(x, branch, gate, scale, shift)

@@ -1,4 +1,4 @@
-"""Between images and tokens."""
+"""Conversion between images and tokens: patchify and unpatchify."""
 
 from jaxtyping import Array, Float
 

@@ -1,10 +1,10 @@
-"""DiT's fixed sine-cosine positions; rotary ones are `kernels_pallas.Rotation`'s."""
+"""Fixed sine-cosine position embeddings of DiT; rotary embeddings are in `kernels_pallas.Rotation`."""
 
 import numpy as np
 
 
 def sincos_table(height: int, width: int, dim: int) -> np.ndarray:
-    """DiT's fixed positions, (T, D) float32: half of the channels encode the column, half the row, each [sin | cos]."""
+    """DiT's position table, (T, D) float32: half of the channels encode the column, half the row, each [sin | cos]."""
     frequency = 1e4 ** (-np.arange(dim // 4) / (dim // 4))
     rows, columns = np.divmod(np.arange(height * width), width)
     parts = [f(np.outer(axis, frequency)) for axis in (columns, rows) for f in (np.sin, np.cos)]

@@ -1,10 +1,10 @@
-"""The diffusion transformer (DiT, arXiv 2212.09748), original and modern, class-conditional.
+"""DiT: the class-conditional diffusion transformer (arXiv 2212.09748), original or with modern layers.
 
     image -> patches -> [block] x depth -> patches -> image
     block: x += gate * attention(norm(x)(1 + scale) + shift);  x += gate * mlp(norm(x)(1 + scale) + shift)
 
-scale, shift and gate come from the time and the class (adaLN), and all gates start at zero, so every block starts as
-the identity. The two presets differ in what fills the block:
+scale, shift and gate are computed from the timestep and the class (adaLN). All gates start at zero, so every block
+starts as the identity (adaLN-Zero). The two presets differ in the layers of a block:
 
     original   LayerNorm   GELU MLP   fixed sine-cosine positions
     modern     RMSNorm     SwiGLU     axial rotary positions        QK-norm
@@ -32,7 +32,7 @@ from dito_jax.sharding import constrain
 from kernels_pallas import Rotation, flash_attention, flash_attention_jvp
 
 
-SIZES = {  # depth, width, heads (table 1 of the paper); a name is size/patch: "XL/2"
+SIZES = {  # (depth, width, heads), table 1 of the paper; a preset name is size/patch: "XL/2"
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -83,7 +83,11 @@ class DiTConfig:
 
     @classmethod
     def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "DiTConfig":
-        """`preset("XL/2", (32, 32, 4), 1000, **ORIGINAL)`; sizes S, B, L, XL, patch sides 1 to 16."""
+        """A config of the paper's sizes: `preset("XL/2", (32, 32, 4), 1000, **ORIGINAL)`.
+
+        Raises:
+          ValueError: the name is not a size S, B, L or XL, a slash and a patch side 1, 2, 4, 8 or 16.
+        """
         size, _, patch = name.partition("/")
         if size not in SIZES or patch not in ("1", "2", "4", "8", "16"):
             raise ValueError(f"no DiT named {name!r}; sizes are {', '.join(SIZES)}, patches 1 2 4 8 16: 'B/4'.")
@@ -96,22 +100,22 @@ class DiTConfig:
 
     @property
     def hidden(self) -> int:
-        """Width of the MLPs inside."""
+        """Hidden width of the MLPs."""
         return MLPS[self.mlp].hidden(self.width)
 
     @property
     def implementations(self) -> KernelsConfig:
-        """The kernels, but "xla" for what has a backward and no tangent where the model is differentiated forward."""
+        """The kernel choice; in forward mode XLA replaces the kernels that have no forward-mode derivative."""
         return dataclasses.replace(self.kernels, norm="xla", qk_norm_rope="xla") if self.forward_mode else self.kernels
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across; their product is T."""
+        """Number of patches (vertically, horizontally); their product is T."""
         return self.image_shape[0] // self.patch, self.image_shape[1] // self.patch
 
     @property
     def together(self) -> int:
-        """Images that are computed together, on one device."""
+        """Number of images that must be computed together on one device (the routing pool of an MoE)."""
         return 1
 
     @property
@@ -119,7 +123,7 @@ class DiTConfig:
         return self.image_shape[2] * (2 if self.learn_sigma else 1)
 
     def problems(self) -> list[str]:
-        """What makes this config impossible, a line each."""
+        """One line for each reason why this config is invalid."""
         h, w, _ = self.image_shape
         head_width = self.width // max(self.num_heads, 1)
         rules = {
@@ -131,7 +135,7 @@ class DiTConfig:
             f"head width {head_width} (width / num_heads) is not a multiple of 8": head_width % 8,
             f"depth {self.depth} is not positive": self.depth < 1,
             f"adapter_rank {self.adapter_rank} is negative": self.adapter_rank < 0,
-            f"forward_mode has no other norms, rotations and MLPs than xla's, got {self.kernels}": (
+            f"forward_mode supports only xla norms, rotations and MLPs, got {self.kernels}": (
                 self.forward_mode
                 and not {self.kernels.norm, self.kernels.qk_norm_rope, self.kernels.mlp} <= {None, "xla"}
             ),
@@ -139,9 +143,9 @@ class DiTConfig:
         return [problem for problem, broken in rules.items() if broken] + self.kernels.problems(self.mlp)
 
     def run_rules(self, sizes: Mapping[str, int], *, images: int) -> dict[str, bool]:
-        """What makes a run impossible, by its mesh and the images of a device at a time, and whether it does."""
+        """Rules for a run, {message: broken}; `sizes` are the mesh axes, `images` those computed at once per device."""
         del images
-        hidden = MLPS[self.mlp].hidden(self.width)  # of the blocks without experts
+        hidden = MLPS[self.mlp].hidden(self.width)  # of the dense blocks
         tensor, fsdp = sizes["tensor"], sizes["fsdp"]
         return {
             f"model.num_kv_heads {self.kv_heads} is not a multiple of mesh.tensor {tensor}": self.kv_heads % tensor > 0,
@@ -150,11 +154,11 @@ class DiTConfig:
         }
 
     def mlp_flops(self) -> int:
-        """Of one token in the MLPs of all blocks."""
+        """FLOPs per token in the MLPs of all blocks."""
         return self.depth * MLPS[self.mlp].flops(self.width)
 
     def flops(self) -> int:
-        """Of one forward pass over one image, a multiply-add being 2 (the paper's "Gflops" are multiply-adds)."""
+        """FLOPs of one forward pass over one image; a multiply-add counts 2 (the paper's "Gflops" count it once)."""
         tokens, d = self.grid[0] * self.grid[1], self.width
         head_width = d // self.num_heads
         projections = 2 * d * head_width * (2 * self.num_heads + 2 * self.kv_heads)  # q, out; k, v
@@ -167,7 +171,7 @@ class DiTConfig:
         return self.depth * block + tokens * self.mlp_flops() + ends + 2 * (NUM_FREQUENCIES * d + d * d)
 
     def rebalance(self, params: nnx.State, report: "Report") -> nnx.State:
-        """What a step does to the parameters after its update, given the report: nothing."""
+        """Changes parameters after the update of a step, from the network's report; a DiT changes nothing."""
         del report
         return params
 
@@ -176,7 +180,7 @@ class DiTConfig:
         return DiT(self, rngs=rngs)
 
     def num_parameters(self) -> int:
-        """As the paper counts: what is trained, and the fixed position table where there is one."""
+        """Number of parameters as the paper counts them: trained ones plus the fixed position table."""
         model = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
         trained = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         return trained + (self.grid[0] * self.grid[1] * self.width if self.positions == "sincos" else 0)
@@ -185,15 +189,15 @@ class DiTConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a network says of itself beside its image."""
+    """Outputs of a network besides the image: auxiliary losses, metrics and expert loads."""
 
-    losses: Any = 0.0  # float32 (B,), to be added to those of the examples
+    losses: Any = 0.0  # float32 (B,): auxiliary losses, added to the losses of the examples
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    rows: Any = None  # float32 (L, E): how many each expert of each layer computed
+    rows: Any = None  # float32 (L, E): rows computed by each expert of each layer
 
 
 class DiTBlock(nnx.Module):
-    """Attention and MLP, each behind an adaptive norm and a gate that starts at zero (adaLN-Zero)."""
+    """Attention and MLP, each with an adaptive norm and a gate that starts at zero (adaLN-Zero)."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.norm: NormKind = config.norm
@@ -220,20 +224,20 @@ class DiTBlock(nnx.Module):
     ) -> Float[Array, "B T D"]:
         return self.through(x, c, rotation, lambda h: (self.mlp(h), None))[0]
 
-    def through[Said](
-        self, x: Array, c: Array, rotation: Rotation | None, mlp: Callable[[Array], tuple[Array, Said]]
-    ) -> tuple[Array, Said]:
-        """The block around an MLP, and what that says beside its output."""
+    def through[Extra](
+        self, x: Array, c: Array, rotation: Rotation | None, mlp: Callable[[Array], tuple[Array, Extra]]
+    ) -> tuple[Array, Extra]:
+        """The block with `mlp` as its MLP; `mlp` returns its output and an extra value, which is returned too."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.unstack(self.modulation(c), axis=1)  # (B, D) each
         norm: Any = dict(kind=self.norm, implementation=self.implementation)
         y = self.attention(adaptive_norm(x, scale1, shift1, **norm), rotation)
         x, y = residual_norm(x, y, gate1, scale2, shift2, **norm)
-        y, said = mlp(y)
-        return constrain(x + gate2[:, None] * y, "B T D"), said
+        y, extra = mlp(y)
+        return constrain(x + gate2[:, None] * y, "B T D"), extra
 
 
 class DiT(nnx.Module):
-    """Predicts, from a noisy image, its time and its class, an image of its size (diffusion/ says what it means)."""
+    """Predicts x, v or eps (see diffusion/path.py) from a noisy image, its timestep and its class."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -249,21 +253,21 @@ class DiT(nnx.Module):
     def __call__(
         self, image: Float[Array, "B h w c"], t: Float[Array, " B"], label: Int[Array, " B"]
     ) -> Float[Array, "B h w c_out"]:
-        """Computes in the dtype of the parameters. t is in [0, 1]; label num_classes means "no class"."""
+        """The prediction, computed in the dtype of the parameters; t is in [0, 1], label num_classes is "no class"."""
         return self.with_report(image, t, label)[0]
 
     def make_blocks(self, config: Any, rngs: nnx.Rngs) -> nnx.Module:
-        """All of them in one, each parameter with a leading dimension L."""
+        """All blocks as one module for `scan`: each parameter has a leading dimension L."""
         return stacked(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, rngs)
 
     def with_report(self, image: Array, t: Array, label: Array) -> tuple[Array, Report]:
-        """The image, and what training wants to know beside it."""
+        """The prediction and the Report for training."""
         x, c, rotation = self.embed(image, t, label)
         x, _ = self.scan(lambda x, block: (block(x, c, rotation), None), x)
         return self.head(x, c), Report()
 
     def embed(self, image, t, label):
-        """Tokens (B, T, D), conditioning (B, D), and what rotates positions."""
+        """Tokens (B, T, D), conditioning (B, D), and the rotary embedding or None."""
         config = self.config
         head_width = config.width // config.num_heads
         x = self.patches(patchify(image.astype(self.patches.kernel.dtype), config.patch))  # (B, T, D)
@@ -275,11 +279,11 @@ class DiT(nnx.Module):
         return constrain(x, "B T D"), jax.nn.silu(self.time(t) + self.label(label)), rotation
 
     def scan(self, apply: Callable, x: Array):
-        """apply(x, block) -> (x, said) over the blocks: the last x, and what each said."""
+        """Scans apply(x, block) -> (x, extra) over the blocks; returns the last x and the stacked extras."""
         return jax.lax.scan(jax.checkpoint(apply) if self.config.remat else apply, x, self.blocks)
 
     def head(self, x, c):
-        """The image of the last tokens."""
+        """The final layer: tokens to the output image."""
         config = self.config
         shift, scale = jnp.unstack(self.modulation(c), axis=1)
         x = adaptive_norm(x, scale, shift, kind=config.norm, implementation=config.implementations.norm)
@@ -288,5 +292,5 @@ class DiT(nnx.Module):
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
-    """`depth` modules as one, for `scan`."""
+    """`depth` modules as one, with stacked parameters, for `scan`."""
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))

@@ -1,4 +1,4 @@
-"""A model that begins as a trained one: the same, with adapters of its own, or with experts out of its MLPs."""
+"""Warm start of a model from trained parameters: the same model, with new LoRA adapters, or upcycled to an MoE."""
 
 from flax import nnx
 
@@ -9,20 +9,21 @@ from dito_jax.models.upcycling import check_upcycling, differences, upcycled
 
 
 def check_start(old: DiTConfig, model: DiTConfig) -> None:
-    """Raises UserError, in one line, unless `model` can begin as `old`."""
+    """Raises UserError, in one line, unless `model` can be initialized from parameters of `old`."""
     if _upcycles(old, model):
         assert isinstance(model, MoEDiTConfig)
         return check_upcycling(old, model)
     if isinstance(old, MoEDiTConfig) and not isinstance(model, MoEDiTConfig):
-        raise UserError("init_from: that run has experts, and this model has none.")
+        raise UserError("init_from: the model of that run has experts, and this model has none.")
     if differ := differences(old, model, but=("adapter_rank",)):
-        raise UserError(f"init_from: that run's model differs from this one: {differ}.")
+        raise UserError(f"init_from: the model of that run differs from this one: {differ}.")
     if old.adapter_rank not in (0, model.adapter_rank):
-        raise UserError(f"init_from: that run has adapters of rank {old.adapter_rank}: set model.adapter_rank to it.")
+        rank = old.adapter_rank
+        raise UserError(f"init_from: that run has adapters of rank {rank}: set model.adapter_rank to {rank}.")
 
 
 def started(old: DiTConfig, params: nnx.State, model: DiTConfig, fresh: nnx.State) -> nnx.State:
-    """The parameters of `model`, as `fresh`, with all that `params` of `old` have: adapters begin as they would."""
+    """The parameters of `model`: those of `old` from `params`, all others (adapters, routers) from `fresh`."""
     if _upcycles(old, model):
         assert isinstance(model, MoEDiTConfig)
         return upcycled(params, fresh, model)

@@ -1,4 +1,4 @@
-"""Which implementation computes what, where a user wants another than the fastest one measured."""
+"""Choice of kernel implementations, for users who want another one than the fastest measured."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ class KernelsConfig:
     """Implementation of gated_mlp or dense_mlp; None: XLA matrix products in the model's dtype."""
 
     def problems(self, mlp: str) -> list[str]:
-        """The names that no implementation has, for a model with MLPs of this make, a line each."""
+        """One line for each unknown implementation name, for a model with this MLP type."""
         tables = {
             "attention": FLASH_ATTENTION,
             "norm": GATED_RESIDUAL_NORM,
@@ -30,5 +30,7 @@ class KernelsConfig:
         for field, op in tables.items():
             name, known = getattr(self, field), ["xla", *op.kernels]
             if name is not None and name not in known:
-                found.append(f"kernels.{field} {name!r} is no implementation; choose from {', '.join(known)}, or None")
+                found.append(
+                    f"kernels.{field} {name!r} is not an implementation; choose from {', '.join(known)}, or None"
+                )
         return found

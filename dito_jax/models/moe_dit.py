@@ -1,9 +1,9 @@
-"""A DiT whose MLPs are mixtures of experts: in every block, or in every second one.
+"""MoE-DiT: a DiT with a mixture-of-experts layer (top-k and other routers) in every block or every second block.
 
     block: x += gate * attention(norm(x)(1 + scale) + shift);  x += gate * moe(norm(x)(1 + scale) + shift)
 
-Beside its image the network reports how its experts were used: losses that even their loads, and the counts by which
-a biased router is moved after a step.
+Besides the image the network returns load-balancing losses and the load of each expert, from which the router biases
+are updated after a step (auxiliary-loss-free load balancing).
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from kernels_pallas import (
 )
 
 
-# As published: depth, width, heads, then what differs from the defaults below. Sizes with two experts beside the
-# chosen ones ("2A" of DiT-MoE) have one shared MLP of twice the width.
+# Published sizes: (depth, width, heads), then the fields that differ from the defaults below. The two shared experts of
+# DiT-MoE are one shared expert of twice the width here.
 PRESETS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     # https://arxiv.org/abs/2407.11633
     "DiT-MoE-S/2-8E2A": ((12, 384, 6), dict(num_experts=8, expert_hidden=1536, shared_hidden=768)),
@@ -98,7 +98,11 @@ class MoEDiTConfig(DiTConfig):
 
     @classmethod
     def preset(cls, name: str, image_shape: tuple[int, int, int], num_classes: int, **make: Any) -> "MoEDiTConfig":
-        """`preset("DiT-MoE-XL/2-8E2A", (32, 32, 4), 1000)`; names are those of PRESETS."""
+        """A config of a published size: `preset("DiT-MoE-XL/2-8E2A", (32, 32, 4), 1000)`.
+
+        Raises:
+          ValueError: the name is not in PRESETS.
+        """
         if name not in PRESETS:
             raise ValueError(f"no MoE DiT named {name!r}; choose from {', '.join(PRESETS)}.")
         (depth, width, num_heads), experts = PRESETS[name]
@@ -107,7 +111,7 @@ class MoEDiTConfig(DiTConfig):
 
     @property
     def hidden(self) -> int:
-        """Width of an expert inside."""
+        """Hidden width of an expert."""
         return self.expert_hidden or SwiGLU.hidden(self.width)
 
     @property
@@ -116,7 +120,7 @@ class MoEDiTConfig(DiTConfig):
 
     @property
     def moe_depth(self) -> int:
-        """How many blocks have experts."""
+        """Number of blocks with experts."""
         return self.depth // self.moe_every
 
     def problems(self) -> list[str]:
@@ -129,7 +133,7 @@ class MoEDiTConfig(DiTConfig):
             f"num_experts {self.num_experts} is not a multiple of router_groups {self.router_groups}": (
                 self.num_experts % max(self.router_groups, 1) > 0
             ),
-            f"the {self.active_groups} active_groups have less than active_experts {self.active_experts} experts": (
+            f"the {self.active_groups} active_groups have fewer than active_experts {self.active_experts} experts": (
                 chosen and self.active_groups * self.num_experts < self.active_experts * self.router_groups
             ),
             f"pool {self.pool} is not positive": self.pool < 1,
@@ -156,7 +160,7 @@ class MoEDiTConfig(DiTConfig):
         }
 
     def mlp_flops(self) -> int:
-        """Of one token in the MLPs of all blocks: active experts, the shared one, the router."""
+        """FLOPs per token in the MLPs of all blocks: active experts, shared expert and router."""
         active = 1 if self.router == "timestep" else self.active_experts
         product = 2 * self.width
         moe = 3 * product * (active * self.hidden + self.shared_hidden) + product * self.num_experts
@@ -164,7 +168,7 @@ class MoEDiTConfig(DiTConfig):
         return self.moe_depth * moe + (self.depth - self.moe_depth) * dense
 
     def active_parameters(self) -> int:
-        """Those that one token meets."""
+        """Number of parameters that one token uses."""
         active = 1 if self.router == "timestep" else self.active_experts
         idle = self.moe_depth * (self.num_experts - active) * 3 * self.width * self.hidden
         return self.num_parameters() - idle
@@ -173,7 +177,7 @@ class MoEDiTConfig(DiTConfig):
         return MoEDiT(self, rngs=rngs)
 
     def choose(self, logits: Array, bias: Array | None, index: Array | None) -> Assignments:
-        """The choices of one pool of tokens."""
+        """Routes one pool of tokens: the assignments of tokens to experts."""
         tokens = logits.shape[0]
         rows = self.active_experts * tokens
         match self.router:
@@ -194,7 +198,7 @@ class MoEDiTConfig(DiTConfig):
                 return by_index(index, num_experts=self.num_experts)
 
     def rebalance(self, params: nnx.State, report: Report) -> nnx.State:
-        """Moves the biases of routers that have one, by the rows of the whole batch."""
+        """Updates the router biases from the expert loads of the global batch."""
 
         def moved(variable: nnx.Variable) -> nnx.Variable:
             if not isinstance(variable, RouterBias):
@@ -206,7 +210,7 @@ class MoEDiTConfig(DiTConfig):
 
 
 class MoEBlock(DiTBlock):
-    """A DiT's block with experts for an MLP."""
+    """A DiT block with an MoE layer instead of the MLP."""
 
     def make_mlp(self, config: MoEDiTConfig, rngs: nnx.Rngs) -> nnx.Module:
         sigmoid = config.router == "sigmoid"
@@ -218,7 +222,7 @@ class MoEBlock(DiTBlock):
             scores=sigmoid_scores if sigmoid else softmax_scores,
             active=config.active_experts,
             even=config.router == "expert_choice",
-            told=config.router == "timestep",
+            by_index=config.router == "timestep",
             biased=sigmoid,
             capacity_factor=config.capacity_factor,
             pool=config.pool,
@@ -232,7 +236,7 @@ class MoEBlock(DiTBlock):
 
 
 class MoEGroup(nnx.Module):
-    """What repeats: a block with experts, after a dense one where they take turns."""
+    """The repeated unit: an MoE block, after a dense block if moe_every is 2."""
 
     def __init__(self, config: MoEDiTConfig, *, rngs: nnx.Rngs):
         self.dense = DiTBlock(config, rngs=rngs) if config.moe_every == 2 else None
@@ -244,7 +248,7 @@ class MoEGroup(nnx.Module):
 
 
 class MoEDiT(DiT):
-    """A DiT with experts."""
+    """A DiT with mixture-of-experts blocks."""
 
     config: MoEDiTConfig
 
@@ -262,14 +266,14 @@ class MoEDiT(DiT):
 
 
 def report_of(config: MoEDiTConfig, reports: RouterReport, batch: int) -> Report:
-    """What training wants of the routers' reports, (L, P, ...): the losses, averaged over layers, and the figures."""
+    """The Report from the router statistics (L, P, ...): auxiliary losses, averaged over layers, and metrics."""
 
     def auxiliary(load):
         return config.balance_weight * load_balance_loss(load) + config.z_weight * z_loss(load)
 
     whole = jax.tree.map(lambda a: a.sum(axis=1), reports.load)  # (L, ...)
     if config.router == "timestep":
-        losses = jnp.zeros(batch)  # nothing learned chooses
+        losses = jnp.zeros(batch)  # the router has no parameters
     elif config.balance == "example":
         losses = jnp.mean(jax.vmap(jax.vmap(auxiliary))(reports.load), axis=0)
     else:
@@ -277,7 +281,7 @@ def report_of(config: MoEDiTConfig, reports: RouterReport, batch: int) -> Report
     share = whole.rows / jnp.maximum(jnp.sum(whole.rows, axis=1, keepdims=True), 1.0)
     metrics = {
         "balance_loss": jnp.mean(jax.vmap(load_balance_loss)(whole)),
-        "expert_load_max": jnp.max(share) * config.num_experts,  # 1: even
+        "expert_load_max": jnp.max(share) * config.num_experts,  # 1 is an even load
         "dropped": jnp.sum(reports.dropped) / jnp.maximum(jnp.sum(whole.rows), 1.0),
     }
     return Report(losses, metrics, whole.rows)

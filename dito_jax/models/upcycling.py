@@ -1,4 +1,4 @@
-"""Experts out of a dense DiT: each begins as a copy of the MLP it replaces (sparse upcycling, arXiv 2212.05055)."""
+"""Sparse upcycling (arXiv 2212.05055): an MoE-DiT whose experts start as copies of a dense DiT's MLPs."""
 
 import dataclasses
 from collections.abc import Collection
@@ -12,13 +12,13 @@ from dito_jax.models.dit import DiTConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
 
 
-# What changes nothing of what a network computes from its parameters.
-HOW = {"remat", "forward_mode", "kernels", "balance", "balance_weight", "z_weight", "bias_rate", "exchange"}
+# Fields that do not change the function that a network computes from its parameters.
+SAME_FUNCTION = {"remat", "forward_mode", "kernels", "balance", "balance_weight", "z_weight", "bias_rate", "exchange"}
 
 
 def differences(old: DiTConfig, model: DiTConfig, *, but: Collection[str] = ()) -> str:
-    """What `old` has otherwise than `model`, among the fields of `old` that decide what is computed."""
-    names = [f.name for f in dataclasses.fields(old) if f.name not in HOW | set(but)]
+    """The fields of `old` that differ in `model`, except those that do not change the computed function, as text."""
+    names = [f.name for f in dataclasses.fields(old) if f.name not in SAME_FUNCTION | set(but)]
     values = {name: (getattr(old, name), getattr(model, name)) for name in names}
     return ", ".join(f"{name} {was} != {now}" for name, (was, now) in values.items() if was != now)
 
@@ -27,12 +27,13 @@ def check_upcycling(dense: DiTConfig, model: MoEDiTConfig) -> None:
     """Raises UserError, in one line, unless every expert of `model` can be a copy of an MLP of `dense`."""
     differ = differences(dense, model)
     rules = {
-        "its MLPs are not swiglu": dense.mlp != "swiglu",
-        f"model.expert_hidden is {model.hidden}, its MLPs have {dense.hidden}": model.hidden != dense.hidden,
-        f"model.shared_hidden is {model.shared_hidden}, and there is nothing to copy there: make it 0": (
+        "the dense model's MLPs are not swiglu": dense.mlp != "swiglu",
+        f"model.expert_hidden is {model.hidden}, the dense model's MLPs have {dense.hidden}": model.hidden
+        != dense.hidden,
+        f"model.shared_hidden is {model.shared_hidden}, but a dense DiT has no shared expert to copy: set it to 0": (
             model.shared_hidden > 0
         ),
-        f"its model differs from this one: {differ}": bool(differ),
+        f"the dense model differs from this one: {differ}": bool(differ),
     }
     problems = [problem for problem, broken in rules.items() if broken]
     if problems:
@@ -40,9 +41,9 @@ def check_upcycling(dense: DiTConfig, model: MoEDiTConfig) -> None:
 
 
 def upcycled(dense: nnx.State, fresh: nnx.State, model: MoEDiTConfig) -> nnx.State:
-    """The parameters of `dense`, with its MLPs copied to all experts; the routers are those of `fresh`.
+    """The parameters of `dense` with its MLPs copied to all experts; the routers are those of `fresh`.
 
-    Where a token's weights sum to 1 the network computes what the dense one does.
+    If the expert weights of a token sum to 1, the network computes the same function as the dense one.
     """
     there, here = nnx.to_pure_dict(dense), nnx.to_pure_dict(fresh)
     blocks = here["blocks"]
@@ -56,6 +57,6 @@ def upcycled(dense: nnx.State, fresh: nnx.State, model: MoEDiTConfig) -> nnx.Sta
         "down_kernel": copies(mlp["down"]["kernel"]),
     }
     blocks["moe"] = with_experts | {"mlp": blocks["moe"]["mlp"] | experts}
-    result = jax.tree.map(lambda a: a, fresh)  # its own containers
+    result = jax.tree.map(lambda a: a, fresh)  # a copy of the tree
     nnx.replace_by_pure_dict(result, there | {"blocks": blocks})
     return result

@@ -1,1 +1,1 @@
-"""Planning: a run compiled, and looked at, before it is run."""
+"""Planning without a run: AOT compile, HLO reports, step cost and kernel ablation."""

@@ -1,6 +1,7 @@
-"""One block of a model, forward and backward, under each choice of kernels: what each fusion is worth where it runs.
+"""Ablation of the fused kernels in one DiT block, forward and backward.
 
-On a GPU it is timed, the choices taking turns; for a GPU that is not there, what the compiled block moves is counted.
+On a GPU the block is timed with each choice of kernels, in turns. For a compile-only GPU the bytes that the compiled
+block reads and writes are counted.
 """
 
 import dataclasses
@@ -26,22 +27,22 @@ FUSED = ("norm", "qk_norm_rope", "mlp")  # fields of KernelsConfig
 
 @dataclasses.dataclass(frozen=True)
 class BlockRow:
-    """One choice of kernels."""
+    """Result for one choice of kernels."""
 
     name: str
-    moved: int  # bytes that the instructions of the compiled block read and write
-    launches: int  # of GPU functions, at most: one for each such instruction
-    microseconds: float | None  # median of ROUNDS; None where it was only compiled
+    moved: int  # bytes read and written by the instructions of the compiled block
+    launches: int  # upper bound of GPU kernel launches: one per such instruction
+    microseconds: float | None  # median of ROUNDS; None if the block was only compiled
 
 
 def choices() -> dict[str, KernelsConfig]:
-    """All by XLA but attention, each fusion by its Triton kernel alone, and all of them."""
+    """XLA for everything but attention; each fused Triton kernel alone; all fused kernels."""
     alone = {field: dataclasses.replace(PLAIN, **{field: "triton"}) for field in FUSED}
     return {"xla": PLAIN, **alone, "all": dataclasses.replace(PLAIN, **dict.fromkeys(FUSED, "triton"))}
 
 
 def measure(config: DiTConfig, images: int, mesh: jax.sharding.Mesh) -> list[BlockRow]:
-    """A row for each of `choices`: a block of the config in bfloat16, on one device, which may be compile-only."""
+    """A row for each of `choices`: one block in bfloat16 on one device, which may be compile-only."""
     compiled, calls = {}, {}
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
     there = mesh.devices.flat[0] in jax.devices()
@@ -60,7 +61,7 @@ def measure(config: DiTConfig, images: int, mesh: jax.sharding.Mesh) -> list[Blo
 
 
 def table(rows: list[BlockRow], title: str) -> str:
-    """A page for a person, in Markdown; every ratio is to the first row."""
+    """The rows as a Markdown table; ratios are to the first row."""
     head = "| kernels | MB moved | of xla | launches | us | speed-up |\n|---|---|---|---|---|---|"
     lines = []
     for row in rows:
@@ -72,10 +73,10 @@ def table(rows: list[BlockRow], title: str) -> str:
 
 
 def traffic(text: str) -> tuple[int, int]:
-    """(bytes read and written, instructions that do) of the entry computation in optimized HLO text without loops.
+    """(bytes read and written, number of such instructions) of the entry computation in optimized HLO text.
 
-    Each instruction reads its operands and writes its result once: what a fusion holds in registers moves nothing, and
-    what an operand is broadcast from counts once.
+    The text must have no loops. Each instruction reads its operands and writes its result once; values inside a fusion
+    do not count, and an operand that is broadcast counts with its own size.
     """
     entry = text[text.index("\nENTRY") :]
     sizes: dict[str, int] = {}
@@ -100,13 +101,13 @@ _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 
 
 def _numbers(shapes):
-    """Normal ones of an eighth, so that a block's output stays of the size of its input."""
+    """Normal random arrays with standard deviation 1/8, so that the block's output has about the size of its input."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape) / 8, s.dtype), shapes)
 
 
 def _passes(config: DiTConfig, images: int):
-    """(the function of a block's parameters and inputs that returns its output and gradients, their shapes)."""
+    """(function of a block's parameters and inputs that returns output and gradients, shapes of its arguments)."""
     block = lambda: jax.tree.map(lambda leaf: leaf[0], config.build(nnx.Rngs(0)).blocks)
     graph, params = nnx.split(nnx.eval_shape(block), nnx.Param)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)

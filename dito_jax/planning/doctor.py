@@ -1,4 +1,4 @@
-"""What this machine has, what of ours runs on it, and why the rest does not."""
+"""The report of `dito doctor`: versions, devices, and which kernels run on this machine or why not."""
 
 import importlib.metadata
 import platform
@@ -12,7 +12,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "orbax-checkp
 
 
 def diagnosis() -> str:
-    """Versions, devices, their peaks, and each kernel with the reason if it cannot run."""
+    """Versions, devices with their peak performance, and each kernel with the reason if it cannot run."""
     lines = [f"python {platform.python_version()} on {platform.machine()}"]
     lines += [f"{name} {_version(name)}" for name in PACKAGES]
     lines.append("")
@@ -31,7 +31,7 @@ def diagnosis() -> str:
         for name, kernel in op.kernels.items():
             reason = kernel.unsupported(*case.arrays, **case.static)
             proven = not kernel.needs_gpu_proof or measured.passed(op, name)
-            runs = "runs" if proven else "runs by its name alone, until it is measured here"
+            runs = "runs" if proven else "runs only if selected by name, until it is measured on this hardware"
             lines.append(f"{op.name} {name}: {'no: ' + reason if reason else runs}")
         lines.append(f"{op.name} xla: runs")
     return "\n".join(lines)

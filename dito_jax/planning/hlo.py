@@ -1,6 +1,6 @@
-"""What is in a compiled step: our kernels by name, fusions, collectives and the bytes they move, memory.
+"""Contents of a compiled train step: Pallas kernels, custom calls, fusions, collectives with their bytes, memory.
 
-Counted in the optimized HLO text. An instruction inside a loop body (the scan over layers) is counted once.
+Counted in the optimized HLO text. An instruction in a loop body (the scan over layers) is counted once.
 """
 
 import collections
@@ -29,17 +29,17 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<type>\(.*?\)|\S+) (?P
 
 @dataclasses.dataclass(frozen=True)
 class StepContents:
-    """Counts of one compiled step on one device."""
+    """Instruction counts of one compiled step on one device."""
 
     kernels: dict[str, int]  # Pallas kernels by name
-    custom_calls: dict[str, int]  # all others by target
+    custom_calls: dict[str, int]  # other custom calls by target
     fusions: dict[str, int]  # by kind
-    collectives: dict[str, tuple[int, int]]  # by kind: how many, bytes of their results
+    collectives: dict[str, tuple[int, int]]  # by kind: (count, bytes of the results)
     instructions: int
 
 
 def contents(text: str) -> StepContents:
-    """Reads optimized HLO text."""
+    """Counts the instructions in optimized HLO text."""
     kernels, calls, fusions = collections.Counter(), collections.Counter(), collections.Counter()
     collectives: dict[str, tuple[int, int]] = {}
     instructions = 0
@@ -67,7 +67,7 @@ def contents(text: str) -> StepContents:
 
 
 def page(title: str, lowered: Lowered) -> str:
-    """A page for a person, in Markdown."""
+    """The report as Markdown."""
     found = contents(lowered.text)
     assert lowered.report is not None
     sections = [
@@ -80,7 +80,7 @@ def page(title: str, lowered: Lowered) -> str:
             ("kind", "count", "result MiB"),
             [(kind, n, f"{size / 2**20:,.2f}") for kind, (n, size) in sorted(found.collectives.items())],
         ),
-        _table("Memory of one device", ("what", "MiB"), _memory_rows(lowered.memory)),
+        _table("Memory per device", ("what", "MiB"), _memory_rows(lowered.memory)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -89,7 +89,7 @@ def _memory_rows(memory: object | None) -> list[tuple[str, str]]:
     names = {
         "argument": "argument_size_in_bytes",
         "output": "output_size_in_bytes",
-        "of these shared (donated)": "alias_size_in_bytes",
+        "of which aliased (donated)": "alias_size_in_bytes",
         "temporary": "temp_size_in_bytes",
         "peak": "peak_memory_in_bytes",
     }

@@ -1,4 +1,4 @@
-"""A config's train step as text, for the devices at hand or for GPUs that are not there."""
+"""The train step as jaxpr, StableHLO or optimized HLO, for local devices or AOT-compiled for other GPUs."""
 
 import dataclasses
 import re
@@ -19,19 +19,19 @@ Stage = Literal["jaxpr", "stablehlo", "optimized"]
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """The text of one stage, and what compiling cost where it was compiled."""
+    """The text of one stage, and the compile report if the step was compiled."""
 
     stage: Stage
     text: str
     report: CompileReport | None
-    memory: object | None  # jax's CompiledMemoryStats, of one device
+    memory: object | None  # JAX's CompiledMemoryStats, per device
 
 
 def planned_devices(gpus: str | None) -> np.ndarray:
-    """The devices of "8xh200", compile-only; without it those at hand.
+    """Compile-only devices for a text such as "8xh200"; the local devices for None.
 
     Raises:
-      UserError: it does not read so, the GPU is unknown, or the compiler's wheels are missing.
+      UserError: the text has another form, the GPU is unknown, or the compiler's wheels are missing.
     """
     if gpus is None:
         return np.array(jax.devices())
@@ -45,12 +45,12 @@ def planned_devices(gpus: str | None) -> np.ndarray:
 
 
 def planned_mesh(config: MeshConfig, gpus: str | None) -> jax.sharding.Mesh:
-    """The mesh of a config over `planned_devices`."""
+    """The mesh of a MeshConfig over `planned_devices`."""
     return make_mesh(config, planned_devices(gpus))
 
 
 def lower_step(program: Program, stage: Stage) -> Lowered:
-    """The train step at a stage; call it under `jax.set_mesh` of the program's mesh."""
+    """Lowers the train step to a stage; call it under `jax.set_mesh` of the program's mesh."""
     if stage == "optimized":
         compiled, report = compile_step(program.step, program.state, program.batch)
         return Lowered(stage, without_payloads(compiled.as_text() or ""), report, compiled.memory_analysis())
@@ -60,5 +60,5 @@ def lower_step(program: Program, stage: Stage) -> Lowered:
 
 
 def without_payloads(text: str) -> str:
-    """Kernels carry their compiled IR as a string of escapes, thousands of characters that nobody reads."""
+    """Removes the compiled IR of kernels, long escaped strings, from HLO text."""
     return re.sub(r'\b(ir|module) = "(?:[^"\\]|\\.)*"', r'\1 = "..."', text)

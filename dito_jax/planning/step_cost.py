@@ -1,4 +1,4 @@
-"""What one train step takes, in memory and in time, so that recipes can be compared: private ones with others."""
+"""Memory and time of one train step, to compare recipes: non-private training and the DP-SGD implementations."""
 
 import dataclasses
 import time
@@ -15,23 +15,23 @@ from kernels_pallas import hardware
 
 
 STEPS = 5
-REFUSALS = (UserError, NotImplementedError, jax.errors.JaxRuntimeError)  # of a recipe here, and not bugs of ours
-HEAD = "| recipe | peak GiB a device | memory ratio | ms a step | time ratio | |\n|---|---|---|---|---|---|"
+REFUSALS = (UserError, NotImplementedError, jax.errors.JaxRuntimeError)  # errors that are reported in the table
+HEAD = "| recipe | peak GiB per device | memory ratio | ms per step | time ratio | |\n|---|---|---|---|---|---|"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one recipe's step takes; None for what is not known."""
+    """Cost of one recipe's train step; None if unknown."""
 
     name: str
     peak_bytes: int | None = None  # of one device
-    milliseconds: float | None = None  # median of STEPS; None where the devices are not there, too
-    reason: str = ""  # why there is no more
+    milliseconds: float | None = None  # median of STEPS; None also for compile-only devices
+    reason: str = ""  # why values are missing, or a note
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A compiled step that was not run yet: it holds no memory of a device."""
+    """A compiled step that has not run yet and holds no device memory."""
 
     program: Program
     init: Any
@@ -40,7 +40,7 @@ class Prepared:
 
 
 def prepare(program: Program, mesh: jax.sharding.Mesh) -> Prepared:
-    """Compiles a program's step for its mesh, which may be compile-only."""
+    """AOT-compiles the step of a Program for its mesh, which may be compile-only."""
     with jax.set_mesh(mesh):
         step, _ = compile_step(program.step, program.state, program.batch)
         there = mesh.devices.flat[0] in jax.devices()
@@ -48,7 +48,7 @@ def prepare(program: Program, mesh: jax.sharding.Mesh) -> Prepared:
 
 
 def _peak_bytes(step: jax.stages.Compiled) -> int | None:
-    """What is allocated at once. XLA's own peak counts no temporaries on a CPU, and on GPUs is 1 % less than this."""
+    """Arguments, results and temporaries. XLA's own peak excludes temporaries on CPUs and is 1 % lower on GPUs."""
     memory = step.memory_analysis()
     if memory is None:
         return None
@@ -57,7 +57,7 @@ def _peak_bytes(step: jax.stages.Compiled) -> int | None:
 
 
 def milliseconds(prepared: Prepared, steps: int = STEPS) -> list[float]:
-    """The wall clock of `steps` steps on a batch of noise, after one that is not counted."""
+    """Wall time in ms of each of `steps` steps on a random batch, after one warm-up step."""
     state, batch = prepared.init(), _noise(prepared.program)
     times = []
     for _ in range(steps + 1):
@@ -68,7 +68,7 @@ def milliseconds(prepared: Prepared, steps: int = STEPS) -> list[float]:
 
 
 def costs(recipes: Mapping[str, Callable[[], Program]], mesh: jax.sharding.Mesh) -> Iterator[Cost]:
-    """Of each recipe, a function that makes its program; one that is refused, or has not enough memory, says so."""
+    """The cost of each recipe, a function that makes its Program; a recipe that fails gets the reason."""
     for name, recipe in recipes.items():
         peak = median = None
         try:
@@ -84,7 +84,7 @@ def costs(recipes: Mapping[str, Callable[[], Program]], mesh: jax.sharding.Mesh)
 
 
 def table(rows: Iterable[Cost]) -> Iterator[str]:
-    """The lines of a page in Markdown, each when its row is there; every ratio is to the first row."""
+    """Yields the lines of a Markdown table as the rows arrive; ratios are to the first row."""
     yield HEAD
     first = None
     for row in rows:
@@ -100,7 +100,7 @@ def _cells(figure: float | None, of: float | None, unit: float = 1) -> str:
 
 
 def _short(peak_bytes: int | None, mesh: jax.sharding.Mesh) -> str:
-    """A step is compiled for a GPU that is not there whether or not it fits."""
+    """A note if the peak exceeds the memory of the GPU; AOT compilation does not check this."""
     gpu = hardware.by_device_kind(mesh.devices.flat[0].device_kind)
     if gpu is None or peak_bytes is None or peak_bytes <= gpu.memory:
         return ""
@@ -108,7 +108,7 @@ def _short(peak_bytes: int | None, mesh: jax.sharding.Mesh) -> str:
 
 
 def _noise(program: Program) -> dict[str, jax.Array]:
-    """A full batch: normal images, class 0, random keys, no padding."""
+    """A random batch: normal images, class 0, random keys, no padding."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:

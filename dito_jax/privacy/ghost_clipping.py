@@ -1,10 +1,11 @@
-"""A network with taps: each example's gradient, seen in one backward pass, without a gradient of its own size.
+"""Ghost clipping: per-example gradient norms from one backward pass, by hooks at the parameters of a network.
 
 Guarantees
-  - Every parameter asked for is seen exactly once, or there is an error that names it: a norm that lacks a parameter,
-    or counts a shared one without its cross terms, would be too small, and clipping by it no clipping.
-  - Norms of example i are made of rows of example i alone. That the network keeps examples apart is not checked here:
-    `coupling.py` refuses those that do not.
+  - Every trainable parameter has a hook that the network uses exactly once, or there is an error that names it. A norm
+    that lacks a parameter, or that counts a shared parameter without its cross terms, would be too small, and clipping
+    by it would not bound the gradient.
+  - The norm of example i is computed from rows of example i only. Whether the network mixes examples is not checked
+    here: `coupling.py` refuses configs that do.
 """
 
 import dataclasses
@@ -16,7 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dito_jax.layers.gradient_hooks import Seen, Tap, bias_gradient, product_gradient, recording, weighted_sum
+from dito_jax.layers.gradient_hooks import (
+    GradientHook,
+    HookedGradients,
+    bias_gradient,
+    product_gradient,
+    recording_hooks,
+    weighted_sum,
+)
 from dito_jax.layers.moe import RouterBias
 
 
@@ -25,19 +33,19 @@ Trainable = Callable[[Path, nnx.Variable], bool]
 
 
 @dataclasses.dataclass(frozen=True)
-class Tapped:
-    """A network's structure with taps, and the zeros in them."""
+class HookedNetwork:
+    """The graph of a network with gradient hooks, and the state of the hooks (zeros)."""
 
     graph: nnx.GraphDef
-    taps: nnx.State
+    hooks: nnx.State
 
-    def norm_sq(self, seen: nnx.State) -> Float[Array, " B"]:
-        """The squared norm of each example's whole gradient."""
-        return jnp.sum(jnp.concatenate([_by_layer(of_one.norm_sq) for of_one in _all_seen(seen).values()]), axis=0)
+    def norm_sq(self, hooked: nnx.State) -> Float[Array, " B"]:
+        """Squared norm of each example's gradient over all hooked parameters."""
+        return jnp.sum(jnp.concatenate([_by_layer(of_one.norm_sq) for of_one in _by_path(hooked).values()]), axis=0)
 
-    def gradient(self, seen: nnx.State, factor: Float[Array, " B"], params: nnx.State) -> nnx.State:
-        """The sum of the examples' gradients, each times its factor, float32: a state as `params`, trainable ones."""
-        by_path = _all_seen(seen)
+    def gradient(self, hooked: nnx.State, factor: Float[Array, " B"], params: nnx.State) -> nnx.State:
+        """Sum over examples of factor times gradient, float32, with the structure of `params` (the trainable ones)."""
+        by_path = _by_path(hooked)
 
         def of_param(path: Path, variable: nnx.Variable) -> nnx.Variable:
             if isinstance(variable, RouterBias):
@@ -56,7 +64,7 @@ class Tapped:
         return _map_variables(of_param, params)
 
 
-def tapped(
+def add_hooks(
     graph: nnx.GraphDef,
     params: nnx.State,
     trainable: Trainable,
@@ -64,36 +72,37 @@ def tapped(
     examples: int,
     *,
     keep: bool,
-) -> Tapped:
-    """Taps for the trainable parameters of a network that computes `examples`; with `keep` they have room for factors.
+) -> HookedNetwork:
+    """Adds hooks for the trainable parameters of a network, for `examples` examples.
 
-    `losses` runs the network once, abstractly, to find what each tap will see.
+    With `keep` the hooks return inputs and output gradients too, not only norms. `losses` is traced once to find the
+    shapes of every hook.
 
     Raises:
-      ValueError: a trainable parameter is used more than once, or where no tap sees it.
+      ValueError: the network uses the hook of a trainable parameter more than once, or never.
     """
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    wanted, with_bias = _tappable(nnx.merge(graph, shapes), trainable)
+    wanted, with_bias = _hookable(nnx.merge(graph, shapes), trainable)
     layers = {path: variable.shape[0] if _stacked(variable) else None for path, variable in wanted.items()}
-    of_norms = {path: Seen(jax.ShapeDtypeStruct((examples,), jnp.float32)) for path in wanted}
-    probe, taps = _with_taps(graph, shapes, of_norms, layers, with_bias)
-    with recording() as found:
-        jax.eval_shape(lambda params, taps: losses(nnx.merge(probe, params, taps)), shapes, taps)
+    of_norms = {path: HookedGradients(jax.ShapeDtypeStruct((examples,), jnp.float32)) for path in wanted}
+    probe, hooks = _with_hooks(graph, shapes, of_norms, layers, with_bias)
+    with recording_hooks() as found:
+        jax.eval_shape(lambda params, hooks: losses(nnx.merge(probe, params, hooks)), shapes, hooks)
     paths = [path for path, _ in found]
     for path in wanted:
         if paths.count(path) != 1:
             name = ".".join(map(str, path))
             raise ValueError(
-                f"private training sees {name} {paths.count(path)} times in the network; wanted once. Take the "
-                "backend 'microbatch', freeze it, or compute it by the plain definition (model.kernels.mlp None)."
+                f"private training: the network uses the gradient hook of {name} {paths.count(path)} times; wanted "
+                "once. Set privacy.backend to 'microbatch', freeze the parameter, or set model.kernels.mlp to None."
             )
-    seen = dict(found) if keep else of_norms
-    graph, taps = _with_taps(graph, shapes, seen, layers, with_bias)
-    return Tapped(graph, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), taps))
+    hooked = dict(found) if keep else of_norms
+    graph, hooks = _with_hooks(graph, shapes, hooked, layers, with_bias)
+    return HookedNetwork(graph, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), hooks))
 
 
-def _tappable(model: nnx.Module, trainable: Trainable) -> tuple[dict[Path, nnx.Variable], set[Path]]:
-    """The parameters that get a tap: those with a gradient, but for a bias whose kernel has one; and those kernels."""
+def _hookable(model: nnx.Module, trainable: Trainable) -> tuple[dict[Path, nnx.Variable], set[Path]]:
+    """(the parameters that get their own hook, the kernels whose hook includes their bias)."""
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if not isinstance(variable, RouterBias) and trainable(path, variable):
@@ -102,28 +111,30 @@ def _tappable(model: nnx.Module, trainable: Trainable) -> tuple[dict[Path, nnx.V
     return {path: found[path] for path in found if path not in biases}, set(map(_kernel, biases))
 
 
-def _with_taps(graph, shapes, seen: dict[Path, Seen], layers: dict[Path, int | None], with_bias: set[Path]):
+def _with_hooks(
+    graph, shapes, hooked: dict[Path, HookedGradients], layers: dict[Path, int | None], with_bias: set[Path]
+):
     model = nnx.merge(graph, shapes)
     modules = dict(nnx.iter_modules(model))
-    for path, of_one in seen.items():
+    for path, of_one in hooked.items():
         count = layers[path]
         stack = lambda a, n=count: a if n is None else jax.ShapeDtypeStruct((n, *a.shape), a.dtype)
-        tap = Tap(jax.tree.map(stack, of_one), path=path, bias=path in with_bias)
-        setattr(modules[path[:-1]], f"{path[-1]}_tap", tap)
-    graph, _, taps = nnx.split(model, nnx.Param, Tap)
-    return graph, taps
+        hook = GradientHook(jax.tree.map(stack, of_one), path=path, bias=path in with_bias)
+        setattr(modules[path[:-1]], f"{path[-1]}_hook", hook)
+    graph, _, hooks = nnx.split(model, nnx.Param, GradientHook)
+    return graph, hooks
 
 
-def _gradient(seen: Seen, factor, dims, shape) -> Array:
-    if seen.gradient is not None:
-        return weighted_sum(seen.gradient, factor)
-    num_experts = 0 if seen.groups is None else shape[0]
-    return product_gradient(seen, factor, dims, num_experts).reshape(shape)
+def _gradient(hooked: HookedGradients, factor, dims, shape) -> Array:
+    if hooked.gradient is not None:
+        return weighted_sum(hooked.gradient, factor)
+    num_experts = 0 if hooked.groups is None else shape[0]
+    return product_gradient(hooked, factor, dims, num_experts).reshape(shape)
 
 
-def _all_seen(seen: nnx.State) -> dict[Path, Seen]:
-    """What was seen, by the path of the parameter."""
-    return {tap.get_metadata()["path"]: tap.get_value() for _, tap in nnx.to_flat_state(seen)}
+def _by_path(hooked: nnx.State) -> dict[Path, HookedGradients]:
+    """The HookedGradients of each parameter, by its path."""
+    return {hook.get_metadata()["path"]: hook.get_value() for _, hook in nnx.to_flat_state(hooked)}
 
 
 def _by_layer(norm_sq: Array) -> Array:

@@ -1,4 +1,4 @@
-"""One start of all processes of a run, here or on other machines: their environment, their output, their end."""
+"""One start of all worker processes of a run, on this or on other hosts: environment, output and exit codes."""
 
 import contextlib
 import dataclasses
@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from dito_jax.errors import UserError
 
 
-PASSED_ON = ("DITO_", "JAX_", "XLA_", "NCCL_", "CUDA_", "TF_")  # variables that a process on another machine gets
+PASSED_ON = ("DITO_", "JAX_", "XLA_", "NCCL_", "CUDA_", "TF_")  # prefixes of variables passed to workers on other hosts
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where one process may run."""
+class Worker:
+    """A slot for one process of the run, on a host."""
 
     slot: int
-    host: str | None = None  # None: this machine
+    host: str | None = None  # None: this host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,35 +31,35 @@ class End:
     """How a process ended."""
 
     process: int
-    code: int  # as subprocess has it: -9 for SIGKILL
-    killed: bool  # by us, as another had ended
+    code: int  # return code as in subprocess: -9 for SIGKILL
+    killed: bool  # killed by the supervisor because another process had failed
 
     def words(self) -> str:
-        """For a person."""
+        """The exit code or the name of the signal, for messages."""
         return f"exit code {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
 
 
 class Attempt:
-    """Runs `command` in every place, with the environment by which processes find each other, until all have ended.
+    """Runs `command` on every worker until all processes have ended, with the environment for jax.distributed.
 
-    `tell` gets each line of their output. When one fails, the others have `grace` seconds to end by themselves.
+    `on_line` is called with each line of output. When one process fails, the others are killed after `grace` seconds.
     """
 
     def __init__(
         self,
         command: Sequence[str],
-        places: Sequence[Place],
+        workers: Sequence[Worker],
         number: int,
         *,
         remote_shell: str,
-        tell: Callable[[str], None],
+        on_line: Callable[[str], None],
         grace: float,
     ):
-        self._tell, self._grace = tell, grace
-        address = _address(places)
+        self._on_line, self._grace = on_line, grace
+        address = _address(workers)
         self._processes = [
-            _start(command, place, _environment(place, index, len(places), address, number), remote_shell)
-            for index, place in enumerate(places)
+            _start(command, worker, _environment(worker, index, len(workers), address, number), remote_shell)
+            for index, worker in enumerate(workers)
         ]
         self._readers = [
             threading.Thread(target=self._read, args=(index, process), daemon=True)
@@ -69,13 +69,13 @@ class Attempt:
             reader.start()
 
     def signal(self, number: int) -> None:
-        """Passes a signal on to every process that is left."""
+        """Sends a signal to every process that still runs."""
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self) -> list[End]:
-        """Returns when all have ended, in the order in which they did."""
+        """Waits until all processes have ended; returns them in the order in which they ended."""
         ends: list[End] = []
         deadline = float("inf")
         while len(ends) < len(self._processes):
@@ -99,28 +99,28 @@ class Attempt:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
-                self._tell(prefix + line.rstrip("\n"))
+                self._on_line(prefix + line.rstrip("\n"))
 
 
-def _start(command: Sequence[str], place: Place, added: dict[str, str], remote_shell: str) -> subprocess.Popen:
+def _start(command: Sequence[str], worker: Worker, added: dict[str, str], remote_shell: str) -> subprocess.Popen:
     environment = os.environ | added
-    if place.host is not None:
+    if worker.host is not None:
         passed = {name: value for name, value in environment.items() if name.startswith(PASSED_ON)}
         assignments = [f"{name}={value}" for name, value in sorted(passed.items())]
         there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *assignments, *command])}"
-        command = [*shlex.split(remote_shell), place.host, there]
-    # A session of its own: the terminal's Ctrl-C reaches the supervisor alone, which passes it on once.
+        command = [*shlex.split(remote_shell), worker.host, there]
+    # Own session: Ctrl-C in the terminal reaches only the supervisor, which forwards it once.
     try:
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             start_new_session=True,
         )  # fmt: skip
     except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{command[0]}: {error.strerror}; wanted a program: look at --remote-shell.") from error
+        raise UserError(f"{command[0]}: {error.strerror}; wanted a program: check --remote-shell.") from error
 
 
-def _environment(place: Place, index: int, count: int, address: str, number: int) -> dict[str, str]:
-    ours = {"DITO_PLACE": str(place.slot), "DITO_ATTEMPT": str(number), "PYTHONUNBUFFERED": "1"}
+def _environment(worker: Worker, index: int, count: int, address: str, number: int) -> dict[str, str]:
+    ours = {"DITO_WORKER": str(worker.slot), "DITO_ATTEMPT": str(number), "PYTHONUNBUFFERED": "1"}
     if count > 1:
         ours |= {
             "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index),
@@ -128,14 +128,14 @@ def _environment(place: Place, index: int, count: int, address: str, number: int
     return ours
 
 
-def _address(places: Sequence[Place]) -> str:
-    """host:port for process 0; a port that is free now, where this machine can tell."""
-    if places[0].host is not None:
-        return f"{places[0].host.rpartition('@')[2]}:{random.randrange(20_000, 60_000)}"
+def _address(workers: Sequence[Worker]) -> str:
+    """host:port of process 0 for jax.distributed; a free port if process 0 runs on this host, else a random one."""
+    if workers[0].host is not None:
+        return f"{workers[0].host.rpartition('@')[2]}:{random.randrange(20_000, 60_000)}"
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    return f"{socket.gethostname() if any(place.host for place in places) else '127.0.0.1'}:{port}"
+    return f"{socket.gethostname() if any(worker.host for worker in workers) else '127.0.0.1'}:{port}"
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -1,17 +1,19 @@
-"""Faults on demand, for drills and tests: `--faults.inject kill@120 hang@50#1 nan-grad@80`.
+"""Fault injection for testing fault tolerance: `--faults.inject kill@120 hang@50#1 nan-grad@80`.
 
     kind@step[#process][!][:value]
 
-Without #process it strikes process 0. With ! at every start of the run that comes to the step, else once in a run:
-RUN/faults.jsonl has each strike before it strikes. Kinds:
+The default process is 0. Each fault is injected once per run, or, with !, at every start of the run that reaches the
+step. Each injection is logged in RUN/faults.jsonl before it happens. Kinds:
 
-    kill term crash hang freeze   SIGKILL, SIGTERM, an exception, a sleep without end, SIGSTOP: before the step
-    slow-rank                     sleeps `value` seconds (0.5) in every step from that one on
-    dead                          SIGKILL at the step, and at every start after it; #n is a place, $DITO_PLACE
-    nan-grad spike transient-nan  the images of the step are NaN; times `value` (100); NaN unless the step is run again
-    bitflip-copy                  a bit of the last device's copy of the first parameter, in memory, before the step
-    bitflip-ckpt truncate-ckpt delete-ckpt   damages the largest file of the checkpoint of the step, once it is written
-    disk-full                     from the save of the step on, no file may grow beyond 4,096 bytes
+    kill term crash hang freeze   SIGKILL, SIGTERM, an exception, an endless sleep, SIGSTOP: before the step
+    slow-rank                     sleeps `value` seconds (default 0.5) in every step from this one on
+    dead                          SIGKILL at the step and at every later start; #n is the worker number, $DITO_WORKER
+    nan-grad                      sets the images of the step to NaN
+    spike                         multiplies the images of the step by `value` (default 100)
+    transient-nan                 sets the images of the step to NaN, but not when the step is rerun
+    bitflip-copy                  flips a bit in the last device's copy of the first parameter, before the step
+    bitflip-ckpt truncate-ckpt delete-ckpt   damages the largest file of the step's checkpoint after it was written
+    disk-full                     from the save of the step on, no file can grow beyond 4,096 bytes
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ STOPS = (*SIGNALS, "crash", "hang")
 POISONS = ("nan-grad", "spike", "transient-nan")
 DAMAGES = ("bitflip-ckpt", "truncate-ckpt", "delete-ckpt")
 KINDS = (*STOPS, "slow-rank", "dead", *POISONS, *DAMAGES, "bitflip-copy", "disk-full")
-FULL = 4096  # bytes that a file may have on a full disk
+FULL = 4096  # maximum bytes of a file while disk-full is injected
 GRAMMAR = re.compile(r"(?P<kind>[a-z-]+)@(?P<step>\d+)(#(?P<process>\d+))?(?P<always>!)?(:(?P<value>\d+(\.\d+)?))?")
 
 
@@ -54,7 +56,7 @@ class FaultsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One of them, parsed."""
+    """One parsed fault of FaultsConfig.inject."""
 
     text: str
     kind: str
@@ -65,7 +67,11 @@ class Fault:
 
     @classmethod
     def parsed(cls, text: str) -> "Fault":
-        """Raises UserError if it is none."""
+        """Parses kind@step[#process][!][:value].
+
+        Raises:
+          UserError: the text does not have this form, or the kind is unknown.
+        """
         match = GRAMMAR.fullmatch(text)
         if match is None:
             raise UserError(
@@ -83,39 +89,39 @@ class Fault:
 
 
 class Faults:
-    """Those that are for this process."""
+    """Injects the faults of the config that are for this process."""
 
     def __init__(self, config: FaultsConfig, run: RunDirectory, *, process: int):
-        place = int(os.environ.get("DITO_PLACE", process))
+        worker = int(os.environ.get("DITO_WORKER", process))
         parsed = [Fault.parsed(text) for text in config.inject]
-        self._faults = [f for f in parsed if f.process == (place if f.kind == "dead" else process)]
+        self._faults = [f for f in parsed if f.process == (worker if f.kind == "dead" else process)]
         self._path = run.path / "faults.jsonl"
         self._run, self._process = run, process
-        self._struck = [row["fault"] for row in json_lines(self._path)]
-        self._poisoning: tuple[int, list[Fault]] = (0, [])  # the last step whose rows were asked for, and its faults
+        self._injected = [row["fault"] for row in json_lines(self._path)]
+        self._poisoning: tuple[int, list[Fault]] = (0, [])  # the last step passed to `poisoned`, and its faults
 
     def begin(self) -> None:
-        """At the start of a process."""
+        """Kills this process if an earlier `dead` fault was injected on its worker; call it at the start."""
         for fault in self._faults:
-            if fault.kind == "dead" and fault.text in self._struck:
-                self._strike(fault, "its place is dead")
+            if fault.kind == "dead" and fault.text in self._injected:
+                self._log_injection(fault, "at the start")
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def before_step(self, step: int) -> None:
-        """What stops or slows a process."""
+        """Injects faults that stop or slow this process."""
         for fault in self._faults:
             if fault.kind == "slow-rank" and step >= fault.step:
                 time.sleep(0.5 if fault.value is None else fault.value)
         for fault in self._due(step, *STOPS, "dead"):
-            self._strike(fault, f"at step {step}")
+            self._log_injection(fault, f"at step {step}")
             if fault.kind == "crash":
-                raise RuntimeError(f"drill: {fault.text}")
+                raise RuntimeError(f"injected fault: {fault.text}")
             if fault.kind == "hang":
                 _hang()
             os.kill(os.getpid(), SIGNALS.get(fault.kind, signal.SIGKILL))
 
     def in_memory[Tree](self, step: int, state: Tree) -> Tree:
-        """The state with a bit of one device's copy flipped, where the drill wants that."""
+        """Returns the state, with one bit of one device's copy flipped if bitflip-copy is due."""
         for fault in self._due(step, "bitflip-copy"):
             leaves, tree = jax.tree.flatten(state)
             at = next(i for i, leaf in enumerate(leaves) if leaf.dtype == np.float32 and leaf.ndim > 1)
@@ -123,35 +129,35 @@ class Faults:
             bits = np.array(last.data).view(np.uint32)
             bits.flat[0] ^= 1 << 20
             pieces = [*(shard.data for shard in others), jax.device_put(bits.view(np.float32), last.device)]
-            self._strike(fault, f"on {last.device} before step {step}")
+            self._log_injection(fault, f"on {last.device} before step {step}")
             leaves[at] = jax.make_array_from_single_device_arrays(leaves[at].shape, leaves[at].sharding, pieces)
             state = jax.tree.unflatten(tree, leaves)
         return state
 
     def poisoned(self, step: int, rows: dict[str, Any]) -> dict[str, Any]:
-        """This process's rows of the step's batch, as the drill wants them."""
+        """Returns this process's rows of the step's batch, with NaN or scaled images if such a fault is due."""
         again = step == self._poisoning[0]
         if not again:
             self._poisoning = step, list(self._due(step, *POISONS))
         for fault in self._poisoning[1]:
-            self._strike(fault, f"in the data of step {step}")
+            self._log_injection(fault, f"in the data of step {step}")
             factor = (100.0 if fault.value is None else fault.value) if fault.kind == "spike" else np.nan
             if not (again and fault.kind == "transient-nan"):
                 rows = rows | {"image": rows["image"] * np.float32(factor)}
         return rows
 
     def before_save(self, step: int) -> None:
-        """What keeps a save from the disk."""
+        """Limits the file size of this process if disk-full is due."""
         for fault in self._due(step, "disk-full"):
-            self._strike(fault, f"at the save of step {step}")
+            self._log_injection(fault, f"at the save of step {step}")
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
     def after_save(self, step: int, path: Path) -> None:
-        """What becomes of a checkpoint that is whole on the disk."""
+        """Damages a checkpoint that has been written, if such a fault is due."""
         for fault in self._due(step, *DAMAGES):
             file = max((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-            self._strike(fault, f"on {file}")
+            self._log_injection(fault, f"on {file}")
             content = bytearray(file.read_bytes())
             if fault.kind == "bitflip-ckpt":
                 bit = random.Random(step).randrange(8 * len(content))
@@ -164,14 +170,14 @@ class Faults:
 
     def _due(self, step: int, *kinds: str) -> Iterator[Fault]:
         for fault in self._faults:
-            if fault.kind in kinds and fault.step == step and (fault.always or fault.text not in self._struck):
+            if fault.kind in kinds and fault.step == step and (fault.always or fault.text not in self._injected):
                 yield fault
 
-    def _strike(self, fault: Fault, where: str) -> None:
-        """On the disk before it happens, or a run that starts again would meet it again."""
+    def _log_injection(self, fault: Fault, where: str) -> None:
+        """Logs the injection on disk before it happens, so that a restarted run does not repeat it."""
         self._run.append(self._path, json.dumps({"fault": fault.text, "process": self._process}) + "\n")
-        self._struck.append(fault.text)
-        print(f"drill: {fault.text} {where}", file=sys.stderr, flush=True)
+        self._injected.append(fault.text)
+        print(f"injected fault: {fault.text} {where}", file=sys.stderr, flush=True)
 
 
 def _hang() -> None:

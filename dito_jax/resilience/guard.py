@@ -1,8 +1,8 @@
-"""What the host does about bad steps: it counts them, says so, and goes back to before a burst of them.
+"""NaN and loss-spike handling: skip the update, log it, roll back after repeated bad steps.
 
-The device judges each step (health.py), and the host hears of it two steps later, so that it never waits for a step
-that has nothing queued behind it. A rollback restores the last checkpoint from before the burst, and from there on
-the data are those that come after it: skips.json records how many batches are passed over, and where.
+The device decides whether a step is bad and skips its update (training/health.py). The host reads the result two steps
+later, so that the device always has a step queued. A rollback restores the last checkpoint from before the bad steps
+and skips the batches since then: skips.json records after which step how many batches are skipped.
 """
 
 import collections
@@ -24,82 +24,83 @@ from dito_jax.training.health import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINIT
 from dito_jax.training.state import TrainState
 
 
-LAG = 2  # steps that are queued before the host asks what the first of them came to
+LAG = 2  # number of steps queued after a step before the host reads its metrics
 WORDS = {
-    NOT_FINITE: "its loss or gradient is not finite",
-    LOSS_SPIKE: "its loss {loss:.4g} is a spike",
-    GRADIENT_SPIKE: "the norm of its gradient {gradient_norm:.4g} is a spike",
+    NOT_FINITE: "loss or gradient not finite",
+    LOSS_SPIKE: "loss spike ({loss:.4g})",
+    GRADIENT_SPIKE: "gradient norm spike ({gradient_norm:.4g})",
 }
 
 
 class Guard:
-    """Watches the steps of one run."""
+    """Logs and counts the bad steps of one run, and rolls back."""
 
     def __init__(self, config: GuardConfig, run: RunDirectory, events: Events, *, first: int = 0):
         self.config, self._run, self._events = config, run, events
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._bad: list[int] = []  # the latest bad steps
-        self._alike = first  # the last step after which devices were seen to agree
-        self._apart = False  # and whether they were seen not to, since
+        self._last_equal = first  # the last step after which all replicas were equal
+        self._diverged = False  # replicas were found to differ after a later step
 
     def watch(self, number: int, measured: dict[str, jax.Array]) -> None:
-        """Takes note of a step that was queued, and waits for the one LAG before it."""
+        """Adds the metrics of a queued step; waits for the step LAG before it."""
         self._waiting.append((number, measured))
         if len(self._waiting) > LAG:
             self._settle()
 
     def settle(self) -> None:
-        """Waits for all steps that were queued."""
+        """Waits for all queued steps."""
         while self._waiting:
             self._settle()
 
     def burst(self) -> bool:
-        """Whether there were so many bad steps of late, or devices that differ, that the run should go back."""
-        return self._apart or len(self._bad) >= self.config.burst
+        """Whether the run should roll back: after `guard.burst` bad steps, or when replicas differ."""
+        return self._diverged or len(self._bad) >= self.config.burst
 
     def is_bad(self, measured: dict[str, jax.Array]) -> bool:
-        """Whether a step was; waits for it."""
+        """Whether a step was bad; waits for it."""
         return int(measured["bad"]) != FINE
 
     def compare(self, number: int, measured: dict[str, jax.Array], again: dict[str, jax.Array]) -> None:
-        """Says what the second run of a bad step, from the same state and data, tells about the first."""
-        told = WORDS[int(measured["bad"])].format(**{name: float(value) for name, value in measured.items()})
+        """Logs whether the rerun of a bad step, with the same state and data, gave the same result."""
+        reason = WORDS[int(measured["bad"])].format(**{name: float(value) for name, value in measured.items()})
         if self.is_bad(again):
-            self._events.record("reproduced", f"step {number} was run again: {told} both times, so not by chance.")
+            self._events.record("reproduced", f"step {number}: {reason} again when rerun, so it is reproducible.")
         else:
-            said = f"step {number}: {told}, but not when it was run again: a passing fault of the hardware? It counts."
+            said = f"step {number}: {reason}, but not when rerun: suspected transient hardware error. The rerun counts."
             self._events.record("transient", said, step=number, devices=[str(d) for d in jax.local_devices()])
 
     def compare_replicas(self, number: int, state: TrainState) -> None:
-        """Where copies of a parameter differ, no step since the last comparison is to be trusted."""
+        """Compares the replicas of the state; if some differ, logs it and requests a rollback."""
         self.settle()
         leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-        apart = differing(leaves)
-        if not apart:
-            self._alike = number
+        diverged = differing(leaves)
+        if not diverged:
+            self._last_equal = number
             return
-        devices = sorted({device for name in apart for device in odd_devices(leaves[name])})
+        devices = sorted({device for name in diverged for device in odd_devices(leaves[name])})
         said = (
-            f"step {number}: devices that should hold {apart[0]} alike do not, and so with {len(apart) - 1} more; they "
-            f"did after step {self._alike}. Here {', '.join(devices) or 'none'} differs from the others: look at it."
+            f"step {number}: replica divergence (silent data corruption) in {diverged[0]} and {len(diverged) - 1} more "
+            f"arrays; they were equal after step {self._last_equal}. Differing devices of this process: "
+            f"{', '.join(devices) or 'none'}. Check the hardware."
         )
         self._events.record("divergence", said, step=number, devices=devices)
-        self._apart = True
+        self._diverged = True
 
     def roll_back[Tree](
         self, number: int, checkpoints: Checkpoints, like: Tree, on_damage: Callable[[int, DamagedCheckpoint], None]
     ) -> tuple[int, Tree]:
-        """Back to the last checkpoint before the burst that ended by step `number`: its step, and its state.
+        """Rolls back to the last checkpoint before the bad steps up to `number`; returns its step and state.
 
         Raises:
-          UserError: there is none, or the run has been there too often.
+          UserError: there is no such checkpoint, or the run was rolled back to it `guard.rollbacks` times already.
         """
         self.settle()
-        first, cure = self._bad[0] if self._bad else number, "lower optimizer.learning_rate, look at the data"
-        trouble = f"{len(self._bad)} of the steps {first} to {number} were bad ({self._run.events.name} has each)"
-        if self._apart:
-            first, cure = self._alike + 1, f"take out the device that {self._run.events.name} names"
-            trouble = f"devices came to differ in one of the steps {first} to {number}"
+        first, cure = self._bad[0] if self._bad else number, "lower optimizer.learning_rate, or check the data"
+        trouble = f"{len(self._bad)} of the steps {first} to {number} were bad (listed in {self._run.events.name})"
+        if self._diverged:
+            first, cure = self._last_equal + 1, f"remove the device named in {self._run.events.name}"
+            trouble = f"replicas diverged in one of the steps {first} to {number}"
         checkpoints.wait()
         restored = checkpoints.restore_newest(like, on_damage, before=first)
         if restored is None:
@@ -107,25 +108,25 @@ class Guard:
         target, state = restored
         past = skips(self._run)
         before = sum(skip["after"] == target for skip in past)
-        agree(True)  # all have read it before one writes
+        agree(True)  # barrier: all processes have read skips.json before one writes it
         if before >= self.config.rollbacks:
             raise UserError(
-                f"{trouble}, after {before} rollbacks to step {target}: {cure}, or allow more with guard.rollbacks; "
-                f"step {target} is intact."
+                f"{trouble}, after {before} rollbacks to step {target}: {cure}, or increase guard.rollbacks; "
+                f"the checkpoint of step {target} is intact."
             )
         batches = number - target
         said = (
-            f"{trouble}: back to step {target}, past the {batches} batches since "
-            f"(rollback {before + 1} of {self.config.rollbacks} to it)."
+            f"{trouble}: rolled back to step {target}, skipping the {batches} batches since "
+            f"(rollback {before + 1} of {self.config.rollbacks} to this step)."
         )
-        # First of all, so that a run that is killed from here on goes the same way.
+        # Written first, so that a run that is killed from here on skips the same batches when it restarts.
         self._run.write_json(self._run.skips.name, [*past, {"after": target, "batches": batches, "because": said}])
-        agree(True)  # all will read it
+        agree(True)  # barrier: skips.json is written before any process reads it
         for step in [step for step in checkpoints.steps() if step > target]:
             checkpoints.set_aside(step, "abandoned")
         self._events.record("rollback", said, step=number, to=target, batches=batches)
         self._bad.clear()
-        self._alike, self._apart = target, False
+        self._last_equal, self._diverged = target, False
         return target, state
 
     def _settle(self) -> None:
@@ -134,21 +135,21 @@ class Guard:
         self._bad = [step for step in self._bad if step > number - self.config.burst_window]
         if bad != FINE:
             values = {name: float(measured[name]) for name in ("loss", "gradient_norm")}
-            said = f"step {number} left out: {WORDS[bad].format(**values)}."
+            said = f"step {number} skipped: {WORDS[bad].format(**values)}."
             self._events.record("bad_step", said, step=number, **{k: repr(v) for k, v in values.items()})
             self._bad.append(number)
 
 
 def step_back(state: TrainState) -> TrainState:
-    """The state before a bad step, which changed nothing but the count."""
+    """The state before a bad step: a bad step changes only the step count."""
     return dataclasses.replace(state, step=jax.device_put(np.asarray(state.step) - 1, state.step.sharding))
 
 
 def skips(run: RunDirectory) -> list[dict[str, Any]]:
-    """[{"after": step, "batches": number, "because": why}]: where batches were passed over."""
+    """The skipped batches of a run: [{"after": step, "batches": number, "because": reason}]."""
     return json.loads(run.skips.read_text()) if run.skips.exists() else []
 
 
 def position(run: RunDirectory, step: int) -> int:
-    """The batch that comes after `step` steps: that many, and those passed over on the way."""
+    """Index of the next batch after `step` steps: the number of steps plus the number of skipped batches."""
     return step + sum(skip["batches"] for skip in skips(run) if skip["after"] <= step)

@@ -1,17 +1,18 @@
-"""Stopping when asked to: by Slurm or a cloud (SIGTERM, SIGUSR1), or by a person (SIGINT, Ctrl-C).
+"""Preemption: graceful stop after SIGTERM or SIGUSR1 (Slurm, cloud) or SIGINT (Ctrl-C), with a checkpoint.
 
-Where there is something to save, in the training loop, a signal is noted, and the loop asks after each step whether
-to save and stop. Everywhere else, where a stop loses nothing, `Preempted` is raised in the main thread at once. A
-second signal ends the process.
+Inside the training loop a signal sets a flag, and the loop checks after each step whether to save and stop. Outside
+the loop, where nothing needs saving, `Preempted` is raised in the main thread at once. A second signal ends the
+process immediately.
 
-Several processes stop after the same step, which JAX finds: the first signal of any of them tells its preemption
-service, and `reached_preemption_sync_point` is true in all of them one step after the furthest. JAX (jaxlib 0.11.2)
-hears SIGTERM alone: a C handler sets a flag, which a thread reads once a second, and swallows every later SIGTERM.
-So ours take its place, for all three signals, and call it once. Where it would find no step, because a process was
-not in the loop, that process leaves, and tells the others.
+Several processes stop after the same step, which JAX determines: the first signal in any process is passed to JAX's
+preemption service, and `reached_preemption_sync_point` returns True in all processes one step after the furthest.
+JAX (jaxlib 0.11.2) handles SIGTERM only: its C handler sets a flag, which a thread polls once a second, and ignores
+every later SIGTERM. The handlers here replace it for all three signals and call it once. If JAX cannot find a common
+step, because a process is not in the loop, that process exits and informs the others.
 
-Python runs a handler only when the main thread is back from C: never, if that hangs in a collective. What must not
-wait for it (counting signals, telling JAX, ending the process) is done by threads, which hear of signals by a pipe.
+Python runs signal handlers only when the main thread returns from C code, so never while it hangs in a collective.
+Everything that must not wait for that (counting signals, calling JAX, ending the process) is done by threads, which
+receive the signals through the wakeup pipe.
 """
 
 import contextlib
@@ -32,18 +33,18 @@ from dito_jax.errors import PREEMPTED, Preempted
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-NUDGE = signal.SIGURG  # what a thread sends to the main thread; ignored wherever nobody listens
-TOGETHER = 0.2  # seconds: a terminal and a supervisor pass on one request, each its own signal
-STOPS = "stops"  # where the store has what each process does about a request
+NUDGE = signal.SIGURG  # sent to the main thread to interrupt a sleep; ignored by default
+TOGETHER = 0.2  # seconds in which signals count as one request: the terminal and a supervisor may both send one
+STOPS = "stops"  # prefix in the key-value store: how each process reacts to a stop request
 NEVER = float("inf")
 
 
 class Preemption:
-    """Notes the signals that ask for a stop, while it is entered; in the main thread, after `distributed.join`.
+    """A context manager that handles stop signals; enter it in the main thread, after `distributed.join`.
 
-    `grace_seconds` is how long after a signal the process may live, as its sender said. With nothing to save, the
-    process is ended when nine tenths of it are over, whatever it is stuck in. With something to save, `on_request`
-    is called with it, in a thread: Watchdog.expect_within, so that a save that hangs is seen.
+    `grace_seconds` is the time between the signal and the kill by its sender. If there is nothing to save, the process
+    is ended after nine tenths of that time, whatever it is blocked in. If there is something to save, a thread calls
+    `on_request(grace_seconds)`: Watchdog.expect_within, which detects a save that hangs.
     """
 
     def __init__(self, grace_seconds: float, *, on_request: Callable[[float], None] = lambda seconds: None):
@@ -51,12 +52,12 @@ class Preemption:
         self._several = distributed.count() > 1
         self._asked = self._deferred = self._raised = False
         self._at_signal: dict[str, bool] = {}
-        self._late = NEVER  # when a process with nothing to save is ended, by time.monotonic
-        self._mine: str | None = None  # what this process does: "saves", "leaves"
+        self._late = NEVER  # time.monotonic() at which a process with nothing to save is ended
+        self._mine: str | None = None  # how this process reacts: "saves" or "leaves"
         self._entered, self._news = threading.Event(), threading.Event()
 
     def requested(self, step: int) -> bool:
-        """Between steps: is it time to save and stop? Several processes all ask at every step, and agree."""
+        """Whether to save and stop after `step`; a collective: all processes must call it after every step."""
         if not self._several:
             return self._asked
         if reached := multihost_utils.reached_preemption_sync_point(step):
@@ -65,7 +66,7 @@ class Preemption:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted; Preempted is raised on leaving it if one was."""
+        """Inside the block a signal only sets a flag; Preempted is raised at the end of the block if it is set."""
         self._raise_if_asked()
         self._deferred = True
         try:
@@ -80,7 +81,7 @@ class Preemption:
         os.set_blocking(self._writer, False)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before: dict[int, Any] = {n: signal.signal(n, self._on_signal) for n in (*SIGNALS, NUDGE)}
-        os.register_at_fork(after_in_child=self._restore)  # a child's signals are not for its parent
+        os.register_at_fork(after_in_child=self._restore)  # a forked child must not use the parent's pipe
         self._entered.set()
         targets = (self._listen, self._confer) if self._several else (self._listen,)
         self._threads = [threading.Thread(target=target, name="preemption", daemon=True) for target in targets]
@@ -89,11 +90,11 @@ class Preemption:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """Raises Preempted in place of an error that comes of another process's stop: of a collective without it."""
-        # JAX's C handler does not come back: it would swallow a SIGTERM, and nobody asks for its step any more.
+        """Raises Preempted instead of an error that was caused by the stop of another process (a failed collective)."""
+        # JAX's C handler is not restored: it would ignore a SIGTERM, since nothing asks for its step any more.
         self._restore()
         os.write(self._writer, b"\0")
-        for thread in self._threads:  # the listener first: what it hears is still told to the others
+        for thread in self._threads:  # the listener first: signals that it received are still published
             thread.join()
             self._news.set()
         os.close(self._reader)
@@ -102,7 +103,7 @@ class Preemption:
             with contextlib.suppress(TimeoutError, RuntimeError):
                 if left := distributed.published(STOPS).keys() - {str(distributed.index())}:
                     raise Preempted(
-                        f"stopped, as process {min(left)} was asked to; the same command goes on."
+                        f"stopped because process {min(left)} was preempted; run the same command to continue."
                     ) from error
 
     def _restore(self) -> None:
@@ -120,22 +121,22 @@ class Preemption:
             self._raise_if_asked()
 
     def _saves(self) -> bool:
-        """Whether there was something to save at the first signal; the first thread that hears of it decides."""
+        """Whether there was something to save at the first signal; set by the first thread that handles it."""
         return self._at_signal.setdefault("saves", self._deferred)
 
     def _raise_if_asked(self) -> None:
         if self._asked and not self._raised:
             self._raised = True
-            raise Preempted("stopped, as asked to; the same command goes on.")
+            raise Preempted("stopped after a stop signal; run the same command to continue.")
 
     # ---------------------------------------------------------------------------------------------- the other threads
     def _listen(self) -> None:
-        """Counts the signals; ends the process at the second, or when it is late with nothing to save."""
+        """Counts signals; ends the process at the second one, or after the grace time with nothing to save."""
         first = NEVER
         while self._entered.is_set():
             if not select.select([self._reader], [], [], self._patience())[0]:
                 if time.monotonic() >= self._late:
-                    self._say("still not stopped: ended, with nothing to save.")
+                    self._say("did not stop in time: ending the process, nothing to save.")
                     distributed.leave(PREEMPTED, seconds=0.1 * self._grace)
                 self._nudge()
                 continue
@@ -147,23 +148,23 @@ class Preemption:
                     first = time.monotonic()
                     self._begin(name, saves=self._saves())
                 elif time.monotonic() - first > TOGETHER:
-                    self._say(f"{name} again: ended now; the same command goes on from the last checkpoint.")
+                    self._say(f"{name} again: ending now; run the same command to continue from the last checkpoint.")
                     os._exit(128 + number)
 
     def _patience(self) -> float | None:
-        """Seconds until the listener acts though it heard nothing; None: for ever."""
+        """Seconds that the listener waits for a signal; None: without limit."""
         asleep = self._asked and not (self._deferred or self._raised)
         wait = min(self._late - time.monotonic(), 1.0 if asleep else NEVER)
         return None if wait == NEVER else max(0.0, wait)
 
     def _nudge(self) -> None:
-        """Wakes the main thread: a signal does not, if it came just before a call that sleeps."""
+        """Interrupts the main thread, in case the signal came just before it entered a sleeping call."""
         signal.pthread_kill(threading.main_thread().ident or 0, NUDGE)
 
     def _begin(self, name: str, *, saves: bool) -> None:
-        """What the first signal sets off."""
-        what = "saves after a step and stops" if saves else "has nothing to save and stops now"
-        self._say(f"{name}: {what}, within {self._grace:g} s; a second signal ends it at once.")
+        """Handles the first signal: prints a line, informs JAX and the other processes, sets the deadline."""
+        what = "saving after a step, then stopping" if saves else "nothing to save, stopping now"
+        self._say(f"{name}: {what}, within {self._grace:g} s; a second signal ends the process at once.")
         if self._of_jax:
             ctypes.CFUNCTYPE(None, ctypes.c_int)(self._of_jax)(signal.SIGTERM)
         self._asked, self._mine = True, "saves" if saves else "leaves"
@@ -173,7 +174,7 @@ class Preemption:
     def _learn(self, who: str, *, saves: bool) -> None:
         known, self._asked = self._asked, True
         if not known:
-            self._say(f"{who} was asked to stop: so does this one, within {self._grace:g} s.")
+            self._say(f"{who} was preempted: this process stops too, within {self._grace:g} s.")
         if not (known and saves):
             self._hurry(saves=saves)
 
@@ -184,28 +185,28 @@ class Preemption:
             self._late = min(self._late, time.monotonic() + 0.9 * self._grace)
 
     def _confer(self) -> None:
-        """Tells the others of a signal, and hears of theirs; within a second."""
-        told, known, entered = None, set[str](), True
+        """Publishes this process's reaction and reads those of the others, once a second."""
+        published, known, entered = None, set[str](), True
         while entered:
             self._news.wait(1.0)
             self._news.clear()
             entered = self._entered.is_set()
-            with contextlib.suppress(TimeoutError, RuntimeError):  # of a store that is gone, as the run will be
-                if self._mine != told:
+            with contextlib.suppress(TimeoutError, RuntimeError):  # if process 0, which holds the store, has ended
+                if self._mine != published:
                     distributed.publish(f"{STOPS}/{distributed.index()}", self._mine or "")
-                    told = self._mine
+                    published = self._mine
                 stops = distributed.published(STOPS) if entered else {}
                 for number in sorted(stops.keys() - known - {str(distributed.index())}):
                     known.add(number)
                     self._heard(number, stops[number])
 
     def _heard(self, number: str, what: str) -> None:
-        """Another process was asked to stop: one that saves waits for this one's step; without one that left, nothing
-        more can be saved."""
+        """Reacts to the preemption of another process: if that one saves, this one stops at the same step; if that one
+        left, nothing can be saved any more."""
         if not self._entered.is_set():
             return
         self._learn(f"process {number}", saves=what == "saves" and self._deferred)
-        # Through the pipe the listener hears of a new deadline, by the signal the main thread, if it sleeps.
+        # Wakes the listener through the pipe, to use the new deadline, and interrupts the main thread if it sleeps.
         self._nudge()
 
     def _say(self, line: str) -> None:
@@ -214,7 +215,7 @@ class Preemption:
 
 
 def _take_c_handler(number: int) -> int | None:
-    """The address of the C function that handles a signal; the signal is ignored from here on."""
+    """Returns the address of the C handler of a signal, if there is one; the signal is ignored from here on."""
     install = ctypes.CDLL(None).signal
     install.restype, install.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
     address = install(number, int(signal.SIG_IGN))

@@ -1,7 +1,7 @@
-"""Whether devices that should hold the same numbers do: hardware that computes wrong, in silence, leaves one apart.
+"""Replica divergence (silent data corruption): compares the copies of replicated arrays across devices.
 
-Where a parameter lies on several devices alike, each makes its own update of its own copy, from a gradient that all
-have in common. A copy that once differs goes on to differ, and spoils every gradient that it takes part in.
+Each device updates its own copy of a replicated parameter from the same gradient. If faulty hardware changes one copy,
+that copy stays different and corrupts every later gradient.
 """
 
 import collections
@@ -16,16 +16,16 @@ from dito_jax.checkpointing.checksums import Leaves, axes_of, piece_digest
 
 
 def differing(leaves: Leaves) -> list[str]:
-    """The paths of arrays whose copies are not the same, bit for bit. All processes must ask, and all hear of all.
+    """Paths of the arrays whose copies are not bit-identical; a collective: all processes must call it.
 
-    One array after the other: devices that are threads of one CPU may wait for each other for ever if several
-    computations meet.
+    Arrays are compared one after the other, because CPU devices of one process may deadlock if several collectives run
+    at the same time.
     """
     return [name for name, leaf in leaves.items() if leaf is not None and bool(_compare(leaf))]
 
 
 def odd_devices(leaf: jax.Array) -> list[str]:
-    """Devices of this process whose copy is not the one that most of them have; of two that differ, the second."""
+    """Devices of this process whose copy differs from the majority; of two that differ, the second is named."""
     odd, copies = [], collections.defaultdict(list)
     for shard in leaf.addressable_shards:
         copies[str(shard.index)].append((np.asarray(shard.data).tobytes(), str(shard.device)))
@@ -43,7 +43,7 @@ def _compare(leaf: jax.Array) -> jax.Array | bool:
 
 @functools.cache
 def _comparer(shape: tuple[int, ...], sharding: jax.NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    """Compiled for arrays that lie so; the axes that cut nothing are those that copies lie along."""
+    """Compiled comparison for one shape and sharding; copies lie along the mesh axes that shard no dimension."""
     cut = axes_of(sharding)
     copies = tuple(axis for axis in sharding.mesh.axis_names if axis not in cut)
 

@@ -1,4 +1,4 @@
-"""What attends a run while it trains: the account of its time, its events, a watchdog, the request to stop, drills."""
+"""Services of a training run: goodput records, event log, preemption, watchdog and fault injection."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from dito_jax.telemetry.run_directory import RunDirectory
 
 @dataclasses.dataclass(frozen=True)
 class Services:
-    """Those who attend, in this process."""
+    """The services that the training loop calls, in this process."""
 
     ledger: Phases
     events: Events
@@ -27,19 +27,21 @@ class Services:
 
 @contextlib.contextmanager
 def run_services(run: RunDirectory, watchdog: WatchdogConfig, faults: FaultsConfig) -> Iterator[Services]:
-    """Attends a run until the block ends, however it ends."""
+    """Starts the services of a run; stops them when the block ends, also by an exception."""
     process = jax.process_index()
-    own = RunDirectory(run.path)  # where every process may write what concerns itself
+    own = RunDirectory(run.path)  # every process writes its own files and events
     path = run.heartbeats / str(process)
     previous = read_beat(path)
-    drills = Faults(faults, own, process=process)
+    injected = Faults(faults, own, process=process)
     heartbeat = Heartbeat(path)
     ledger = Ledger(run, heartbeat, previous=previous) if run.writes else Phases(heartbeat)
     with contextlib.ExitStack() as stack:
         stack.callback(heartbeat.close)
         stack.callback(write_incidents, run)
         stack.callback(ledger.close)
-        dog = stack.enter_context(Watchdog(heartbeat, own, Events(own, process=process), watchdog, process=process))
-        preemption = stack.enter_context(Preemption(watchdog.grace_seconds, on_request=dog.expect_within))
-        drills.begin()
-        yield Services(ledger, Events(run, process=process), preemption, drills)
+        hang_watchdog = stack.enter_context(
+            Watchdog(heartbeat, own, Events(own, process=process), watchdog, process=process)
+        )
+        preemption = stack.enter_context(Preemption(watchdog.grace_seconds, on_request=hang_watchdog.expect_within))
+        injected.begin()
+        yield Services(ledger, Events(run, process=process), preemption, injected)

@@ -1,9 +1,10 @@
-"""Keeps a run going: starts it, and starts it again when it ends before its time.
+"""Supervisor: starts the processes of a run and restarts them after failures (like torchrun --max-restarts).
 
-Exit code 0 ends it, and 2, the user's mistake: the same command would fail again. 75, when the supervisor was asked to
-stop; a process that was preempted alone goes on at once. After everything else (a crash, a signal, the watchdog's 86)
-the run starts again after a pause, from its last good checkpoint, and in fewer places when one of them is lost. It ends
-when it does not get beyond one step.
+It does not restart after exit code 0 (finished) and exit code 2 (usage error: the same command would fail again), nor
+after 75 (preempted) if the supervisor itself was asked to stop; if only a process was, it restarts at once. After every
+other end (a crash, a signal, the watchdog's 86) it restarts after a pause, from the last good checkpoint. A worker that
+fails repeatedly is lost, and the run continues with fewer workers (elastic downscaling). The supervisor gives up after
+several failures in a row at one step.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dito_jax.errors import DONE, HUNG, PREEMPTED, USER_MISTAKE, UserError
-from dito_jax.resilience.attempt import Attempt, End, Place
+from dito_jax.resilience.attempt import Attempt, End, Worker
 from dito_jax.telemetry.events import Events
 from dito_jax.telemetry.heartbeat import Beat, read_beat
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -27,60 +28,60 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long the supervisor bears with what."""
+    """Limits and pauses of the supervisor."""
 
-    grace: float = 15.0  # seconds that the others have to end when one process has failed
-    pause: float = 1.0  # seconds before the next start, twice as many after each failure without progress
-    longest_pause: float = 60.0
-    loop: int = 3  # failures in a row at one step: it gives up
-    lost: int = 2  # starts in a row that one place spoiled without getting further: it goes on without the place
+    grace: float = 15.0  # seconds from the failure of one process until the others are killed
+    pause: float = 1.0  # seconds before a restart, doubled after each failure without progress
+    longest_pause: float = 60.0  # upper limit of the pause in seconds
+    loop: int = 3  # number of failures in a row at one step after which the supervisor gives up
+    lost: int = 2  # number of failures in a row of one worker, without progress, after which the worker is lost
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
     """What ended an attempt."""
 
-    place: Place  # the one that is to blame
-    step: int  # its step
+    worker: Worker  # the worker that failed first
+    step: int  # the step it had reached
     end: End
 
     def words(self) -> str:
-        """For a person."""
-        where = f"place {self.place.slot}" + (f" on {self.place.host}" if self.place.host else "")
+        """One clause for messages: process, worker, host, step and exit code."""
+        where = f"worker {self.worker.slot}" + (f" on {self.worker.host}" if self.worker.host else "")
         return f"process {self.end.process} ({where}) ended at step {self.step} by {self.end.words()}"
 
 
 class Supervisor:
-    """Of one run.
+    """Supervises one run.
 
-    `shrink(left)` says how the run goes on with so many processes: how many of them it uses, and options to add to the
-    command; it raises UserError if it cannot.
+    `shrink(left)` returns how the run continues with `left` workers: the number of processes it uses, and options to
+    add to the command. It raises UserError if the run cannot continue.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         run: RunDirectory,
-        places: Sequence[Place],
+        workers: Sequence[Worker],
         shrink: Callable[[int], tuple[int, list[str]]],
         *,
         remote_shell: str = "ssh",
         patience: Patience = Patience(),
     ):
-        self._command, self._run, self._places, self._shrink = list(command), run, list(places), shrink
+        self._command, self._run, self._places, self._shrink = list(command), run, list(workers), shrink
         self._remote_shell, self._patience = remote_shell, patience
         self._events = Events(run)
         self._failures: list[Failure] = []
         self._attempt: Attempt | None = None
-        self._asked = False
-        self._held: list[int] = []  # signals that came while no process could be told
+        self._stop_requested = False
+        self._held: list[int] = []  # signals received while no process was running
         self._writing = threading.Lock()
 
     def supervise(self) -> int:
-        """Runs the run to its end; returns the exit code."""
+        """Supervises the run until it ends or fails for good; returns the exit code."""
         used, added, pause, number = len(self._places), [], self._patience.pause, 0
         with self._forwarding():
-            while not self._asked:
+            while not self._stop_requested:
                 number += 1
                 began = time.time()
                 ends = self._start([*self._command, *added], used, number).wait()
@@ -90,29 +91,29 @@ class Supervisor:
                     return DONE
                 if any(end.code == USER_MISTAKE for end in failed):
                     return USER_MISTAKE
-                if self._asked:
+                if self._stop_requested:
                     return max((_code(end) for end in failed if end.code != PREEMPTED), default=PREEMPTED)
                 if failed[0].code == PREEMPTED:
                     self._say(
-                        "restart", f"process {failed[0].process} was asked to stop, the supervisor not: on it goes."
+                        "restart", f"process {failed[0].process} was preempted, but the supervisor was not: restarting."
                     )
                     continue
                 failure = self._failure(failed, began)
                 progress = not self._failures or failure.step > self._failures[-1].step
                 pause = self._patience.pause if progress else min(2 * pause, self._patience.longest_pause)
                 self._failures.append(failure)
-                if self._loops():
+                if self._makes_no_progress():
                     return self._give_up(failure)
-                if self._spoils():
+                if self._worker_failed_repeatedly():
                     used, added = self._without(failure)
-                self._say("restart", f"{failure.words()}; it starts again in {pause:g} s.", code=failure.end.code)
+                self._say("restart", f"{failure.words()}; restarting in {pause:g} s.", code=failure.end.code)
                 self._rest(pause)
         return PREEMPTED
 
     def _start(self, command: list[str], used: int, number: int) -> Attempt:
         attempt = Attempt(
             command, self._places[:used], number,
-            remote_shell=self._remote_shell, tell=self._tell, grace=self._patience.grace,
+            remote_shell=self._remote_shell, on_line=self._on_line, grace=self._patience.grace,
         )  # fmt: skip
         self._attempt = attempt
         while self._held:
@@ -120,14 +121,14 @@ class Supervisor:
         return attempt
 
     def _rest(self, seconds: float) -> None:
-        """Sleeps, but not on after a signal."""
-        # An Event would be set by the handler while this thread may hold the Event's own lock.
+        """Sleeps; returns early after a stop signal."""
+        # No threading.Event: a signal handler that sets it could deadlock on the lock that this thread holds.
         until = time.monotonic() + seconds
-        while not self._asked and time.monotonic() < until:
+        while not self._stop_requested and time.monotonic() < until:
             time.sleep(0.02)
 
     def _failure(self, failed: list[End], began: float) -> Failure:
-        """Whoever failed first is to blame; of processes that hung, the one that is behind."""
+        """The failure that ended the attempt: of the first process to fail, or of the hung process furthest behind."""
         beats = {end.process: self._beat(end.process, began) for end in failed}
         first = failed[0]
         if first.code == HUNG:
@@ -135,48 +136,48 @@ class Supervisor:
         return Failure(self._places[first.process], beats[first.process].step, first)
 
     def _beat(self, process: int, began: float) -> Beat:
-        """Its last sign of life in this attempt."""
+        """The last heartbeat of a process in this attempt."""
         beat = read_beat(self._run.heartbeats / str(process))
         return beat if beat is not None and beat.alive >= began else Beat(0, "init", began, began)
 
-    def _loops(self) -> bool:
+    def _makes_no_progress(self) -> bool:
         latest = self._failures[-self._patience.loop :]
         return len(latest) == self._patience.loop and len({failure.step for failure in latest}) == 1
 
-    def _spoils(self) -> bool:
-        """Whether one place is to blame for the latest failures, and did not get further in the last of them."""
+    def _worker_failed_repeatedly(self) -> bool:
+        """Whether one worker caused all of the latest failures, without progress from the first to the last."""
         latest = self._failures[-self._patience.lost :]
         return (
             len(self._places) > 1
             and len(latest) == self._patience.lost
-            and len({failure.place for failure in latest}) == 1
+            and len({failure.worker for failure in latest}) == 1
             and latest[-1].step <= latest[0].step
         )
 
     def _without(self, failure: Failure) -> tuple[int, list[str]]:
-        """Goes on in the other places."""
-        lost, before = failure.place, len(self._places)
+        """Removes the lost worker; returns the number of processes to use and the options to add."""
+        lost, before = failure.worker, len(self._places)
         self._places.remove(lost)
         try:
             used, added = self._shrink(len(self._places))
-        except UserError as error:  # the command prints it
-            self._log(f"supervisor: {failure.words()}; place {lost.slot} is lost. {error}")
+        except UserError as error:  # the caller prints the error itself
+            self._log(f"supervisor: {failure.words()}; worker {lost.slot} is lost. {error}")
             raise
         idle = f", {len(self._places) - used} idle" if used < len(self._places) else ""
-        said = f"place {lost.slot} is lost: the run goes on in {used} of {before} processes{idle} ({' '.join(added)})."
-        self._say("place_lost", said, slot=lost.slot, processes=used)
+        said = f"worker {lost.slot} is lost: continuing with {used} of {before} processes{idle} ({' '.join(added)})."
+        self._say("worker_lost", said, slot=lost.slot, processes=used)
         return used, added
 
     def _give_up(self, failure: Failure) -> int:
         said = (
-            f"{failure.words()}, for the {self._patience.loop}. time in a row at this step: it is not started "
-            f"again; {self._run.supervision} has its output."
+            f"{failure.words()}: failure {self._patience.loop} in a row at this step, so it is not restarted; "
+            f"{self._run.supervision} has its output."
         )
         self._say("gave_up", said, code=failure.end.code)
         return _code(failure.end)
 
-    def _tell(self, line: str) -> None:
-        """A line of a process's output: to the terminal, and to the log."""
+    def _on_line(self, line: str) -> None:
+        """Writes a line of a process's output to the terminal and to supervise.log."""
         with self._writing:
             print(line, file=sys.stderr, flush=True)
             self._log(line)
@@ -193,10 +194,10 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _forwarding(self) -> Iterator[None]:
-        """Signals go to the processes; after the first nothing is started again."""
+        """Forwards signals to the processes; after the first signal nothing is restarted."""
 
         def forward(number: int, _: Any) -> None:
-            self._asked = True
+            self._stop_requested = True
             if self._attempt is None:
                 self._held.append(number)
             else:
@@ -211,14 +212,18 @@ class Supervisor:
 
 
 def _code(end: End) -> int:
-    """As a shell would have it."""
+    """The exit code as a shell reports it: 128 + signal number for a signal."""
     return end.code if end.code >= 0 else 128 - end.code
 
 
-def places(processes: int, hosts: Sequence[str]) -> list[Place]:
-    """`processes` on this machine, or one on each host; a host may be named more than once."""
+def make_workers(processes: int, hosts: Sequence[str]) -> list[Worker]:
+    """One worker for each of `processes` on this host, or one on each of `hosts`; a host may be named repeatedly.
+
+    Raises:
+      UserError: both are given, or less than one process.
+    """
     if hosts and processes != 1:
         raise UserError("supervise: give --processes for this machine, or --hosts, not both.")
     if processes < 1:
         raise UserError(f"supervise: --processes {processes}: wanted at least 1.")
-    return [Place(slot, host) for slot, host in enumerate(hosts or [None] * processes)]
+    return [Worker(slot, host) for slot, host in enumerate(hosts or [None] * processes)]

@@ -1,12 +1,13 @@
-"""The watchdog: ends a process that makes no progress, and says where it was and who is behind.
+"""Hang watchdog: ends a process that makes no progress, and reports where it was and which process is behind.
 
-A thread looks at the heartbeat. A step may take a while, by what the steps before it took; anything else may take
-longer. What is late is ended with exit code 86, whatever the main thread is stuck in, and although the store of the
-run does not answer or the disk is full. Several processes end together: the first to notice tells the others, each
-writes where it was, and all know from what each last published who is behind.
+A thread checks the heartbeat. The timeout of a step depends on the duration of earlier steps; other phases have a
+longer timeout. After the timeout the process exits with code 86, whatever the main thread is blocked in, and even if
+the key-value store of jax.distributed does not answer or the disk is full. Several processes exit together: the first
+one to time out informs the others, each writes its stack traces, and the last published status of all processes shows
+which one is behind.
 
-The thread needs Python's lock. For C code that hangs with it, a timer of faulthandler, which needs none, ends the
-process (exit code 1, stacks on stderr) well after the watchdog should have.
+The thread needs the GIL. For C code that hangs while it holds the GIL, a faulthandler timer, which does not need it,
+ends the process (exit code 1, stack traces on stderr) some time after the watchdog's own timeout.
 """
 
 import contextlib
@@ -26,11 +27,11 @@ from dito_jax.telemetry.heartbeat import PHASES, Beat, Heartbeat
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
-STEP = ("data", "step")  # the phases of a step
-STEPS = 100  # that are remembered
+STEP = ("data", "step")  # the phases that belong to a training step
+STEPS = 100  # number of recent steps from which the timeout is computed
 LAST_EVENTS = 20
-HANGS, SIGNS = "hangs", "signs"  # where the store has who is ending, and where each was last
-REPORT_SECONDS = 20.0  # what all that is said at the end may take, together
+HANGS, SIGNS = "hangs", "signs"  # prefixes in the key-value store: hung processes, status of each process
+REPORT_SECONDS = 20.0  # time limit of the whole report
 STORE_SECONDS = 3.0
 BACKSTOP_SECONDS = 60.0
 
@@ -50,7 +51,7 @@ class WatchdogConfig:
 
 
 class Watchdog:
-    """Watches while it is entered. It beats the heart of the process: that it is alive, never that it goes on."""
+    """A context manager that watches this process; it also updates the heartbeat's `alive` time, but no progress."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def expect_within(self, seconds: float) -> None:
-        """From now on the process has this long to end, whatever it does: it was asked to stop."""
+        """Sets a deadline for the end of the process after a stop request."""
         self._by = min(self._by, self._clock() + seconds)
 
     def __enter__(self) -> "Watchdog":
@@ -78,14 +79,14 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Never returns if the process is being ended: what the main thread has met then is not the cause."""
+        """Does not return if the watchdog is ending the process: an error in the main thread is then a consequence."""
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     # ------------------------------------------------------------------------------------------------------- watching
     def deadline(self) -> float:
-        """Seconds that what the process does now may take."""
+        """Timeout of the current phase in seconds."""
         beats = list(self._heartbeat.recent)
         if beats[-1].phase not in STEP:
             return self._config.phase_timeout_seconds
@@ -102,12 +103,12 @@ class Watchdog:
             if still > deadline:
                 self._end(f"{where}, {deadline:.1f} s were allowed")
             if now > self._by:
-                self._end(f"{where}, and was asked to stop, but has not in time")
-            if others := self._told():
+                self._end(f"{where}, and did not stop in time after a stop request")
+            if others := self._hung_elsewhere():
                 self._end(f"{where}, and process {min(others, key=int)} hangs")
 
     def _tick(self) -> None:
-        """Signs of life, for whoever looks: in the file and in the store."""
+        """Updates the heartbeat file, the faulthandler timer and the published status."""
         self._ticks += 1
         self._heartbeat.alive()
         limit = max(self.deadline(), self._config.phase_timeout_seconds) + BACKSTOP_SECONDS
@@ -120,8 +121,8 @@ class Watchdog:
         sign = Sign(self._seen.step, self._seen.phase, self._clock() - self._moved, self._ticks)
         distributed.publish(f"{SIGNS}/{self._process}", sign.text(), seconds=STORE_SECONDS)
 
-    def _told(self) -> set[str]:
-        """The other processes that are ending because of a hang."""
+    def _hung_elsewhere(self) -> set[str]:
+        """Numbers of the other processes that have published a hang."""
         if not self._several:
             return set()
         with contextlib.suppress(TimeoutError, RuntimeError):
@@ -131,7 +132,7 @@ class Watchdog:
     # --------------------------------------------------------------------------------------------------------- ending
     def _end(self, why: str) -> None:
         """Ends the process; it does not return."""
-        # In a thread of its own, for any of it may block: a pipe nobody reads, a file system that is gone.
+        # In a thread, because any part of the report may block: a full pipe, a file system that does not answer.
         report = threading.Thread(target=self._report, args=(why,), name="report", daemon=True)
         report.start()
         report.join(REPORT_SECONDS)
@@ -140,20 +141,20 @@ class Watchdog:
     def _report(self, why: str) -> None:
         said = [f"process {self._process} hangs: {why}"]
         for part in (
-            self._tell,
+            self._publish_hang,
             lambda: self._write_stacks(said[0] + "."),
             lambda: faulthandler.dump_traceback(file=sys.stderr, all_threads=True),
             lambda: _print(*(f"event: {row}" for row in read_events(self._run)[-LAST_EVENTS:])),
-            lambda: said.append(self._who_is_behind()),
+            lambda: said.append(self._processes_behind()),
             lambda: self._record("; ".join(filter(None, said)) + "."),
         ):
             try:
                 part()
-            except Exception as error:  # whatever is broken, the rest is said, and the process ends
+            except Exception as error:  # continue with the rest of the report
                 _print(f"watchdog: {type(error).__name__}: {error}")
         distributed.leave(HUNG, seconds=5.0)
 
-    def _tell(self) -> None:
+    def _publish_hang(self) -> None:
         if self._several:
             self._publish()
             distributed.publish(f"{HANGS}/{self._process}", "", seconds=STORE_SECONDS)
@@ -163,16 +164,16 @@ class Watchdog:
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {said}", file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
 
-    def _who_is_behind(self) -> str:
+    def _processes_behind(self) -> str:
         if not self._several:
             return ""
         try:
             before = distributed.published(SIGNS, seconds=STORE_SECONDS)
-            time.sleep(2.5)  # a process that runs has published since
+            time.sleep(2.5)  # every process that runs publishes again within this time
             after = distributed.published(SIGNS, seconds=STORE_SECONDS)
             ending = distributed.published(HANGS, seconds=STORE_SECONDS).keys()
         except TimeoutError:
-            return "process 0, which keeps what all publish, does not answer: it is frozen, or gone"
+            return "process 0, which holds the key-value store, does not answer: it is frozen or has ended"
         return behind(
             {int(number): Sign.of(text) for number, text in after.items()},
             silent={int(number) for number in after if before.get(number) == after[number] and number not in ending},
@@ -190,15 +191,15 @@ class Watchdog:
 
 @dataclass(frozen=True)
 class Sign:
-    """What a process publishes of itself."""
+    """Published status of one process."""
 
     step: int
     phase: str
-    still: float  # seconds that it had been there
-    tick: int  # which sign it is: the next is another, while the process runs
+    still: float  # seconds since its last progress
+    tick: int  # counter that increases while the process runs
 
     def text(self) -> str:
-        """For the store; `of` is its inverse."""
+        """The status as text for the key-value store; `of` is the inverse."""
         return f"{self.step} {self.phase} {self.still:.1f} {self.tick}"
 
     @classmethod
@@ -211,7 +212,7 @@ class Sign:
 
 
 def step_seconds(beats: Sequence[Beat]) -> list[float]:
-    """How long each phase of the last hundred steps took, but for the last, which is not over."""
+    """Durations of the phases of the last 100 steps, without the current one."""
     first = beats[-1].step - STEPS
     return [
         after.since - before.since
@@ -221,9 +222,9 @@ def step_seconds(beats: Sequence[Beat]) -> list[float]:
 
 
 def behind(signs: dict[int, Sign], *, silent: set[int], count: int) -> str:
-    """Whom the others of `count` processes wait for, by the last signs: the silent, or those at the lowest step."""
+    """A clause that names the processes that are behind: those in `silent`, or else those at the lowest step."""
     if unheard := set(range(count)) - signs.keys():
-        return f"nothing was ever heard of {_named(unheard)}"
+        return f"{_named(unheard)} never published a status"
     order = {number: (sign.step, PHASES.index(sign.phase)) for number, sign in signs.items()}
     late = silent or {number for number in order if order[number] == min(order.values())}
     others = sorted({signs[number].where() for number in signs if number not in late})

@@ -14,7 +14,7 @@ from dito_jax.privacy.ledger import same_data
 from dito_jax.run.saved_run import opened, restored, sampled_ema
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import Program
-from dito_jax.training.state import TrainState, begun_with
+from dito_jax.training.state import TrainState, warm_started
 
 
 def initial_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) -> TrainState:
@@ -33,7 +33,7 @@ def initial_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh
         _check_ancestors(config)
     _, trained, _ = restored(run, of_start, mesh)
     average = sampled_ema(trained, of_start)
-    return begun_with(started(of_start.model, average, config.model, state.params), state, program.state)
+    return warm_started(started(of_start.model, average, config.model, state.params), state, program.state)
 
 
 def ancestors(start: str | None) -> Iterator[tuple[RunDirectory, TrainConfig]]:

@@ -1,1 +1,1 @@
-"""What a run records: metrics, events, goodput; and the run directory it records them in."""
+"""Telemetry of a run: metrics, events, goodput, heartbeat, and the run directory."""

@@ -1,4 +1,4 @@
-"""What happened to a run, in words and in order: events.jsonl, over all its starts."""
+"""Event log of a run over all its restarts: events.jsonl, and incidents.md as a summary."""
 
 import json
 import sys
@@ -9,16 +9,22 @@ from typing import Any
 from dito_jax.telemetry.run_directory import RunDirectory, explained, json_lines
 
 
+RENAMED = {"place_lost": "worker_lost"}  # event names that earlier versions wrote: old -> new
+
+
 class Events:
-    """Appends to events.jsonl; each event is on the disk before `record` returns, so that no kill can take it back."""
+    """Appends events to events.jsonl; each event is on disk (fsync) before `record` returns."""
 
     def __init__(self, run: RunDirectory, *, process: int = 0, clock: Callable[[], float] = time.time):
         self._run, self._process, self._clock = run, process, clock
 
     def record(self, event: str, said: str | None = None, **values: Any) -> None:
-        """{"time": seconds since 1970, "process": 0, "event": "rollback", "said": "...", **values}.
+        """Writes {"time": seconds since 1970, "process": 0, "event": "rollback", "said": "...", **values}.
 
-        `said` is for people: one sentence, printed on stderr as well.
+        `said` is a sentence for the user, which is also printed on stderr.
+
+        Raises:
+          UserError: the disk is full.
         """
         row = {"time": self._clock(), "process": self._process, "event": event, "said": said} | values
         with explained(self._run.events):
@@ -28,14 +34,15 @@ class Events:
 
 
 def write_incidents(run: RunDirectory) -> None:
-    """incidents.md: all that was said, for a person; nothing where there was nothing to say."""
-    told = [row for row in read_events(run) if row["said"]]
-    if told:
+    """Writes incidents.md: the sentences of all events, with their times; nothing if no event has one."""
+    rows = [row for row in read_events(run) if row["said"]]
+    if rows:
         when = lambda row: time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"]))
-        lines = [f"- {when(row)} {row['said']}" for row in told]
+        lines = [f"- {when(row)} {row['said']}" for row in rows]
         run.write_text("incidents.md", f"# What happened to {run.path.name} (UTC)\n\n" + "\n".join(lines) + "\n")
 
 
 def read_events(run: RunDirectory, *kinds: str) -> list[dict[str, Any]]:
-    """Every event, in order; only those of these kinds if any are named."""
-    return [row for row in json_lines(run.events) if not kinds or row["event"] in kinds]
+    """All events in order, or only those of `kinds`; names of earlier versions are replaced by the current ones."""
+    rows = [row | {"event": RENAMED.get(row["event"], row["event"])} for row in json_lines(run.events)]
+    return [row for row in rows if not kinds or row["event"] in kinds]

@@ -1,7 +1,7 @@
-"""Where the time of a run goes, written down as it goes: goodput.jsonl, over all its starts.
+"""Goodput records: how a run spends its time, over all its restarts, in goodput.jsonl.
 
-One row an interval, seconds by kind; goodput_report.py adds the rows up. What a killed process had not written yet is
-lost, so flush at log intervals.
+Each row has the seconds of one interval by kind of work; goodput_report.py sums the rows. The time since the last row
+counts as lost if the process is killed, so call `flush` at log intervals.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from dito_jax.telemetry.run_directory import RunDirectory, explained, json_lines
 
 
 WORK = tuple(phase for phase in PHASES if phase != "done")
-LOST, IDLE = "lost", "idle"  # work that had to be done again; no process ran
+LOST, IDLE = "lost", "idle"  # work that had to be repeated; time without a running process
 KINDS = (*WORK, LOST, IDLE)
 
 
 class Phases:
-    """What a process is doing, told to its heartbeat. Call it from the main thread only."""
+    """Tracks the phase of a process (init, compile, data, step, ...) in its heartbeat; for the main thread only."""
 
     def __init__(self, heartbeat: Heartbeat):
         self._heartbeat = heartbeat
         self._number = 0
-        self._kinds = ["init"]  # the innermost is the last
+        self._kinds = ["init"]  # stack of phases; the innermost is last
 
     @contextlib.contextmanager
     def phase(self, kind: str) -> Iterator[None]:
-        """The time inside is of this kind, one of WORK, but for what phases inside it take."""
+        """Time inside the block counts as `kind`, one of WORK, except for nested phases."""
         assert kind in WORK, kind
         self._tally()
         self._kinds.append(kind)
@@ -45,41 +45,41 @@ class Phases:
             self._beat()
 
     def step(self, number: int) -> None:
-        """Training step `number` begins; from the first one on, what is in no phase is of kind "step"."""
+        """Starts training step `number`; from the first step on, time outside any phase is of kind "step"."""
         self._tally()
         self._number, self._kinds[0] = number, "step"
         self._beat()
 
     def resumed(self, step: int) -> None:
-        """The state is that after `step`: restored at the start (0 for a new run), or rolled back to."""
+        """Records that the state is now that after `step`: restored (0 for a new run), or rolled back to."""
         self._number = step
         self._beat()
 
     def flush(self) -> None:
-        """Writes down the time since the last row.
+        """Writes a row with the time since the last row.
 
-        Call it at log intervals, and after a save and what else follows a step: only of rows that do not reach across
-        a checkpoint is it exact what a restart from there loses.
+        Call it at log intervals, and after a save and everything else that follows a step: the time that a restart
+        loses is exact only if no row spans a checkpoint.
         """
 
     def close(self) -> None:
-        """The work is over; what comes later is idle."""
+        """Ends the records; later time is idle."""
 
     def _tally(self) -> None:
-        """The innermost phase, or the step, is about to change."""
+        """Adds the time of the current phase, before the phase or the step changes."""
 
     def _beat(self) -> None:
         self._heartbeat.beat(self._number, self._kinds[-1])
 
 
 class Ledger(Phases):
-    """Phases that are also written down; one process a run has it, the others have Phases.
+    """Phases that are also written to goodput.jsonl, in process 0; the other processes use Phases.
 
-    A row holds `attempt`, which start of the run it is of, from 1; `from` and `to`, seconds since 1970, the `to` of
-    one being the `from` of the next; `steps`, the first and the last worked on, or null; `seconds` by kind, which add
-    up to `to` - `from`. The first row of an attempt tells its `pid` and `host`, and `died` and `reached`, when and at
-    what step the attempt before it was last alive, or null. A row with `resumed` says that the state at its end is
-    that after step `resumed`; one with `closed`, that the attempt ended with it.
+    Fields of a row: `attempt`, the number of the start, from 1; `from` and `to`, seconds since 1970 (`to` of one row is
+    `from` of the next); `steps`, the first and last step worked on, or null; `seconds` by kind, whose sum is `to` -
+    `from`. The first row of an attempt also has its `pid` and `host`, and `died` and `reached`: time and step at which
+    the previous attempt was last alive, or null. `resumed` means that the state at the end of the row is that after
+    step `resumed`; `closed` means that the attempt ended with this row.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class Ledger(Phases):
         clock: Callable[[], float] = time.time,
         born: float | None = None,
     ):
-        """Begins an attempt: the time since `born`, when this process began (default: ask the system), is "init".
+        """Starts an attempt; the time since `born`, the start of this process (default: from /proc), is "init".
 
-        `previous` is the last beat of the attempt before this one. Read it before Heartbeat overwrites it.
+        `previous` is the last heartbeat of the previous attempt; read it before Heartbeat overwrites the file.
         """
         super().__init__(heartbeat)
         self._run, self._clock = run, clock
@@ -107,8 +107,8 @@ class Ledger(Phases):
                 died, reached = max(died, previous.alive), previous.step
         if born is None:
             born = clock() - (process_age("self") or 0.0)
-        # A clock may have been set back, and this process may have begun before the last one ended: no second counts
-        # twice.
+        # Not before the end of the previous attempt, so that no second counts twice: the clock may have been set back,
+        # or this process may have started before the previous one ended.
         self._since = born if died is None else max(died, min(born, clock()))
         self._from = self._since
         self._tally()
@@ -150,14 +150,14 @@ class Ledger(Phases):
 
 
 def process_age(pid: int | str) -> float | None:
-    """Seconds since a process began, to a hundredth, its Python's start included; None if it has ended.
+    """Age of a process in seconds, to a hundredth, including the start of Python; None if it has ended.
 
-    None as well where there is no /proc. A program started by `exec` is as old as the one it replaced.
+    Also None without /proc. The age of a program started by `exec` counts from the program that it replaced.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    if state == "Z":  # ended, but its parent has not asked yet
+    if state == "Z":  # a zombie: ended, but not yet waited for
         return None
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[18]) / os.sysconf("SC_CLK_TCK")

@@ -1,6 +1,6 @@
-"""What became of every second of a run: added up over all its starts, as a table and as a picture.
+"""Goodput report of a run: time by kind over all restarts, as a table and as a timeline (goodput.png).
 
-goodput = seconds of steps that did not have to be done again / seconds from the run's first start to its last end
+goodput = seconds of training steps that did not have to be repeated / seconds from the first start to the last end
 """
 
 import collections
@@ -21,7 +21,7 @@ from dito_jax.telemetry.heartbeat import read_beat
 from dito_jax.telemetry.run_directory import RunDirectory, atomic_path, json_lines
 
 
-REDONE = ("data", "step", "eval", "save")  # what going back to an earlier step makes lost
+REDONE = ("data", "step", "eval", "save")  # kinds of work that count as lost after going back to an earlier step
 COLORS = {
     "init": "#9e9e9e", "compile": "#ffb300", "data": "#8e24aa", "step": "#43a047", "eval": "#1e88e5",
     "save": "#00acc1", "restore": "#6d4c41", LOST: "#e53935",
@@ -31,9 +31,9 @@ UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A stretch of time of one kind; seconds since 1970. Within a row their order is that of KINDS."""
+    """An interval of time of one kind, in seconds since 1970; within a row spans are in the order of KINDS."""
 
-    attempt: int  # idle time is that of the attempt before it
+    attempt: int  # idle time belongs to the attempt before it
     start: float
     end: float
     kind: str
@@ -41,28 +41,28 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Accounts:
-    """The time of a run by kind, from the birth of its first process to the end of its last."""
+    """The time of a run by kind, from the start of its first process to the end of its last."""
 
-    seconds: dict[str, float]  # every one of KINDS
-    spans: tuple[Span, ...]  # in order, without a gap
+    seconds: dict[str, float]  # by kind, for all of KINDS
+    spans: tuple[Span, ...]  # in order, without gaps
     attempts: int
-    rollbacks: int  # inside a process
-    steps_redone: int  # begun, and then begun again
+    rollbacks: int  # within a running process
+    steps_redone: int  # steps that were executed more than once
 
     @property
     def total(self) -> float:
-        """Seconds of all kinds."""
+        """Total time in seconds."""
         return math.fsum(self.seconds.values())
 
     @property
     def goodput(self) -> float:
-        """The share of the total that was steps which lasted."""
+        """Share of the total time in training steps that were not repeated."""
         return self.seconds["step"] / self.total if self.total else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Time of one attempt, and the steps worked on in it."""
+    """Time of one attempt by kind, and the steps worked on in it."""
 
     attempt: int
     start: float
@@ -71,7 +71,7 @@ class _Piece:
     steps: tuple[int, int] | None = None
 
     def back_to(self, step: int) -> "_Piece":
-        """Work beyond `step` is lost: in proportion, where it is not known of which steps the seconds are."""
+        """Moves the time of work beyond `step` to "lost", in proportion to the number of steps of the piece."""
         if self.steps is None or self.steps[1] <= step:
             return self
         first, last = self.steps
@@ -86,10 +86,10 @@ class _Piece:
 
 
 def account(rows: Sequence[Mapping[str, Any]], end: float) -> Accounts:
-    """Adds up the rows of goodput.jsonl, at least one, to `end`: when the last attempt was last alive.
+    """Sums the rows of goodput.jsonl (at least one) up to `end`, the time when the last attempt was last alive.
 
-    Time of an attempt that is in no row is lost. Work is lost once a later row says that the state is that of an
-    earlier step, and then it is lost only once.
+    Time of an attempt that is in no row is lost. Work becomes lost when a later row resumes from an earlier step; it
+    is counted as lost only once.
     """
     pieces: list[_Piece] = []
     now, attempt, reached, redone, restores = rows[0]["from"], rows[0]["attempt"], 0, 0, collections.Counter()
@@ -119,7 +119,7 @@ def account(rows: Sequence[Mapping[str, Any]], end: float) -> Accounts:
 
 
 def read_accounts(run: RunDirectory) -> Accounts | None:
-    """The accounts of a run, to its last row if it still runs on this host; None where none were kept."""
+    """The goodput of a run, up to its last row if it still runs on this host; None without goodput.jsonl."""
     rows = json_lines(run.goodput)
     if not rows:
         return None
@@ -131,7 +131,7 @@ def read_accounts(run: RunDirectory) -> Accounts | None:
 
 
 def table(accounts: Accounts) -> str:
-    """The accounts for a terminal: a line a kind, then the run's starts and what they cost."""
+    """The goodput as a table: one line per kind, then attempts, restarts, rollbacks and repeated steps."""
     total = accounts.total
     lines = [f"{'kind':<8}{'seconds':>14}{'share':>9}"]
     for kind, seconds in (*accounts.seconds.items(), ("total", total)):
@@ -145,7 +145,7 @@ def table(accounts: Accounts) -> str:
 
 
 def timeline(accounts: Accounts, path: str | os.PathLike) -> None:
-    """Draws each attempt as a bar over the time since the run's first start, coloured by kind; idle time is blank."""
+    """Draws each attempt as a bar over the time since the first start, coloured by kind; idle time is blank."""
     first, last = accounts.spans[0].start, accounts.spans[-1].end
     unit, scale = next((pair for pair in UNITS if last - first >= 2 * pair[1]), UNITS[-1])
     bars = collections.defaultdict(list)
@@ -175,7 +175,7 @@ def _totals(pieces: Sequence[_Piece]) -> dict[str, float]:
 
 
 def _spans(pieces: Sequence[_Piece]) -> tuple[Span, ...]:
-    """Pieces cut into kinds, and neighbours of one kind joined."""
+    """Splits pieces into spans of one kind, and joins neighbouring spans of the same kind."""
     spans: list[Span] = []
     for piece in pieces:
         start = piece.start
@@ -191,6 +191,6 @@ def _spans(pieces: Sequence[_Piece]) -> tuple[Span, ...]:
 
 
 def _runs(began: Mapping[str, Any]) -> bool:
-    """Whether the process of an attempt's first row is running on this host; a later one may have got its number."""
+    """Whether the process of an attempt's first row still runs on this host; its pid may have been reused since."""
     age = process_age(began["pid"]) if began.get("host") == socket.gethostname() else None
     return age is not None and time.time() - age <= began["to"]

@@ -1,7 +1,7 @@
-"""Where a process of a run is: its step, its phase, since when, and when it was last alive.
+"""Heartbeat file of a process: step, phase, time of the last progress and time when it was last alive.
 
-Thirty-two bytes in a file that is mapped into memory. A beat costs as much as an assignment, and outlives a process
-that is killed at any moment, so that whoever starts next knows when and where the last one died.
+The heartbeat is 32 bytes in a memory-mapped file. An update costs as much as an assignment, and the last one survives
+a kill at any moment, so the next start knows when and where the process ended.
 """
 
 import collections
@@ -16,21 +16,21 @@ from pathlib import Path
 PHASES = ("init", "compile", "data", "step", "eval", "save", "restore", "done")
 RECORD = struct.Struct("<qqdd")  # step, index of the phase, since, alive
 ALIVE = struct.Struct("<d")
-RECENT = 256  # beats that are remembered: a hundred steps of data and step, and some saves
+RECENT = 256  # number of beats in memory: enough for 100 steps with two phases each, and some saves
 
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """A sign of life; times are seconds since 1970."""
+    """One heartbeat; times are in seconds since 1970."""
 
-    step: int  # the one being worked on; 0 before the first
+    step: int  # the current step; 0 before the first
     phase: str  # one of PHASES
-    since: float  # when it last went on: to another step or phase
-    alive: float  # when its process last ran at all
+    since: float  # time of the last progress to another step or phase
+    alive: float  # time when the process was last alive
 
 
 class Heartbeat:
-    """The writer of one process's beats."""
+    """Writes the heartbeat file of one process."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,28 +43,28 @@ class Heartbeat:
 
     @property
     def last(self) -> Beat:
-        """Where the process is."""
+        """The current heartbeat."""
         return dataclasses.replace(self.recent[-1], alive=self._alive)
 
     def beat(self, step: int, phase: str) -> None:
-        """The process went on: it is at this step, in this phase."""
+        """Records progress to a step and phase."""
         self._alive = now = self._clock()
         self.recent.append(Beat(step, phase, now, now))
         self._map[:] = RECORD.pack(step, PHASES.index(phase), now, now)
 
     def alive(self) -> None:
-        """The process runs, and is where it was; any thread may say so."""
-        # This field alone: a beat of another thread meanwhile must not be undone.
+        """Records that the process is alive, without progress; any thread may call it."""
+        # Writes only this field, so that a concurrent beat of another thread is not overwritten.
         self._alive = self._clock()
         ALIVE.pack_into(self._map, RECORD.size - ALIVE.size, self._alive)
 
     def close(self) -> None:
-        """Leaves the last beat in the file."""
+        """Closes the mapping; the last heartbeat stays in the file."""
         self._map.close()
 
 
 def read_beat(path: Path) -> Beat | None:
-    """The last beat in a file; None where no process has written one."""
+    """The last heartbeat in a file; None if there is none."""
     try:
         step, phase, since, alive = RECORD.unpack(path.read_bytes())
     except (FileNotFoundError, struct.error):

@@ -1,4 +1,4 @@
-"""What is told of a run's steps, once a log interval: metrics.jsonl, TensorBoard, and a line or a bar for a person."""
+"""Logs metrics every train.log_every steps: metrics.jsonl, TensorBoard and a progress line."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from dito_jax.training.health import FINE
 
 
 class MetricsLogger:
-    """Of the steps after `first`, up to `total`; `rate` gives the learning rate of the update after so many."""
+    """Logs the steps after `first`, up to `total`; `rate(n)` is the learning rate of the update after n updates."""
 
     def __init__(
         self,
@@ -27,10 +27,10 @@ class MetricsLogger:
         rate: Callable[[int], Any],
         compiled: Mapping[str, float | int | bool | None],
     ):
-        self.means: dict[str, float] = {}  # of the last interval
+        self.means: dict[str, float] = {}  # of the last log interval
         self._throughput, self._rate = throughput, rate
         self._writes = run.writes
-        self._pending: list[dict[str, jax.Array]] = []  # still on the device, so that steps are queued without a wait
+        self._pending: list[dict[str, jax.Array]] = []  # still on the device: the host does not wait for the steps
         self._metrics = (MetricsWriter if run.writes else NoMetrics)(run, after=first if first else None)
         self._progress = Progress(total, step=first)
         if first < total:
@@ -38,31 +38,31 @@ class MetricsLogger:
 
     @property
     def released(self) -> dict[str, float]:
-        """`means`, without those that a private run must not release."""
+        """`means` without the metrics that a private run must not release (internal_*)."""
         return {name: mean for name, mean in self.means.items() if not name.startswith("internal_")}
 
-    def note(self, measured: dict[str, jax.Array]) -> None:
-        """Keeps what a step measured until the end of the interval."""
+    def add(self, measured: dict[str, jax.Array]) -> None:
+        """Adds the metrics of one step to the current log interval."""
         self._pending.append(measured)
 
-    def tell(self, number: int) -> None:
-        """Ends an interval after step `number`: waits for its steps, and tells of them."""
+    def log(self, number: int) -> None:
+        """Ends the log interval after step `number`: waits for its steps and logs their means."""
         self.means = means(jax.device_get(self._pending))
         speed = self._throughput.interval(len(self._pending))
         self._pending = []
         rate = {"learning_rate": np.asarray(self._rate(number - 1)).item()}
         self._metrics.write(number, self.means | speed | rate)
-        shown = {name: self.means[name] for name in ("loss",) if name in self.means} | speed  # a private run tells none
+        shown = {name: self.means[name] for name in ("loss",) if name in self.means} | speed  # private runs log no loss
         if self._writes:
             self._progress.show(number, {name: value for name, value in shown.items() if value is not None})
 
     def rewind(self, step: int) -> None:
-        """Drops what was told of steps beyond `step`: they will come again."""
+        """Removes the logged metrics of steps beyond `step`, which will be repeated after a rollback."""
         self._pending = []
         self._metrics.rewind(step)
 
     def close(self) -> None:
-        """Closes the files, and leaves the progress on the screen."""
+        """Closes the files and the progress bar."""
         self._metrics.close()
         self._progress.close()
 
@@ -74,7 +74,7 @@ class MetricsLogger:
 
 
 def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of each metric over the steps that were good, and how many were not, "bad_steps"; NaN if none was."""
+    """Mean of each metric over the good steps (NaN if there are none), and "bad_steps", the number of bad steps."""
     good = [measured for measured in steps if measured["bad"] == FINE]
     mean = lambda name: float(np.mean([measured[name] for measured in good])) if good else math.nan
     return {name: mean(name) for name in steps[0] if name != "bad"} | {"bad_steps": len(steps) - len(good)}

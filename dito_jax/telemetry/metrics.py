@@ -1,4 +1,4 @@
-"""What a run measured: metrics.jsonl for programs, TensorBoard for people."""
+"""Metrics files of a run: metrics.jsonl and TensorBoard event files."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ from dito_jax.telemetry.tensorboard import TensorBoard
 
 
 class MetricsWriter:
-    """Writes the metrics of the steps that come `after` the restored one; None where a run begins.
+    """Writes the metrics of the steps after step `after`, the restored one; None for a new run.
 
-    One JSON object a line in metrics.jsonl, `{"step": 20, "loss": 0.31}`, flushed at once. What a
-    killed run wrote of steps beyond `after` is dropped, and so is a line that it did not finish: no step is
-    told twice. NaN and infinities are written as Python's json writes and reads them.
+    metrics.jsonl has one JSON object per line, `{"step": 20, "loss": 0.31}`, flushed at once. Lines of steps beyond
+    `after` from an earlier start, and an unfinished last line, are removed, so that no step appears twice. NaN and
+    infinities are written in the form that Python's json module writes and reads.
     """
 
     def __init__(self, run: RunDirectory, *, after: int | None = None):
@@ -30,7 +30,7 @@ class MetricsWriter:
         self._board = TensorBoard(self._run.tensorboard, first=first)
 
     def write(self, step: int, values: Mapping[str, float | int | str | bool | None]) -> None:
-        """One line, and one TensorBoard scalar for each number in it.
+        """Writes one line to metrics.jsonl, and one TensorBoard scalar for each number in it.
 
         Raises:
           UserError: the disk is full.
@@ -45,11 +45,11 @@ class MetricsWriter:
         self._board.scalars(step, scalars)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
-        """An image for TensorBoard."""
+        """Writes an image to TensorBoard."""
         self._board.image(step, name, image)
 
     def rewind(self, step: int) -> None:
-        """Drops what was written of steps beyond `step`: they will come again."""
+        """Removes the metrics of steps beyond `step`, which will be repeated after a rollback."""
         self.close()
         self._open(step + 1)
 
@@ -66,21 +66,21 @@ class MetricsWriter:
 
 
 class NoMetrics(MetricsWriter):
-    """What a process has that is not the one to write: nothing is kept."""
+    """A MetricsWriter that writes nothing, for the processes that do not log."""
 
     def _open(self, first: int) -> None:
         del first
 
     def write(self, step: int, values: Mapping[str, float | int | str | bool | None]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def read_metrics(run: RunDirectory) -> list[dict]:
-    """Every whole line of metrics.jsonl, in order; a line that is still being written is left out."""
+    """All complete lines of metrics.jsonl, in order."""
     return json_lines(run.metrics)

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+"""Progress display: a tqdm bar on a terminal, plain lines otherwise."""
 
 import sys
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ class Progress:
         self._bar = tqdm(total=total, initial=step, unit="step") if sys.stderr.isatty() else None
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """The state at `step`; call it once each log interval."""
+        """Shows the step and the values; called once per log interval."""
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar is None:
             print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
@@ -23,6 +23,6 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Leaves the bar on the screen as it is."""
+        """Closes the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.close()

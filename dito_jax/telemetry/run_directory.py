@@ -1,4 +1,4 @@
-"""The directory of one run: what its files are called, one trainer at a time, and no file half-written."""
+"""The run directory: file names, a lock for the training process, and atomic writes."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from dito_jax.errors import UserError
 
 
 class RunDirectory:
-    """runs/<name>, made by the first write. Reading it needs no lock."""
+    """A run directory, runs/<name>; it is created by the first write, and reading needs no lock."""
 
     writes = True
 
@@ -31,25 +31,25 @@ class RunDirectory:
         self.supervision = self.path / "supervise.log"
         self.skips = self.path / "skips.json"
         self.goodput = self.path / "goodput.jsonl"
-        self.heartbeats = self.path / "heartbeats"  # one file a process, named by its number
+        self.heartbeats = self.path / "heartbeats"  # one file per process, named by its number
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Keeps every other process from training here, until the block or the process ends, however it ends.
+        """Locks the directory for training until the block or the process ends.
 
         Raises:
-          UserError: another process holds it; the line names its pid and host.
+          UserError: another process holds the lock; the message names its pid and host.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
-            # A POSIX record lock, unlike flock, is not inherited: a forked data worker that outlives a killed
-            # trainer does not keep it.
+            # A POSIX record lock, unlike flock, is not inherited by a forked data worker, which may outlive a killed
+            # training process.
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 raise UserError(
-                    f"{self.path}: {file.read() or 'another process'} is training in it: "
+                    f"{self.path}: {file.read() or 'another process'} is training in this directory: "
                     "wait for it, stop it, or use another --run-dir."
                 ) from error
             file.truncate(0)
@@ -58,7 +58,7 @@ class RunDirectory:
             yield
 
     def write_text(self, name: str, text: str) -> Path:
-        """Writes a file of the run, all of it or none: a reader sees the old one or the new one.
+        """Writes a file of the run atomically: a reader sees the old content or the new content.
 
         Raises:
           UserError: the disk is full; the old file is intact.
@@ -78,9 +78,9 @@ class RunDirectory:
         return path
 
     def append(self, path: Path, text: str) -> None:
-        """Adds whole lines to the end of a file, on the disk when it returns.
+        """Appends complete lines to a file; they are on disk (fsync) when it returns.
 
-        A line that a killed process left half-written is ended first, so that it spoils no other.
+        If a killed process left an incomplete last line, a newline is added first.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
@@ -91,31 +91,31 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def write_json(self, name: str, value: Any) -> Path:
-        """`write_text` of `value` as JSON that a person can read."""
+        """Writes `value` as indented JSON, atomically."""
         return self.write_text(name, json.dumps(value, indent=2) + "\n")
 
 
 class FollowedDirectory(RunDirectory):
-    """The same directory in a process that leaves the writing to another."""
+    """The run directory in a process that does not write: another process does."""
 
     writes = False
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Nothing: the process that writes holds it."""
+        """Does nothing: the process that writes holds the lock."""
         yield
 
     def write_text(self, name: str, text: str) -> Path:
-        """Nothing but the path."""
+        """Returns the path and writes nothing."""
         del text
         return self.path / name
 
     def append(self, path: Path, text: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a file of JSON objects; those that a killed process left half-written are left out."""
+    """The complete lines of a JSON-lines file; a line that a killed process left incomplete is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -128,18 +128,18 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns a full disk, met while writing `path`, into a UserError of one line."""
+    """Raises a UserError with one line if the disk is full while `path` is written."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UserError(f"{path}: {error.strerror}: make room, then run the same command again.") from error
+        raise UserError(f"{path}: {error.strerror}: free some space, then run the same command again.") from error
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path to write to; it is renamed to `path` once all is written, and removed after an error."""
+    """Yields a temporary path to write to, which is renamed to `path` at the end and removed after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")

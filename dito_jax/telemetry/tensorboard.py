@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written in the caller's thread.
+"""TensorBoard event files, written in the calling thread.
 
-tensorboardX's SummaryWriter writes from a thread of its own. A full disk kills that thread, and the run then
-waits for ever to hand it the next event; and a killed run loses the two minutes of events that it holds back.
+tensorboardX's SummaryWriter writes from its own thread. A full disk kills that thread, and the run then blocks for ever
+on the queue of events. A killed run also loses up to two minutes of buffered events.
 """
 
 import socket
@@ -21,13 +21,13 @@ from dito_jax.telemetry.run_directory import explained
 
 
 class TensorBoard:
-    """Events of steps from `first` on; what older files in the directory say of those steps is hidden.
+    """Writes events of the steps from `first` on; older files' events of those steps are hidden (SessionLog.START).
 
     Every method raises UserError if the disk is full.
     """
 
     def __init__(self, directory: Path, *, first: int):
-        # `first` keeps apart the files of two starts within one second.
+        # `first` makes the names of two starts within one second different.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{first}"
         self._path = directory / name
         with explained(self._path):
@@ -37,12 +37,12 @@ class TensorBoard:
         self._write(first, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One point on each curve."""
+        """Writes one scalar for each value."""
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(step, summary=Summary(value=points))
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
-        """One picture under `name`."""
+        """Writes one image under `name`."""
         self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How fast a run is: images a second, and how much of the hardware's peak that is."""
+"""Throughput of training: images per second and model FLOPs utilization (MFU)."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from kernels_pallas import hardware
 
 
 class Throughput:
-    """A clock over log intervals.
+    """Measures the throughput of each log interval.
 
     images/s = images_per_step * steps / seconds
     MFU      = flops_per_step * steps / seconds / (peak flop/s of one device * devices)
 
-    Both `_per_step` figures are of the whole batch on all devices; `dtype` is that of the matrix products.
-    The peak is the dense one of kernels_pallas/hardware.py; where that names none, there is no MFU. Seconds
-    are of the wall: what runs between two steps (a checkpoint, an evaluation) is in them.
+    `images_per_step` and `flops_per_step` are for the global batch; `dtype` is that of the matrix products. The peak is
+    the dense peak in kernels_pallas/hardware.py; for a device without one the MFU is None. Seconds are wall time,
+    including everything between two steps (a checkpoint, an evaluation).
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class Throughput:
         self._since = clock()
 
     def interval(self, steps: int) -> dict[str, float | None]:
-        """Figures of the `steps` since the last call, or since the start.
+        """Throughput of the `steps` since the last call, or since the start.
 
-        Call it when their results have arrived: JAX returns from a step before the device has run it.
+        Call it after waiting for the results of the steps: JAX returns from a step before the device has run it.
         """
         now = self._clock()
         seconds, self._since = now - self._since, now

@@ -1,1 +1,1 @@
-"""Training: the state, the step, and what keeps a run alive and accounted for."""
+"""Training: train state, train step, optimizer, EMA and compilation."""

@@ -1,4 +1,4 @@
-"""What compiling the step cost: seconds by stage, whether the cache had it, and the memory it will take."""
+"""Compilation of the train step: time of each stage, cache hit or miss, peak memory; the persistent cache."""
 
 import contextlib
 import dataclasses
@@ -16,30 +16,30 @@ CACHE_ANSWERS = {"/jax/compilation_cache/cache_hits": True, "/jax/compilation_ca
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """One program, from Python to an executable."""
+    """Cost of compiling one jitted function."""
 
     trace_seconds: float  # Python to jaxpr
     lower_seconds: float  # jaxpr to StableHLO
     compile_seconds: float  # StableHLO to machine code, or reading it from the cache
-    cache_hit: bool | None  # None where no persistent cache was asked
-    peak_bytes: int | None  # on each device, arguments and results included; None where XLA does not say
+    cache_hit: bool | None  # None without a persistent cache
+    peak_bytes: int | None  # per device, with arguments and results; None if XLA does not report it
 
     def line(self) -> str:
-        """All of it for a person."""
+        """The report as one line of text."""
         cache = {True: "cache hit", False: "cache miss", None: "no cache"}[self.cache_hit]
         peak = "unknown" if self.peak_bytes is None else f"{self.peak_bytes / 2**20:,.1f} MiB"
         return (
             f"traced in {self.trace_seconds:.2f} s, lowered in {self.lower_seconds:.2f} s, "
-            f"compiled in {self.compile_seconds:.2f} s ({cache}), peak memory {peak} a device"
+            f"compiled in {self.compile_seconds:.2f} s ({cache}), peak memory {peak} per device"
         )
 
     def asdict(self) -> dict[str, float | int | bool | None]:
-        """All of it for metrics.jsonl."""
+        """The report as a dict, for metrics.jsonl."""
         return dataclasses.asdict(self)
 
 
 def compile_step(jitted: Any, *args: Any) -> tuple[jax.stages.Compiled, CompileReport]:
-    """Compiles `jitted`, a `jax.jit`, for `args`, arrays or `jax.ShapeDtypeStruct`, and says what it cost."""
+    """AOT-compiles `jitted` (a jax.jit function) for `args` (arrays or ShapeDtypeStructs) and reports the cost."""
     start = time.perf_counter()
     traced = jitted.trace(*args)
     traced_at = time.perf_counter()
@@ -59,17 +59,17 @@ def compile_step(jitted: Any, *args: Any) -> tuple[jax.stages.Compiled, CompileR
 
 
 def enable_compilation_cache(path: str | os.PathLike) -> None:
-    """Keeps every compiled program in `path` for later processes, the small ones of a CPU as well."""
+    """Enables JAX's persistent compilation cache in `path`, also for programs that are small or compile quickly."""
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # JAX opens the cache at the first compilation and then no longer looks at the setting.
+    # JAX opens the cache at the first compilation and ignores later changes of the setting.
     compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager
 def _cache_answers() -> Iterator[list[bool]]:
-    """Whether the persistent cache had each program that it was asked for inside the block."""
+    """Yields a list that receives, for each cache look-up inside the block, whether it was a hit."""
     answers: list[bool] = []
 
     def listen(event: str, **_: str | int) -> None:

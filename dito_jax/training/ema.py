@@ -1,4 +1,4 @@
-"""Exponential moving averages of the parameters: what is sampled from, one copy for each decay."""
+"""EMA of the parameters: exponential moving averages, one copy per decay rate, used for sampling."""
 
 from typing import Any
 
@@ -7,16 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
-def update_ema(
-    averages: dict[str, Any], params: Any, decays: tuple[float, ...], step: Int[Array, ""]
-) -> dict[str, Any]:
-    """average += (1 - d) (params - average), d = min(decay, (1 + step) / (10 + step)): early on it forgets the start.
+def update_ema(ema: dict[str, Any], params: Any, decays: tuple[float, ...], step: Int[Array, ""]) -> dict[str, Any]:
+    """One EMA update: ema += (1 - d) (params - ema), d = min(decay, (1 + step) / (10 + step)), for each decay rate.
 
-    So written, a parameter that never changes is its own average, to the bit.
+    The lower d of early steps reduces the weight of the initial parameters. In this form the EMA of a parameter that
+    never changes stays bit-identical to it.
     """
     seen = step.astype(jnp.float32)
     updated = {}
     for decay in decays:
         d = jnp.minimum(decay, (1 + seen) / (10 + seen))
-        updated[str(decay)] = jax.tree.map(lambda a, p, d=d: a + (1 - d) * (p - a), averages[str(decay)], params)
+        updated[str(decay)] = jax.tree.map(lambda a, p, d=d: a + (1 - d) * (p - a), ema[str(decay)], params)
     return updated

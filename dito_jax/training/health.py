@@ -1,8 +1,9 @@
-"""Whether a step may change the parameters: judged on the device, from its loss and the norm of its gradient.
+"""Detection of bad steps on the device: NaN or infinite values, and spikes of the loss or the gradient norm.
 
-A step is bad if either is not finite, or is a spike: further above the median of the last good steps than so many
-robust deviations, (x - median) / max(1.4826 MAD, 1 % of the median), with MAD the median of the distances from the
-median. A bad step leaves parameters, optimizer and averages as they were; the host hears of it later (guard.py).
+A step is bad if its loss or gradient norm is not finite, or is a spike: (x - median) / max(1.4826 MAD, 1 % of the
+median) exceeds a threshold, where the median is that of the last good steps and MAD is the median absolute deviation.
+A bad step leaves parameters, optimizer state and EMA unchanged. The host reads the result later
+(resilience/guard.py).
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-FINE, NOT_FINITE, LOSS_SPIKE, GRADIENT_SPIKE = range(4)  # what a step's "bad" metric says
+FINE, NOT_FINITE, LOSS_SPIKE, GRADIENT_SPIKE = range(4)  # values of the metric "bad"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +41,16 @@ class GuardConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """What is remembered of the last good steps; NaN where there was none yet."""
+    """Loss and gradient norm of the last good steps (NaN for entries not yet filled), and step counts."""
 
     loss: Float[Array, " window"]
     gradient_norm: Float[Array, " window"]
-    good: Int[Array, ""]  # steps that changed the parameters
-    bad: Int[Array, ""]  # steps that were not let
+    good: Int[Array, ""]  # number of good steps
+    bad: Int[Array, ""]  # number of bad steps, which were skipped
 
     @classmethod
     def new(cls, window: int) -> "Health":
-        """Of a run that begins."""
+        """The initial state: no steps yet."""
         empty = jnp.full((window,), jnp.nan, jnp.float32)
         return cls(empty, jnp.copy(empty), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -57,7 +58,7 @@ class Health:
 def examine(
     health: Health, loss: Float[Array, ""], gradient_norm: Float[Array, ""], deviations: float | None
 ) -> tuple[Int[Array, ""], Health]:
-    """What is wrong with a step, FINE or one of the other three; and the health after it."""
+    """Returns FINE or the reason why a step is bad, and the Health after the step."""
     bad = jnp.where(jnp.isfinite(loss) & jnp.isfinite(gradient_norm), FINE, NOT_FINITE)
     if deviations is not None:
         known = health.good >= health.loss.size // 2
@@ -84,5 +85,5 @@ def deviation(values: Float[Array, " window"], value: Float[Array, ""]) -> Float
 
 
 def chosen[Tree](condition: Any, this: Tree, that: Tree) -> Tree:
-    """One of two trees."""
+    """Selects one of two trees by a traced condition."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), this, that)

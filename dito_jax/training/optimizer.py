@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, behind a clip of the gradient's norm."""
+"""The optimizer: AdamW with gradient clipping, linear warm-up and cosine decay."""
 
 import dataclasses
 
@@ -27,9 +27,9 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak over `warmup_steps`, then half a cosine that would end with the update after `steps`.
+    """The schedule: linear warm-up from 0 to the peak, then cosine decay that reaches its end value at update `steps`.
 
-    Updates count from 0: the first of a warm-up has rate 0.
+    Updates count from 0, so the first update of a warm-up has learning rate 0.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -41,7 +41,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule for a run of `steps` steps."""
+    """The optax transformation for a run of `steps` steps."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -55,7 +55,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _matrices(params):
-    """True for kernels; biases, norms and embedding tables do not decay."""
+    """The weight decay mask: True for kernels; False for biases, norms and embedding tables."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(str(getattr(key, "key", "")).endswith("kernel") for key in path), params
     )

@@ -1,6 +1,7 @@
-"""A run made ready to compile: from a config and a mesh, without computing anything.
+"""The jitted init and train step of a run, with the shapes and shardings of the state and the batch.
 
-`train.py` runs it, `dito hlo` prints it, for real devices and for compile-only ones alike.
+Nothing is computed when a Program is made. `train.py` runs it; `dito hlo` compiles it ahead of time (AOT), for real
+devices or compile-only ones.
 """
 
 import dataclasses
@@ -50,26 +51,28 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The jitted parts of a run, and the shapes and shardings of what they take."""
+    """Jitted init and train step of a run, and the shapes and shardings of their arguments."""
 
     graph: nnx.GraphDef
     init: Callable[[], TrainState]  # jitted
     step: Any  # jitted, state donated: step(state, batch) -> (state, metrics)
-    state: TrainState  # of ShapeDtypeStructs with shardings: what a checkpoint is restored into
+    state: TrainState  # ShapeDtypeStructs with shardings; a checkpoint is restored into this structure
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def share(self) -> tuple[int, int]:
-        """(i, n): a batch cut into n equal shares, this process's devices need the i-th."""
+        """(i, n): this process loads the i-th of n equal shares of a batch."""
         image = self.batch["image"]
         num = image.shape[0]
         indices = image.sharding.addressable_devices_indices_map(image.shape).values()
         pieces = {index[0].indices(num)[:2] for index in indices if index}
         start, stop = min(piece[0] for piece in pieces), max(piece[1] for piece in pieces)
-        assert sum(b - a for a, b in pieces) == stop - start, f"rows of one process are apart: {sorted(pieces)}"
+        assert sum(b - a for a, b in pieces) == stop - start, (
+            f"the rows of one process are not contiguous: {sorted(pieces)}"
+        )
         return start // (stop - start), num // (stop - start)
 
     def place(self, share: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows of a batch, as part of the whole on all devices."""
+        """Puts this process's rows of a batch on its devices, as shards of the global batch."""
         return jax.tree.map(
             lambda leaf, rows: jax.make_array_from_process_local_data(leaf.sharding, rows), self.batch, share
         )
@@ -83,7 +86,11 @@ def make_program(
     mesh: jax.sharding.Mesh,
     guard: GuardConfig = DEFAULT_GUARD,
 ) -> Program:
-    """The program of this recipe on this mesh; call it under `jax.set_mesh(mesh)`."""
+    """The Program for this model, loss and optimizer on this mesh; call it under `jax.set_mesh(mesh)`.
+
+    Raises:
+      UserError: a name in `loop.trainable` is not that of a parameter.
+    """
     update: optax.GradientTransformation = make_optimizer(optimizer, loop.steps)
     graph, _ = split_model(model)
     step = make_step(
@@ -115,10 +122,10 @@ def assemble(
     step: Step,
     batch: dict[str, jax.ShapeDtypeStruct],
 ) -> Program:
-    """The program of any step of this model and update rule, with the batch that it takes.
+    """The Program for a given step function, with the shapes and shardings of its batch.
 
     Raises:
-      UserError: what is to be trained, by its name, is not there.
+      UserError: a name in `loop.trainable` is not that of a parameter.
     """
     graph, params = split_model(model)
     check_names(params, loop.trainable)
@@ -127,15 +134,15 @@ def assemble(
         return init_state(model, update, loop.ema_decays, loop.seed, guard.window, loop.trainable)
 
     shapes = jax.eval_shape(init)
-    places = shardings(shapes, mesh)
+    state_shardings = shardings(shapes, mesh)
     state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, places
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, state_shardings
     )
     metrics = jax.NamedSharding(mesh, jax.P())
     return Program(
         graph=graph,
-        init=jax.jit(init, out_shardings=places),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(places, metrics)),
+        init=jax.jit(init, out_shardings=state_shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, metrics)),
         state=state,
         batch=batch,
     )

@@ -1,4 +1,4 @@
-"""Everything that a step changes, as one pytree: what is donated, saved and restored."""
+"""The train state: everything that a step changes, as one pytree that is donated, saved and restored."""
 
 import dataclasses
 from typing import Any
@@ -17,18 +17,18 @@ from dito_jax.training.trainable import Names, divided
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state after `step` steps. Every random draw of the run is a function of `key` and `step`."""
+    """The state after `step` steps; every random number of a step is a function of `key` and `step`."""
 
     step: Int[Array, ""]
     params: nnx.State
-    optimizer: Any  # optax's state, of the parameters that are trained
-    ema: dict[str, nnx.State]  # by decay, "0.999"
-    key: UInt32[Array, "..."]  # raw key data, which a checkpoint can hold
+    optimizer: Any  # optax state of the trained parameters
+    ema: dict[str, nnx.State]  # EMA parameters by decay rate, "0.999"
+    key: UInt32[Array, "..."]  # raw key data, which a checkpoint can store
     health: Health
 
 
 def split_model(config: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure and the shapes of its parameters; nothing is computed."""
+    """The model's graph and the shapes of its parameters; nothing is computed."""
     model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
     return nnx.split(model, nnx.Param)
 
@@ -41,9 +41,9 @@ def init_state(
     window: int,
     trainable: Names,
 ) -> TrainState:
-    """Step 0; its health is of `window` steps, and its optimizer knows of what is trained alone.
+    """The initial state (step 0); `window` is that of GuardConfig, the optimizer state covers `trainable` only.
 
-    Pure: under jit with shardings it makes each shard where it lives.
+    A pure function: under jit with output shardings each shard is created on its own device.
     """
     key_params, key_train = jax.random.split(jax.random.key(seed))
     params = nnx.state(config.build(nnx.Rngs(key_params)), nnx.Param)
@@ -53,8 +53,8 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, moments, ema, key, Health.new(window))
 
 
-def begun_with(params: nnx.State, fresh: TrainState, like: TrainState) -> TrainState:
-    """`fresh` with these parameters, and averages that begin as they do; laid out as `like`."""
+def warm_started(params: nnx.State, fresh: TrainState, like: TrainState) -> TrainState:
+    """Warm start: `fresh` with these parameters, also as the EMA parameters, sharded as `like`."""
     params = jax.tree.map(lambda leaf, wanted: jax.device_put(leaf, wanted.sharding), params, like.params)
     ema = {decay: jax.tree.map(jnp.copy, params) for decay in fresh.ema}
     return dataclasses.replace(fresh, params=params, ema=ema)

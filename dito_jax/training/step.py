@@ -1,4 +1,4 @@
-"""One step of training: a pure function from (state, batch) to (state, metrics)."""
+"""The train step: a pure function from (state, batch) to (state, metrics)."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -36,21 +36,21 @@ def make_step(
     spike_deviations: float | None,
     trainable: Names = (),
 ) -> Step:
-    """The step for this model and recipe.
+    """The train step for this model and loss.
 
-    Parameters are kept in float32 and cast to `compute_dtype` for the network alone, but for those marked `float32`;
-    loss, gradient sum and update are float32. Those that are not `trainable` stay as they are. `rebalance` has the last
-    word on the others, with the report of the network: it moves what has no gradient. With `accumulation` > 1 the batch
-    goes through in that many equal parts, which changes memory and not the result. A step that is bad (health.py)
-    changes nothing but its own count; its metric "bad" says why.
+    Parameters are stored in float32 and cast to `compute_dtype` for the network, except those marked `float32`; loss,
+    gradient sum and update are float32. Only `trainable` parameters change. After the update `rebalance` changes
+    parameters without a gradient (router biases) from the network's report. With `gradient_accumulation_steps` > 1 the
+    batch is computed in that many equal parts, which needs less memory and does not change the result. A bad step
+    (health.py) changes only the step count; its metric "bad" is the reason.
     """
 
     def loss_of_part(params, frozen, part):
         network = nnx.merge(graph, cast(joined(params, frozen), compute_dtype))
         z = path.interpolate(part["image"], part["noise"], part["t"])
-        said, report = network.with_report(z, part["t"], part["label"])
+        prediction, report = network.with_report(z, part["t"], part["label"])
         losses = flow_matching_error(
-            said, z, part["image"], part["t"], part["noise"], prediction=loss.prediction, loss_type=loss.loss_type
+            prediction, z, part["image"], part["t"], part["noise"], prediction=loss.prediction, loss_type=loss.loss_type
         )
         return jnp.mean(losses + report.losses), report
 
@@ -62,7 +62,7 @@ def make_step(
         (value, report), gradient = _accumulate(value_and_grad, trained, drawn, gradient_accumulation_steps)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
         params = rebalance(joined(jax.tree.map(jnp.add, trained, updates), frozen), report)
-        params = joined(divided(params, trainable)[0], frozen)  # what is frozen is not rebalanced
+        params = joined(divided(params, trainable)[0], frozen)  # frozen parameters are not rebalanced
         ema = update_ema(state.ema, params, decays, state.step)
         norm = optax.tree.norm(gradient)
         bad, health = examine(state.health, value, norm, spike_deviations)
@@ -74,7 +74,7 @@ def make_step(
 
 
 def cast(params: nnx.State, dtype: ComputeDtype) -> nnx.State:
-    """The parameters that the network computes with."""
+    """The parameters in the compute dtype, except those marked `float32`."""
 
     def narrowed(variable: nnx.Variable) -> nnx.Variable:
         keeps = variable.get_metadata().get("float32", False)
@@ -84,7 +84,7 @@ def cast(params: nnx.State, dtype: ComputeDtype) -> nnx.State:
 
 
 def draw(key, batch: Batch, loss: LossConfig, null_label: int) -> Batch:
-    """The batch with its noise, times and dropped labels: one draw for the whole batch, however it is cut up later."""
+    """Adds noise, timesteps and class dropout to a batch; drawn for the whole batch, independent of accumulation."""
     key_time, key_noise, key_drop = jax.random.split(key, 3)
     image, label = batch["image"].astype(jnp.float32), batch["label"]
     return {
@@ -96,7 +96,7 @@ def draw(key, batch: Batch, loss: LossConfig, null_label: int) -> Batch:
 
 
 def _accumulate(value_and_grad: Callable, params: Any, batch: Batch, parts: int):
-    """Mean loss, report and gradient over `parts` equal parts of the batch, one after the other."""
+    """Gradient accumulation: mean loss, report and gradient over `parts` equal parts of the batch."""
     if parts == 1:
         return value_and_grad(params, batch)
     pieces = cut(batch, parts)
@@ -111,5 +111,5 @@ def _accumulate(value_and_grad: Callable, params: Any, batch: Batch, parts: int)
 
 
 def cut(batch: Any, parts: int) -> Any:
-    """`parts` equal parts of a batch. Part i has every parts-th example: one sharded over devices stays where it is."""
+    """Splits a batch into `parts` equal parts; part i has every parts-th example, so no example changes its device."""
     return jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)

@@ -1,4 +1,4 @@
-"""Writes docs/architecture.md and docs/architecture.svg from the source: docstrings and import rules.
+"""Writes docs/architecture.md and .svg, and the layers of docs/design.md, from docstrings and import rules.
 
     python docs/scripts/architecture.py
 
@@ -16,6 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 RULES = ROOT / "tests" / "test_architecture.py"
 PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture.svg"
+DESIGN, BLOCK = (
+    ROOT / "docs" / "design.md",
+    re.compile(r"(?<=^```text\n)train\.py configs\n.*?(?=^```$)", re.DOTALL | re.M),
+)
 COMMAND = "python docs/scripts/architecture.py"
 FOLDERS = ("configs", "dito_jax", "kernels_pallas", "examples", "docs/scripts")
 SUFFIXES = (".py", ".cc", ".cu", ".h")
@@ -79,6 +83,12 @@ def _cell(path: Path) -> str:
     return first_sentence(path).replace("|", "\\|")
 
 
+def design(text: str) -> str:
+    """docs/design.md with today's layers in its text block."""
+    rows = [["train.py", "configs"], *(sorted(layer) for layer in rule("LAYERS"))]
+    return BLOCK.sub("".join(f"{' '.join(row)}\n" for row in rows), text)
+
+
 def picture() -> str:
     """The layers as an SVG: rows of boxes, the importing ones above."""
     layers = [sorted(layer) for layer in rule("LAYERS")]
@@ -135,7 +145,8 @@ def _column(
 def main() -> None:
     PAGE.write_text(page())
     PICTURE.write_text(picture())
-    print(f"{PAGE.relative_to(ROOT)}, {PICTURE.relative_to(ROOT)}")
+    DESIGN.write_text(design(DESIGN.read_text()))
+    print(", ".join(str(path.relative_to(ROOT)) for path in (PAGE, PICTURE, DESIGN)))
 
 
 if __name__ == "__main__":

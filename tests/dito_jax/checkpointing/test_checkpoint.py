@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, on any mesh, after any death of the run that wrote them."""
+"""Checkpoints: bit-identical after restore on any mesh, and intact after the run is killed at any moment."""
 
 import dataclasses
 import gc
@@ -160,7 +160,7 @@ def test_reading_changes_nothing_on_the_disk(tmp_path, monkeypatch):
 
 SAVES = """
 import sys
-from tests.dito_jax.training import test_checkpoint as test
+from tests.dito_jax.checkpointing import test_checkpoint as test
 checkpoints = test.Checkpoints(sys.argv[1], test.CheckpointConfig(keep=2))
 step = (checkpoints.latest() or 0) + 1
 while True:
@@ -174,11 +174,10 @@ while True:
 def run_until_killed(script: str, directory: Path, seconds: float) -> int | None:
     """Runs `script`, kills it -9 this long after its second line; returns the last step it said was saved."""
     child = subprocess.Popen([sys.executable, "-c", script, directory], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child.stdout.readline()
-    child.stdout.readline()
+    begin = child.stdout.readline() + child.stdout.readline()
     time.sleep(seconds)
     child.kill()
-    said, _ = child.communicate()
+    said = begin + child.communicate()[0]
     lines = [line for line in said.split("\n")[:-1] if line.isdecimal()]
     return int(lines[-1]) if lines else None
 
@@ -196,7 +195,7 @@ def test_killed_run_keeps_its_last_good_step(tmp_path):
 
 STUCK = """
 import sys
-from tests.dito_jax.training import test_checkpoint as test
+from tests.dito_jax.checkpointing import test_checkpoint as test
 checkpoints = test.Checkpoints(sys.argv[1])
 checkpoints.save(1, test.make_state(1), metadata={})
 checkpoints.wait()
@@ -221,7 +220,7 @@ def test_half_written_step_is_invisible_and_goes_with_the_next_save(tmp_path):
 
 FAILS = """
 import sys
-from tests.dito_jax.training import test_checkpoint as test
+from tests.dito_jax.checkpointing import test_checkpoint as test
 state = test.make_state(1)
 state.key.delete()
 test.Checkpoints(sys.argv[1]).save(1, state, metadata={})
@@ -274,7 +273,7 @@ def test_checkpoint_of_another_model_names_the_first_leaf_that_differs(tmp_path)
         ("state/_METADATA", 0.5, "its file state/_METADATA has"),
         ("state/manifest.ocdbt", 0, "its file state/manifest.ocdbt has 0 bytes, not"),
         ("state/ocdbt*/d/*", 0.5, "its file state/ocdbt.process_0/d/"),
-        ("record/record.json", 0.5, "the record of its contents cannot be read"),
+        ("record/record.json", 0.5, "its checksum record cannot be read"),
     ],
 )
 @pytest.mark.usefixtures("collected")
@@ -288,7 +287,7 @@ def test_damaged_checkpoint_is_named_in_one_line(tmp_path, caplog, capfd, file, 
     with pytest.raises(DamagedCheckpoint, match=words) as error:
         checkpoints.restore(2, like(state))
     assert one_line(error).startswith(f"{tmp_path}/2: damaged (")
-    assert "move it away to go on from step 1" in str(error.value)
+    assert "move it away to continue from step 1" in str(error.value)
     assert (caplog.text, *capfd.readouterr()) == ("", "", ""), "nothing is said but that line"
     checkpoints.restore(1, like(state))
 
@@ -344,7 +343,7 @@ def test_a_flipped_bit_in_the_values_is_told_from_fast_and_off(tmp_path):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match="the values of x are not those that were saved"):
+    with pytest.raises(DamagedCheckpoint, match="checksum mismatch of x"):
         Checkpoints(tmp_path).restore(1, like(x))
     for verify in ("fast", "off"):
         wrong = Checkpoints(tmp_path, CheckpointConfig(verify=verify)).restore(1, like(x))
@@ -385,7 +384,7 @@ def test_when_no_step_is_good_nothing_is_loaded(tmp_path):
     assert heard == [2, 1]
 
 
-def test_the_disk_is_told_of_once_a_step_is_on_it(tmp_path):
+def test_on_disk_is_called_once_a_step_is_written(tmp_path):
     seen = []
     checkpoints = Checkpoints(tmp_path, on_disk=lambda step, path: seen.append((step, path, path.is_dir())))
     checkpoints.save(4, make_state(4), metadata={})
@@ -410,7 +409,7 @@ def leave_free(directory: Path, wanted: int) -> None:
 
 
 # Room for half is noticed before writing. Room for the arrays, and none for what describes them: by the disk.
-@pytest.mark.parametrize("room, noticed", [(500_000, "measured before"), (1_000_000, "No space left on device")])
+@pytest.mark.parametrize("room, noticed", [(500_000, "not enough free space"), (1_000_000, "No space left on device")])
 def test_full_disk_is_one_line_and_the_last_step_stays(small_disk, caplog, capfd, room, noticed):
     checkpoints = Checkpoints(small_disk)
     checkpoints.save(1, make_big(), metadata={})

@@ -1,4 +1,4 @@
-"""Two processes save and restore one state together, and take the same step where one of them finds another damaged."""
+"""Checkpoints of two processes: joint saves, and a common earlier step if one process finds a damaged one."""
 
 import json
 
@@ -55,8 +55,8 @@ checkpoints.close()
     ("damage", "words"),
     [
         ("nothing", []),
-        ("bit", ["the values of x are not those", "the values of x are not those"]),
-        ("cut", ["the record of its contents cannot be read"] * 2),
+        ("bit", ["checksum mismatch of x", "checksum mismatch of x"]),
+        ("cut", ["its checksum record cannot be read"] * 2),
         ("read", ["it cannot be read by another process", "it cannot be read: this process cannot read it"]),
     ],
 )

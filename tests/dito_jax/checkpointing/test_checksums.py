@@ -1,4 +1,4 @@
-"""What was read is told from what was written."""
+"""Checksums of checkpoints: every flipped bit is detected, in any sharding."""
 
 import json
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dito_jax.checkpointing import checksums
-from dito_jax.checkpointing.checksums import Damaged, Record, check_sizes, check_values, fingerprints, read_record
+from dito_jax.checkpointing.checksums import Damaged, Record, array_checksums, check_sizes, check_values, read_record
 from dito_jax.errors import UserError
 
 
@@ -30,16 +30,16 @@ def flipped(array, bit: int):
 @pytest.mark.parametrize("name", [name for name in LEAVES if name != "bool"])
 def test_every_single_bit_shows(name):
     leaf = LEAVES[name]
-    marks = {fingerprints({name: flipped(leaf, bit)})[name] for bit in range(8 * leaf.nbytes)}
-    assert len(marks | {fingerprints({name: leaf})[name]}) == 8 * leaf.nbytes + 1
+    marks = {array_checksums({name: flipped(leaf, bit)})[name] for bit in range(8 * leaf.nbytes)}
+    assert len(marks | {array_checksums({name: leaf})[name]}) == 8 * leaf.nbytes + 1
 
 
-def test_places_count_and_so_do_signs_of_zero_and_of_nan():
+def test_positions_and_signs_of_zero_and_nan_change_the_checksum():
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     changed = [x, x.T, x[::-1], x[:, ::-1], x.at[0, 0].set(-1.0)]
-    assert len({fingerprints({"x": y})["x"] for y in changed}) == len(changed)
+    assert len({array_checksums({"x": y})["x"] for y in changed}) == len(changed)
     odd = [jnp.zeros(3), -jnp.zeros(3), jnp.full(3, jnp.nan), -jnp.full(3, jnp.nan)]
-    assert len({fingerprints({"x": y})["x"] for y in odd}) == len(odd)
+    assert len({array_checksums({"x": y})["x"] for y in odd}) == len(odd)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
@@ -47,13 +47,13 @@ def test_sharding_does_not_count_and_nothing_is_gathered(shape):
     x = jax.random.normal(jax.random.key(0), (16, 24))
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), ("a", "b"))
     sharded = {"x": jax.device_put(x, jax.NamedSharding(mesh, jax.P("a", "b")))}
-    assert fingerprints(sharded) == fingerprints({"x": x})
+    assert array_checksums(sharded) == array_checksums({"x": x})
     text = checksums._digester(x.shape, sharded["x"].sharding).lower(sharded["x"]).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text
 
 
-def test_a_record_vouches_for_itself_and_for_the_values(tmp_path):
-    record = Record(LEAVES, {"step": 3, "shape": (1, 2)}).made()
+def test_a_record_has_checksums_of_itself_and_of_the_values(tmp_path):
+    record = Record(LEAVES, {"step": 3, "shape": (1, 2)}).wait()
     (tmp_path / "record").mkdir()
     file = tmp_path / "record/record.json"
     file.write_text(json.dumps(record))
@@ -62,10 +62,10 @@ def test_a_record_vouches_for_itself_and_for_the_values(tmp_path):
     older = {name: [kind, mark[:16]] for name, (kind, mark) in record["arrays"].items()}
     with pytest.raises(UserError, match="those of an older dito_jax"):
         check_values(LEAVES, record | {"arrays": older})
-    with pytest.raises(Damaged, match="values of int32 and 1 more are not those"):
+    with pytest.raises(Damaged, match="checksum mismatch of int32 and 1 more"):
         check_values(LEAVES | {"int32": LEAVES["int32"] + 1, "number": -LEAVES["number"]}, record)
     file.write_text(json.dumps(record | {"metadata": {"step": 4, "shape": [1, 2]}}))
-    with pytest.raises(Damaged, match="record of its contents was changed"):
+    with pytest.raises(Damaged, match="its checksum record was changed"):
         read_record(tmp_path)
     for nothing in ("null", "{}", "[]", '{"arrays": {}}', "{"):
         file.write_text(nothing)
@@ -80,11 +80,11 @@ def test_a_record_vouches_for_itself_and_for_the_values(tmp_path):
 def test_what_is_donated_meanwhile_is_still_read_as_it_was(devices):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("a",))
     x = jax.device_put(jnp.arange(4096.0), jax.NamedSharding(mesh, jax.P("a")))
-    wanted, later = fingerprints({"x": x}), checksums.begin_fingerprints({"x": x})
+    wanted, later = array_checksums({"x": x}), checksums.begin_checksums({"x": x})
     step = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     y = step(step(x))
     y.block_until_ready()
-    assert later() == wanted != fingerprints({"x": y})
+    assert later() == wanted != array_checksums({"x": y})
 
 
 def test_files_that_shrank_or_went_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""What a host without Python reads: the arguments' list is the module's, and the module computes what was recorded."""
+"""Files for a host without Python: the list of arguments matches the module, whose results match the recorded ones."""
 
 import re
 from pathlib import Path
@@ -97,5 +97,5 @@ def test_what_an_earlier_export_left_goes(config, trained, tmp_path):
 def test_a_dtype_that_the_host_does_not_know_is_refused():
     known = re.findall(r'{"(\w+)", PJRT_Buffer_Type', (ROOT / "examples/pjrt_host/main.cc").read_text())
     assert list(host.DTYPES) == known
-    with pytest.raises(UserError, match="an array of float16; a host without Python takes float32"):
+    with pytest.raises(UserError, match="an array has dtype float16; a host without Python supports float32"):
         host._line("input", "weights.safetensors", (0, 6), jax.core.ShapedArray((3,), jnp.float16))

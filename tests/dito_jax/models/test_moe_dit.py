@@ -1,4 +1,4 @@
-"""MoE DiT: published sizes, what its parts compute, what training gets of it, and nothing of one example in another."""
+"""MoE-DiT: published sizes, routers, auxiliary losses, upcycling, and independent examples."""
 
 import dataclasses
 import functools
@@ -242,7 +242,7 @@ def test_eight_devices_train_to_the_losses_of_one(exchange, sizes):
         (dict(active_experts=5), "active_experts 5 is not between 1 and num_experts 4"),
         (dict(depth=3, moe_every=2), "depth 3 is not a multiple of moe_every 2"),
         (dict(router="sigmoid", router_groups=3), "num_experts 4 is not a multiple of router_groups 3"),
-        (dict(router="sigmoid", router_groups=4), "the 1 active_groups have less than active_experts 2"),
+        (dict(router="sigmoid", router_groups=4), "the 1 active_groups have fewer than active_experts 2"),
         (dict(pool=2, balance="example"), "balance 'example' needs a pool of 1"),
         (dict(capacity_factor=0.0), "capacity_factor 0.0 is not positive"),
     ],
@@ -309,10 +309,10 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(make, moe_every):
 @pytest.mark.parametrize(
     ("dense", "model", "words"),
     [
-        ({}, dict(expert_hidden=24), "model.expert_hidden is 24, its MLPs have 96"),
+        ({}, dict(expert_hidden=24), "model.expert_hidden is 24, the dense model's MLPs have 96"),
         ({}, dict(shared_hidden=16), "model.shared_hidden is 16"),
-        (dict(mlp="gelu"), {}, "its MLPs are not swiglu"),
-        (dict(depth=4), {}, "its model differs from this one: depth 4 != 2"),
+        (dict(mlp="gelu"), {}, "the dense model's MLPs are not swiglu"),
+        (dict(depth=4), {}, "the dense model differs from this one: depth 4 != 2"),
     ],
 )
 def test_what_cannot_be_upcycled_is_refused_in_one_line(dense, model, words):

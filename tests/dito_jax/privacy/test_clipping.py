@@ -1,4 +1,4 @@
-"""The clipped sum: by every backend, on every mesh, for every model, the one that its definition says."""
+"""The clipped sum: equal to its definition for every backend, mesh and model."""
 
 import dataclasses
 
@@ -73,15 +73,20 @@ def test_every_backend_gives_the_sum_of_the_definition(problem, definition, mode
     of, (wanted, norm) = problem(model), definition(model)
     kept = norm[~np.asarray(of.padding)]
     assert np.min(kept) < 20 < np.max(kept)  # some are clipped and some are not
-    total, told = jax.jit(of.clipped_sum(backend, microbatch=2))(of.params, of.examples, of.padding)
+    total, measured = jax.jit(of.clipped_sum(backend, microbatch=2))(of.params, of.examples, of.padding)
     assert_same(total, wanted)
-    np.testing.assert_allclose(told.norm[~of.padding], kept, rtol=2e-6)
+    np.testing.assert_allclose(measured.norm[~of.padding], kept, rtol=2e-6)
 
 
-@pytest.mark.parametrize("shape", MESHES)
+# Each axis with each way to divide a matrix that it has, and with each backend.
 @pytest.mark.parametrize(
-    ("model", "backend"),
-    [("modern", "bookkeeping"), ("modern", "ghost"), ("experts", "bookkeeping"), ("experts", "microbatch")],
+    ("model", "backend", "shape"),
+    [
+        *(("modern", "bookkeeping", shape) for shape in ("data", "fsdp", "tensor")),
+        *(("modern", "ghost", shape) for shape in ("fsdp", "tensor")),
+        *(("experts", "bookkeeping", shape) for shape in ("data", "expert")),
+        *(("experts", "microbatch", shape) for shape in ("fsdp", "expert")),
+    ],
 )
 def test_eight_devices_give_the_sum_and_the_norms_of_one(problem, definition, model, backend, shape):
     """Norms are added up over what divides a matrix, and never over what divides the batch."""
@@ -91,9 +96,9 @@ def test_eight_devices_give_the_sum_and_the_norms_of_one(problem, definition, mo
         places, by_example = shardings(of.params, mesh), jax.NamedSharding(mesh, spec("B", mesh))
         arguments = jax.device_put((of.params, of.examples, of.padding), (places, by_example, by_example))
         run = jax.jit(of.clipped_sum(backend), out_shardings=(places, jax.NamedSharding(mesh, jax.P())))
-        total, told = run(*arguments)
+        total, measured = run(*arguments)
     assert_same(jax.device_get(total), wanted)
-    np.testing.assert_allclose(np.asarray(told.norm)[~of.padding], norm[~of.padding], rtol=2e-6)
+    np.testing.assert_allclose(np.asarray(measured.norm)[~of.padding], norm[~of.padding], rtol=2e-6)
 
 
 @pytest.mark.parametrize("backend", ["vmap", *FAST])
@@ -102,21 +107,21 @@ def test_an_example_moves_the_sum_by_its_bound_and_nothing_else(problem, model, 
     """With and without example j, and with another in its place: the others' losses and norms stay to the bit."""
     of, clip_norm = problem(model), 5.0
     run = jax.jit(of.clipped_sum(backend, clip_norm))
-    total, told = run(of.params, of.examples, of.padding)
+    total, measured = run(of.params, of.examples, of.padding)
     others = np.arange(EXAMPLES) != 5
     without, told_without = run(of.params, of.examples, of.padding | ~others)
     another = jax.tree.map(lambda a: a.at[5].set(a[0] if a.dtype == jnp.int32 else 9 * a[0]), of.examples)
     replaced, told_replaced = run(of.params, another, of.padding)
     for changed in (told_without, told_replaced):
         keep = others & ~np.asarray(of.padding)
-        np.testing.assert_array_equal(np.asarray(changed.norm)[keep], np.asarray(told.norm)[keep])
-        np.testing.assert_array_equal(np.asarray(changed.loss)[keep], np.asarray(told.loss)[keep])
+        np.testing.assert_array_equal(np.asarray(changed.norm)[keep], np.asarray(measured.norm)[keep])
+        np.testing.assert_array_equal(np.asarray(changed.loss)[keep], np.asarray(measured.loss)[keep])
     distance = lambda other: np.sqrt(
         sum(np.sum(np.square(np.float64(a) - b)) for a, b in zip(*map(jax.tree.leaves, (total, other)), strict=True))
     )
     bound = of.clipped_sum(backend, clip_norm).sensitivity
     relation = dp_accounting.NeighboringRelation
-    assert told.norm[5] > clip_norm
+    assert measured.norm[5] > clip_norm
     assert clip_norm * (1 - 1e-4) < distance(without) <= bound(relation.ADD_OR_REMOVE_ONE) * (1 + 1e-5)
     assert bound(relation.ADD_OR_REMOVE_ONE) == bound(relation.REPLACE_SPECIAL) == clip_norm
     assert bound(relation.ADD_OR_REMOVE_ONE) < distance(replaced) <= bound(relation.REPLACE_ONE) * (1 + 1e-5)
@@ -128,10 +133,10 @@ def test_a_balance_loss_of_the_batch_is_seen_to_couple_its_examples(problem):
     graph, _ = split_model(dataclasses.replace(MODELS["experts"], balance="batch"))
     of = dataclasses.replace(problem("experts"), graph=graph)
     run = jax.jit(of.clipped_sum("ghost", 5.0))
-    _, told = run(of.params, of.examples, of.padding)
+    _, measured = run(of.params, of.examples, of.padding)
     another = jax.tree.map(lambda a: a.at[5].set(a[0]), of.examples)
     _, changed = run(of.params, another, of.padding)
-    assert np.any(np.asarray(told.norm)[6:] != np.asarray(changed.norm)[6:])
+    assert np.any(np.asarray(measured.norm)[6:] != np.asarray(changed.norm)[6:])
 
 
 def test_experts_that_choose_among_several_images_are_refused(problem):
@@ -178,15 +183,15 @@ def test_frozen_parameters_have_no_part_in_norms_or_sum(problem, definition, nam
     of, (_, whole) = problem("modern"), definition("modern")
     trained, frozen = divided(of.params, names)
     wanted = None
-    for backend in BACKENDS:
-        total, told = jax.jit(of.clipped_sum(backend, 10.0, microbatch=2))(trained, of.examples, of.padding, frozen)
+    for backend in BACKENDS if names == ("attention",) else ("vmap", *FAST):  # microbatches are vmap over fewer
+        total, measured = jax.jit(of.clipped_sum(backend, 10.0, microbatch=2))(trained, of.examples, of.padding, frozen)
         assert jax.tree.structure(total) == jax.tree.structure(trained)
         if wanted is None:
-            wanted = total, told.norm
-            assert np.all((np.asarray(told.norm) < whole)[~of.padding])
-            assert np.min(told.norm[~of.padding]) < 10 < np.max(told.norm)  # some are clipped and some are not
+            wanted = total, measured.norm
+            assert np.all((np.asarray(measured.norm) < whole)[~of.padding])
+            assert np.min(measured.norm[~of.padding]) < 10 < np.max(measured.norm)  # some are clipped and some are not
         assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(wanted[0])])
-        np.testing.assert_allclose(told.norm[~of.padding], wanted[1][~of.padding], rtol=2e-6)
+        np.testing.assert_allclose(measured.norm[~of.padding], wanted[1][~of.padding], rtol=2e-6)
 
 
 @pytest.mark.parametrize("names", [("bias", "label"), ("kernel",)], ids=str)
@@ -200,9 +205,9 @@ def test_eight_devices_see_biases_and_kernels_without_each_other(problem, backen
         by_example = jax.NamedSharding(mesh, spec("B", mesh))
         places = shardings(trained, mesh), by_example, by_example, shardings(frozen, mesh)
         arguments = jax.device_put((trained, of.examples, of.padding, frozen), places)
-        total, told = jax.device_get(jax.jit(clipped)(*arguments))
+        total, measured = jax.device_get(jax.jit(clipped)(*arguments))
     assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(wanted)])
-    np.testing.assert_allclose(told.norm[~of.padding], of_one.norm[~of.padding], rtol=2e-6)
+    np.testing.assert_allclose(measured.norm[~of.padding], of_one.norm[~of.padding], rtol=2e-6)
 
 
 def test_a_routers_bias_has_no_gradient(problem):
@@ -236,10 +241,10 @@ def row_losses(network, rows):
 def test_a_parameter_that_is_shared_or_not_seen_is_an_error_and_right_by_microbatch():
     padding = jnp.zeros(4, bool)
     graph, params = nnx.split(Twice(hidden=True, rngs=nnx.Rngs(0)), nnx.Param)
-    with pytest.raises(ValueError, match=r"sees first.kernel 2 times.*wanted once.*'microbatch'"):
+    with pytest.raises(ValueError, match=r"hook of first.kernel 2 times.*wanted once.*'microbatch'"):
         ClippedSum(graph, row_losses, 1.0, "bookkeeping")(params, VECTORS, padding)
-    total, told = ClippedSum(graph, row_losses, 1.0, "microbatch")(params, VECTORS, padding)
-    assert np.all(np.asarray(told.norm) > 0) and np.any(np.asarray(total["first"]["kernel"][...]))
+    total, measured = ClippedSum(graph, row_losses, 1.0, "microbatch")(params, VECTORS, padding)
+    assert np.all(np.asarray(measured.norm) > 0) and np.any(np.asarray(total["first"]["kernel"][...]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -266,7 +271,7 @@ def test_a_fused_mlp_is_an_error_that_names_the_cure(problem):
     config = dataclasses.replace(MODELS["modern"], kernels=KernelsConfig(mlp="xla"))
     graph, _ = split_model(config)
     of = dataclasses.replace(problem("modern"), graph=graph)
-    with pytest.raises(ValueError, match=r"mlp.*kernel 0 times.*model.kernels.mlp None"):
+    with pytest.raises(ValueError, match=r"mlp.*kernel 0 times.*model.kernels.mlp to None"):
         of.clipped_sum("ghost")(of.params, of.examples, of.padding)
 
 

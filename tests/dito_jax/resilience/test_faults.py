@@ -1,4 +1,4 @@
-"""Each drill does what it says, and once a run unless told otherwise."""
+"""Fault injection: each fault has its documented effect, once per run unless it has an exclamation mark."""
 
 import os
 import signal
@@ -56,11 +56,11 @@ for step in range(1, 6):
 """
 
 
-def steps(path, *inject, place="0") -> tuple[str, int]:
+def steps(path, *inject, worker="0") -> tuple[str, int]:
     """The steps that a process came through, and how it ended; SIGCONT ends a frozen one, by SIGKILL."""
     process = subprocess.Popen(
         [sys.executable, "-c", STEPS, path, *inject], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"DITO_PLACE": place},
+        env=os.environ | {"DITO_WORKER": worker},
     )  # fmt: skip
     if inject[0].startswith(("freeze", "hang")):
         wanted = "T" if inject[0].startswith("freeze") else "S"
@@ -87,22 +87,22 @@ def test_with_an_exclamation_mark_it_does_so_at_every_start(tmp_path):
     assert [steps(tmp_path, "kill@3!") for _ in range(2)] == [("12", -9)] * 2
 
 
-def test_a_dead_place_dies_at_once_from_then_on_and_others_live(tmp_path):
-    assert steps(tmp_path, "dead@3#2", place="2") == ("12", -9)
-    assert steps(tmp_path, "dead@3#2", place="2") == ("", -9)
-    assert steps(tmp_path, "dead@3#2", place="1") == ("12345", 0)
+def test_a_dead_worker_is_killed_at_every_start_and_others_are_not(tmp_path):
+    assert steps(tmp_path, "dead@3#2", worker="2") == ("12", -9)
+    assert steps(tmp_path, "dead@3#2", worker="2") == ("", -9)
+    assert steps(tmp_path, "dead@3#2", worker="1") == ("12345", 0)
 
 
 def test_a_slow_process_is_slow_from_then_on(tmp_path, monkeypatch):
     slept = []
     monkeypatch.setattr("time.sleep", slept.append)
-    drill = faults(tmp_path, "slow-rank@3:0.25", "slow-rank@4")
+    injected = faults(tmp_path, "slow-rank@3:0.25", "slow-rank@4")
     for step in range(1, 5):
-        drill.before_step(step)
+        injected.before_step(step)
     assert slept == [0.25, 0.25, 0.5]
 
 
-def test_only_the_process_named_is_struck(tmp_path):
+def test_a_fault_is_injected_only_into_its_process(tmp_path):
     other = faults(tmp_path, "crash@1#1", "nan-grad@1#1", process=0)
     other.before_step(1)
     assert other.poisoned(1, ROWS) is ROWS
@@ -111,14 +111,14 @@ def test_only_the_process_named_is_struck(tmp_path):
 
 
 def test_poison_is_in_the_images_of_its_step_once_and_again_when_the_step_is(tmp_path):
-    drill = faults(tmp_path, "nan-grad@2", "spike@3:7", "transient-nan@4")
-    assert drill.poisoned(1, ROWS) is ROWS
+    injected = faults(tmp_path, "nan-grad@2", "spike@3:7", "transient-nan@4")
+    assert injected.poisoned(1, ROWS) is ROWS
     for _ in range(2):
-        assert np.isnan(drill.poisoned(2, ROWS)["image"]).all()
-    assert (drill.poisoned(3, ROWS)["image"] == 7).all() and drill.poisoned(3, ROWS)["label"] is ROWS["label"]
-    assert np.isnan(drill.poisoned(4, ROWS)["image"]).all()
-    assert (drill.poisoned(4, ROWS)["image"] == 1).all(), "run again, it is whole"
-    assert drill.poisoned(2, ROWS) is ROWS, "not when the run comes to the step another time"
+        assert np.isnan(injected.poisoned(2, ROWS)["image"]).all()
+    assert (injected.poisoned(3, ROWS)["image"] == 7).all() and injected.poisoned(3, ROWS)["label"] is ROWS["label"]
+    assert np.isnan(injected.poisoned(4, ROWS)["image"]).all()
+    assert (injected.poisoned(4, ROWS)["image"] == 1).all(), "run again, it is whole"
+    assert injected.poisoned(2, ROWS) is ROWS, "not when the run comes to the step another time"
     assert faults(tmp_path, "nan-grad@2").poisoned(2, ROWS) is ROWS, "nor when it is started again"
     assert ROWS["image"].max() == 1 and ROWS["image"].dtype == np.float32
 
@@ -129,10 +129,10 @@ def test_the_largest_file_of_a_checkpoint_is_damaged(tmp_path, kind):
     folder.mkdir(parents=True)
     (folder / "large").write_bytes(bytes(100))
     (folder / "small").write_bytes(bytes(10))
-    drill = faults(tmp_path, f"{kind}-ckpt@4")
-    drill.after_save(3, folder)
+    injected = faults(tmp_path, f"{kind}-ckpt@4")
+    injected.after_save(3, folder)
     assert (folder / "large").read_bytes() == bytes(100)
-    drill.after_save(4, folder)
+    injected.after_save(4, folder)
     assert (folder / "small").read_bytes() == bytes(10)
     if kind == "delete":
         assert not (folder / "large").exists()

@@ -1,4 +1,4 @@
-"""Asked to stop, a run saves after a step, the same in all its processes; where nothing is to save it stops at once."""
+"""Preemption: all processes save after the same step; with nothing to save the run stops at once."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def test_in_the_loop_it_saves_after_a_step(number, start, finish):
     run.send_signal(number)
     out, err = finish(run, PREEMPTED)
     assert "hurry 60.0" in out and "saved " in out and "evaluating" not in out
-    assert err.splitlines()[0].startswith(f"{number.name}: saves after a step and stops, within 60 s")
+    assert err.splitlines()[0].startswith(f"{number.name}: saving after a step, then stopping, within 60 s")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -73,8 +73,8 @@ def test_elsewhere_it_stops_at_once(number, start, finish):
     out, err = finish(run, PREEMPTED)
     assert "saved" not in out
     assert set(err.splitlines()) == {
-        f"{number.name}: has nothing to save and stops now, within 60 s; a second signal ends it at once.",
-        "stopped, as asked to; the same command goes on.",
+        f"{number.name}: nothing to save, stopping now, within 60 s; a second signal ends the process at once.",
+        "stopped after a stop signal; run the same command to continue.",
     }
 
 
@@ -100,7 +100,7 @@ def test_one_that_came_just_before_a_sleep_ends_it(number, start, finish):
     wait_for(run, "asleep")
     run.send_signal(number)
     _, err = finish(run, PREEMPTED)
-    assert "stops now" in err and "still not stopped" not in err
+    assert "stopping now" in err and "did not stop in time" not in err
 
 
 @pytest.mark.parametrize(("number", "struck"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1), (signal.SIGINT, 1)])
@@ -113,7 +113,7 @@ def test_two_processes_stop_after_the_same_step(number, struck, start, finish):
     assert saved[0] == saved[1] and len(saved[0]) == 1
     assert all("hurry 60.0" in out for out, _ in said)
     assert f"process {struck}: {number.name}: saves after a step" in said[struck][1]
-    assert "process was asked to stop" in said[1 - struck][1].replace(f"process {struck}", "another process")
+    assert "process was preempted" in said[1 - struck][1].replace(f"process {struck}", "another process")
 
 
 # The main thread is in C for longer than anybody waits, as in a compilation or a collective: no Python handler runs.
@@ -147,7 +147,7 @@ def test_what_is_stuck_with_nothing_to_save_is_ended_in_time(start, finish):
     time.sleep(1)  # until it is
     run.send_signal(signal.SIGTERM)
     _, err = finish(run, PREEMPTED)
-    assert err.splitlines()[-1] == "still not stopped: ended, with nothing to save."
+    assert err.splitlines()[-1] == "did not stop in time: ending the process, nothing to save."
 
 
 def test_signals_of_one_moment_are_one_request(start, finish):
@@ -164,7 +164,7 @@ def test_a_process_that_waits_for_one_that_left_leaves_too(start, finish):
         wait_for(run, "evaluating")
     both[1].send_signal(signal.SIGUSR1)
     _, err = finish(both[0], PREEMPTED)
-    assert "process 1 was asked to" in err
+    assert "process 1 was preempted" in err
     finish(both[1], PREEMPTED)
 
 

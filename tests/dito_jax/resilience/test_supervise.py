@@ -1,4 +1,4 @@
-"""The verb, and what meets the supervisor at an awkward moment: with shell commands in the place of train.py."""
+"""`dito supervise` and signals at unusual moments, with shell commands in place of train.py."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 from dito_jax.cli import main as cli
 from dito_jax.errors import UserError
 from dito_jax.resilience import attempt
-from dito_jax.resilience.supervisor import Patience, Place, Supervisor
+from dito_jax.resilience.supervisor import Patience, Supervisor, Worker
 from dito_jax.telemetry.events import Events, read_events
 from dito_jax.telemetry.run_directory import RunDirectory
 from kernels_pallas import backend
@@ -23,13 +23,13 @@ def run(tmp_path) -> RunDirectory:
 
 def of_shell(run, script, num=1, shrink=lambda left: (left, []), **options) -> Supervisor:
     patience = Patience(grace=2.0, pause=0.01, longest_pause=0.02)
-    places = [Place(slot) for slot in range(num)]
-    return Supervisor(["sh", "-c", script], run, places, shrink, patience=patience, **options)
+    workers = [Worker(slot) for slot in range(num)]
+    return Supervisor(["sh", "-c", script], run, workers, shrink, patience=patience, **options)
 
 
 @pytest.mark.parametrize("first", [1, 75, 86])
 def test_the_users_mistake_counts_from_whichever_process_it_comes(run, first):
-    script = f'if [ "$DITO_PLACE" = 0 ]; then exit {first}; fi; sleep 0.3; exit 2'
+    script = f'if [ "$DITO_WORKER" = 0 ]; then exit {first}; fi; sleep 0.3; exit 2'
     assert of_shell(run, script, num=2).supervise() == 2
     assert not read_events(run, "restart")
 
@@ -39,13 +39,13 @@ def test_the_users_mistake_counts_from_whichever_process_it_comes(run, first):
 def test_signals_that_come_while_processes_are_started_reach_each_once(run, monkeypatch, signals, attempts):
     start, ready = attempt._start, run.path.parent / "ready"
 
-    def interrupted(command, place, added, remote_shell):
-        process = start(command, place, added, remote_shell)
+    def interrupted(command, worker, added, remote_shell):
+        process = start(command, worker, added, remote_shell)
         if int(added["DITO_ATTEMPT"]) < attempts:
             return process
-        while not (run.path.parent / f"ready{place.slot}").exists():
+        while not (run.path.parent / f"ready{worker.slot}").exists():
             pass
-        if place.slot == 0:
+        if worker.slot == 0:
             for number in signals:
                 os.kill(os.getpid(), number)
         return process
@@ -54,7 +54,7 @@ def test_signals_that_come_while_processes_are_started_reach_each_once(run, monk
     script = (
         f"[ $DITO_ATTEMPT -ge {attempts} ] || exit 1; "
         "n=0; trap 'n=$((n+1)); echo TERM' TERM; trap 'n=$((n+1)); echo USR1' USR1; "
-        f"touch {ready}$DITO_PLACE; for i in $(seq 100); do sleep 0.05; [ $n -ge {len(signals)} ] && break; done; "
+        f"touch {ready}$DITO_WORKER; for i in $(seq 100); do sleep 0.05; [ $n -ge {len(signals)} ] && break; done; "
         "sleep 0.2; exit 75"
     )
     assert of_shell(run, script, num=2).supervise() == 75
@@ -77,7 +77,7 @@ def test_a_signal_between_two_starts_lets_none_follow(run, monkeypatch):
 
 
 def test_a_remote_shell_that_is_not_there_is_one_line(run):
-    made = Supervisor(["true"], run, [Place(0, "a")], lambda left: (left, []), remote_shell="/nowhere/ssh")
+    made = Supervisor(["true"], run, [Worker(0, "a")], lambda left: (left, []), remote_shell="/nowhere/ssh")
     with pytest.raises(UserError, match="^/nowhere/ssh: No such file .* --remote-shell.$"):
         made.supervise()
 
@@ -87,9 +87,9 @@ def test_the_log_says_why_it_could_not_go_on_with_fewer(run):
         raise UserError(f"{left} are too few.")
 
     with pytest.raises(UserError, match="1 are too few"):
-        of_shell(run, '[ "$DITO_PLACE" = 0 ] || exit 3; sleep 1', num=2, shrink=shrink).supervise()
+        of_shell(run, '[ "$DITO_WORKER" = 0 ] || exit 3; sleep 1', num=2, shrink=shrink).supervise()
     last = run.supervision.read_text().splitlines()[-1]
-    assert last.endswith("(place 1) ended at step 0 by exit code 3; place 1 is lost. 1 are too few.")
+    assert last.endswith("(worker 1) ended at step 0 by exit code 3; worker 1 is lost. 1 are too few.")
 
 
 def test_the_verb_starts_no_device_and_goes_on_with_the_devices_that_processes_had(run, monkeypatch):

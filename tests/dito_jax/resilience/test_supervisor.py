@@ -1,4 +1,4 @@
-"""What is started again, where, when, and when no more: with stand-ins for train.py that end as they are told."""
+"""The supervisor: restarts, lost workers and giving up, with scripts in place of train.py."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dito_jax.errors import UserError
-from dito_jax.resilience.supervisor import Patience, Place, Supervisor, places
+from dito_jax.resilience.supervisor import Patience, Supervisor, Worker, make_workers
 from dito_jax.telemetry.events import read_events
 from dito_jax.telemetry.run_directory import RunDirectory
 
@@ -19,25 +19,25 @@ from dito_jax.telemetry.run_directory import RunDirectory
 ROOT = Path(__file__).parents[3]
 QUICK = Patience(grace=0.5, pause=0.05, longest_pause=0.15)
 
-# Does what the table says for its attempt and place: beats at a step, then ends by a code or a signal, or stays.
+# Does what the table says for its attempt and worker: beats at a step, then ends by a code or a signal, or stays.
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
 from dito_jax.telemetry.heartbeat import Heartbeat
 run, table = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-attempt, place = os.environ["DITO_ATTEMPT"], os.environ["DITO_PLACE"]
+attempt, worker = os.environ["DITO_ATTEMPT"], os.environ["DITO_WORKER"]
 process = os.environ.get("JAX_PROCESS_ID", "0")
 names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 with (run / "seen.jsonl").open("a") as file:
-    file.write(json.dumps([int(attempt), int(place), sys.argv[3:], [os.environ.get(n) for n in names]]) + "\\n")
-what = table.get(f"{attempt}.{place}") or table.get(attempt) or table["else"]
+    file.write(json.dumps([int(attempt), int(worker), sys.argv[3:], [os.environ.get(n) for n in names]]) + "\\n")
+what = table.get(f"{attempt}.{worker}") or table.get(attempt) or table["else"]
 signals = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda n, _: signals.append(n))
 heart = Heartbeat(run / "heartbeats" / process)
 if "step" in what:
     heart.beat(what["step"], "step")
-print(f"place {place} was here")
+print(f"worker {worker} was here")
 time.sleep(what.get("after", 0))
 while "asked" in what and len(signals) < what["asked"]:
     time.sleep(0.01)
@@ -62,7 +62,7 @@ def supervisor(tmp_path):
     def make(table, num=1, shrink=None, patience=QUICK, **options):
         (tmp_path / "table.json").write_text(json.dumps(table))
         command = [sys.executable, str(tmp_path / "trainer.py"), str(run.path), str(tmp_path / "table.json")]
-        where = options.pop("where", [Place(slot) for slot in range(num)])
+        where = options.pop("where", [Worker(slot) for slot in range(num)])
         os.environ["PYTHONPATH"] = str(ROOT)
         made = Supervisor(command, run, where, shrink or (lambda left: (left, [])), patience=patience, **options)
         made.run = run
@@ -73,7 +73,7 @@ def supervisor(tmp_path):
 
 
 def seen(supervisor) -> list[list]:
-    """[attempt, place, added options, [address, processes, process]] of each start."""
+    """[attempt, worker, added options, [address, processes, process]] of each start."""
     return [json.loads(line) for line in (supervisor.run.path / "seen.jsonl").read_text().splitlines()]
 
 
@@ -102,8 +102,7 @@ def test_what_ends_before_its_time_starts_again(supervisor, code):
     assert (made.supervise(), attempts(made)) == (0, 3)
     words = {1: "exit code 1", 86: "exit code 86", -9: "SIGKILL", -11: "SIGSEGV"}[code]
     assert told(made, "restart") == [
-        f"supervisor: process 0 (place 0) ended at step {step} by {words}; it starts again in 0.05 s."
-        for step in (5, 9)
+        f"supervisor: process 0 (worker 0) ended at step {step} by {words}; restarting in 0.05 s." for step in (5, 9)
     ]
 
 
@@ -128,7 +127,7 @@ def test_it_gives_up_when_no_start_gets_beyond_a_step(supervisor, code, returned
     made = supervisor({"1": {"step": 3, "code": 1}, "else": {"step": 7, "code": code}})
     assert (made.supervise(), attempts(made)) == (returned, 4)
     (said,) = told(made, "gave_up")
-    assert "ended at step 7" in said and "for the 3. time in a row" in said and str(made.run.supervision) in said
+    assert "ended at step 7" in said and "failure 3 in a row at this step" in said and str(made.run.supervision) in said
 
 
 def test_a_beat_of_an_earlier_attempt_is_not_taken_for_the_last(supervisor):
@@ -153,7 +152,7 @@ def test_when_one_fails_the_others_have_their_grace_and_then_all_start_again(sup
     assert made.supervise() == 0
     assert 0.8 < time.monotonic() - began < 20
     assert [row[:2] for row in sorted(seen(made))] == [[a, p] for a in (1, 2) for p in (0, 1, 2)]
-    assert "process 1 (place 1) ended at step 4 by exit code 1" in told(made, "restart")[0]
+    assert "process 1 (worker 1) ended at step 4 by exit code 1" in told(made, "restart")[0]
     of_first = [row[3] for row in seen(made) if row[0] == 1]
     assert {row[1] for row in of_first} == {"3"} and {row[2] for row in of_first} == {"0", "1", "2"}
     (address,) = {row[0] for row in of_first}
@@ -170,10 +169,10 @@ def test_of_processes_that_hang_the_one_behind_is_to_blame(supervisor):
     table = {"1.0": {"step": 52, "code": 86}, "1.1": {"step": 50, "code": 86, "after": 0.2}, "else": {"code": 0}}
     made = supervisor(table, num=2)
     assert made.supervise() == 0
-    assert "process 1 (place 1) ended at step 50 by exit code 86" in told(made, "restart")[0]
+    assert "process 1 (worker 1) ended at step 50 by exit code 86" in told(made, "restart")[0]
 
 
-def test_without_a_lost_place_the_run_goes_on_in_the_others(supervisor):
+def test_after_losing_a_worker_the_run_continues_with_the_others(supervisor):
     table = {
         "1": {"step": 9, "stays": True, "code": 0}, "2": {"step": 5, "stays": True, "code": 0},
         "1.1": {"step": 9, "code": -9}, "2.1": {"code": -9}, "else": {"code": 0},
@@ -184,15 +183,15 @@ def test_without_a_lost_place_the_run_goes_on_in_the_others(supervisor):
         [3, 0, ["--mesh.data", "2"]], [3, 2, ["--mesh.data", "2"]]
     ]  # fmt: skip
     assert {row[3][1] for row in seen(made) if row[0] == 3} == {"2"}
-    assert told(made, "place_lost") == [
-        "supervisor: place 1 is lost: the run goes on in 2 of 4 processes, 1 idle (--mesh.data 2)."
+    assert told(made, "worker_lost") == [
+        "supervisor: worker 1 is lost: continuing with 2 of 4 processes, 1 idle (--mesh.data 2)."
     ]
 
 
-def test_a_place_that_got_further_is_not_lost(supervisor):
+def test_a_worker_that_made_progress_is_not_lost(supervisor):
     table = {"1.1": {"step": 5, "code": 1}, "2.1": {"step": 6, "code": 1}, "else": {"code": 0}}
     made = supervisor(table, num=2)
-    assert made.supervise() == 0 and not told(made, "place_lost") and {row[3][1] for row in seen(made)} == {"2"}
+    assert made.supervise() == 0 and not told(made, "worker_lost") and {row[3][1] for row in seen(made)} == {"2"}
 
 
 def test_where_the_mesh_cannot_shrink_it_says_so(supervisor):
@@ -207,11 +206,11 @@ def test_where_the_mesh_cannot_shrink_it_says_so(supervisor):
 SUPERVISES = """
 import sys
 from dito_jax.telemetry.run_directory import RunDirectory
-from dito_jax.resilience.supervisor import Patience, Place, Supervisor
+from dito_jax.resilience.supervisor import Patience, Worker, Supervisor
 run, num, pause, *command = sys.argv[1:]
-places = [Place(slot) for slot in range(int(num))]
+make_workers = [Worker(slot) for slot in range(int(num))]
 patience = Patience(grace=5, pause=float(pause))
-sys.exit(Supervisor(command, RunDirectory(run), places, lambda left: (left, []), patience=patience).supervise())
+sys.exit(Supervisor(command, RunDirectory(run), make_workers, lambda left: (left, []), patience=patience).supervise())
 """
 
 
@@ -253,7 +252,7 @@ def test_a_second_signal_is_passed_on_too(supervisor, tmp_path):
 def test_a_signal_during_a_pause_ends_it(supervisor, tmp_path):
     process = as_a_process(supervisor, {"else": {"step": 1, "code": 1}}, num=1, pause=300)
     lines = iter(process.stderr.readline, "")
-    assert any("starts again in 300 s" in line for line in lines)
+    assert any("restarting in 300 s" in line for line in lines)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 75
@@ -264,8 +263,8 @@ def test_all_that_is_said_is_in_one_log(supervisor, capfd):
     assert made.supervise() == 0
     lines = [line.split(" ", 2)[2] for line in made.run.supervision.read_text().splitlines()]
     assert sorted(lines) == sorted([
-        "[process 0] place 0 was here", "[process 1] place 1 was here", *told(made, "restart"),
-        "[process 0] place 0 was here", "[process 1] place 1 was here",
+        "[process 0] worker 0 was here", "[process 1] worker 1 was here", *told(made, "restart"),
+        "[process 0] worker 0 was here", "[process 1] worker 1 was here",
     ])  # fmt: skip
     assert sorted(capfd.readouterr().err.splitlines()) == sorted(lines)
 
@@ -276,7 +275,7 @@ def test_hosts_are_reached_by_a_shell_that_is_given_everything(supervisor, tmp_p
     shell.chmod(0o755)
     monkeypatch.setenv("XLA_FLAGS", "--a 'b c' $HOME")
     monkeypatch.setenv("JAX_X", str(ROOT))
-    where = places(1, ["one", "me@two", "one"])
+    where = make_workers(1, ["one", "me@two", "one"])
     made = supervisor({"else": {"code": 0}}, where=where, remote_shell=f"{shell}")
     monkeypatch.setattr("dito_jax.resilience.attempt.PASSED_ON", ("DITO_", "JAX_", "XLA_", "PYTHONPATH"))
     made._command += ["it's", "$HOME"]
@@ -287,9 +286,9 @@ def test_hosts_are_reached_by_a_shell_that_is_given_everything(supervisor, tmp_p
     assert {row[3][0].split(":")[0] for row in seen(made)} == {"one"}
 
 
-def test_places_are_counted_or_named():
-    assert places(2, []) == [Place(0), Place(1)]
-    assert places(1, ["a", "b"]) == [Place(0, "a"), Place(1, "b")]
+def test_workers_are_counted_or_named():
+    assert make_workers(2, []) == [Worker(0), Worker(1)]
+    assert make_workers(1, ["a", "b"]) == [Worker(0, "a"), Worker(1, "b")]
     for processes, hosts in ((0, []), (2, ["a"])):
         with pytest.raises(UserError, match="--processes"):
-            places(processes, hosts)
+            make_workers(processes, hosts)

@@ -1,4 +1,4 @@
-"""A process that makes no progress ends with 86 and says where it was; one that is slow goes on."""
+"""The watchdog: a hung process exits with code 86 and reports where it was; a slow one continues."""
 
 import re
 import signal
@@ -72,7 +72,7 @@ def test_a_stop_that_takes_too_long_is_ended(tmp_path, start, finish):
     hurry = "if step == 50: watchdog.expect_within(1)\nif step >= 50: time.sleep(0.3)"
     (run,) = start(RUN, tmp_path, hurry)
     _, err = finish(run, HUNG)
-    assert re.search(r"at step 5\d \(\w+\) since 0.\d s, and was asked to stop, but has not in time", err)
+    assert re.search(r"at step 5\d \(\w+\) since 0.\d s, and did not stop in time after a stop request", err)
 
 
 SLOWER = """
@@ -110,7 +110,7 @@ def test_two_processes_end_and_say_who_is_behind(hanging, tmp_path, start, finis
     ("frozen", "said"),
     [
         (1, "process 1 is frozen, last seen at step "),
-        (0, "process 0, which keeps what all publish, does not answer"),
+        (0, "process 0, which holds the key-value store, does not answer"),
     ],
 )
 def test_one_that_is_frozen_is_named_by_the_other(frozen, said, tmp_path, start, finish):
@@ -159,7 +159,7 @@ def test_a_phase_that_is_not_over_is_not_counted():
             {1},
             "process 1 is frozen, last seen at step 9 (eval) since 3.0 s; {} 9 (step)",
         ),
-        (["50 step 1 7"], set(), "nothing was ever heard of process 1"),
+        (["50 step 1 7"], set(), "process 1 never published a status"),
         (
             ["7 data 1 7", "8 eval 1 9", "7 data 2 2"],
             set(),

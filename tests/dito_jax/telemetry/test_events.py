@@ -1,4 +1,4 @@
-"""Events and heartbeats outlive the process that wrote them."""
+"""Events and heartbeats survive a kill of the process that wrote them."""
 
 import subprocess
 import sys
@@ -19,6 +19,14 @@ def test_events_come_back_in_order_and_by_kind(tmp_path, capsys):
     ]
     assert [row["event"] for row in read_events(run)] == ["start", "skip"]
     assert capsys.readouterr().err == "step 4: the loss is not finite.\n"
+
+
+def test_event_names_of_earlier_versions_are_read_as_the_current_ones(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.events.write_text('{"time": 1.0, "process": 0, "event": "place_lost", "said": "place 2 is lost.", "slot": 2}\n')
+    assert [row["slot"] for row in read_events(run, "worker_lost")] == [2] and not read_events(run, "place_lost")
+    write_incidents(run)
+    assert "place 2 is lost." in (tmp_path / "incidents.md").read_text()
 
 
 def test_a_line_cut_short_spoils_no_other(tmp_path):

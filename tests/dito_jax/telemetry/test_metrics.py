@@ -1,4 +1,4 @@
-"""metrics.jsonl holds each step once, whatever happened to the run; TensorBoard gets the same."""
+"""metrics.jsonl and TensorBoard have each step once, after any kill or rollback."""
 
 import json
 import math
@@ -56,7 +56,7 @@ with MetricsWriter(RunDirectory(sys.argv[1]), after=first - 1 if first else None
 """
 
 
-def test_each_step_is_told_once_after_kills_and_resumes(tmp_path):
+def test_each_step_is_logged_once_after_kills_and_resumes(tmp_path):
     run, first = RunDirectory(tmp_path), 0
     for restored in (60, 90):
         child = subprocess.Popen([sys.executable, "-c", WRITES, tmp_path, str(first)], cwd=ROOT, stdout=subprocess.PIPE)
@@ -104,7 +104,7 @@ def test_tensorboard_shows_the_same_numbers_and_hides_the_forgotten_steps(tmp_pa
 @pytest.mark.parametrize("values, file", [({"note": "x" * 100}, "metrics.jsonl"), ({"a": 1, "b": 2}, "tensorboard")])
 def test_full_disk_is_one_line_and_the_whole_lines_stay(tmp_path, files_at_most, values, file):
     run = RunDirectory(tmp_path)
-    line = f"{file}.*: File too large: make room"
+    line = f"{file}.*: File too large: free some space"
     with MetricsWriter(run) as metrics, files_at_most(1000), pytest.raises(ValueError, match=line) as error:
         for step in range(1000):
             metrics.write(step, values)

@@ -1,4 +1,4 @@
-"""One trainer at a time in a run directory, and no file of it half-written."""
+"""The run directory: a lock for one training process, and atomic writes."""
 
 import json
 import socket
@@ -37,7 +37,7 @@ def holder(tmp_path):
 def test_second_trainer_gets_one_line_naming_the_first(tmp_path, holder):
     with pytest.raises(ValueError) as error, RunDirectory(tmp_path).hold():
         pass
-    expected = f"{tmp_path}: process {holder.pid} on {socket.gethostname()} is training in it: "
+    expected = f"{tmp_path}: process {holder.pid} on {socket.gethostname()} is training in this directory: "
     assert str(error.value).startswith(expected)
     assert "\n" not in str(error.value)
 
@@ -83,7 +83,7 @@ def test_orphaned_worker_does_not_keep_the_lock(tmp_path):
 def test_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, files_at_most):
     run = RunDirectory(tmp_path / "run")
     run.write_json("config.json", {"steps": 5})
-    with files_at_most(1000), pytest.raises(ValueError, match=r"config\.json: File too large: make room"):
+    with files_at_most(1000), pytest.raises(ValueError, match=r"config\.json: File too large: free some space"):
         run.write_text("config.json", "x" * 100_000)
     assert json.loads(run.config.read_text()) == {"steps": 5}
     assert [path.name for path in run.path.iterdir()] == ["config.json"]

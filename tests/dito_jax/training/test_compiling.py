@@ -1,4 +1,4 @@
-"""The compile report says what happened."""
+"""The compile report matches what happened."""
 
 import time
 
@@ -93,7 +93,7 @@ def test_no_listener_is_left_behind():
 def test_report_is_one_line_and_a_dict():
     report = CompileReport(0.5, 0.25, 12.5, False, 3 * 2**20)
     assert report.line() == (
-        "traced in 0.50 s, lowered in 0.25 s, compiled in 12.50 s (cache miss), peak memory 3.0 MiB a device"
+        "traced in 0.50 s, lowered in 0.25 s, compiled in 12.50 s (cache miss), peak memory 3.0 MiB per device"
     )
     assert report.asdict() == {
         "trace_seconds": 0.5,

@@ -1,4 +1,4 @@
-"""The train step: what it keeps in which precision, what it averages, what it draws."""
+"""The train step: precision, EMA, gradient accumulation and random draws."""
 
 import jax
 import jax.numpy as jnp
@@ -132,5 +132,7 @@ def test_what_is_frozen_stays_to_the_bit_and_has_no_moments():
 
 
 def test_a_name_of_no_parameter_is_one_line():
-    with pytest.raises(UserError, match="no parameter of this model is under 'atention'; did you mean 'attention'?"):
+    with pytest.raises(
+        UserError, match="no parameter of this model has 'atention' in its path; did you mean 'attention'?"
+    ):
         program(trainable=("label", "atention"))
