@@ -4,10 +4,12 @@ A row is one op, case, implementation and pass on one device. Its `digest` ident
 row with an old digest still ranks implementations; `python -m kernels_pallas.bench --stale` lists it as out of date.
 """
 
+import ast
 import csv
 import functools
 import hashlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import backend
@@ -36,20 +38,50 @@ def csv_path(device: str) -> Path:
     return RESULTS / f"{device.lower().replace(' ', '_')}.csv"
 
 
-def digest(op) -> str:
-    """Twelve hex digits that change with any line of the op's family, or of what all kernels of a road share.
+def family(op) -> Path:
+    """The folder of the op's family."""
+    return Path(str(sys.modules[op.reference.__module__].__file__)).parent
 
-    Sources of custom calls are shared by the families that have one of their library.
+
+def digest(op, more: Iterable[Path | str] = ()) -> str:
+    """Twelve hex digits that change with the code of the op's family or with the code that all families share.
+
+    The sources of custom calls count for the families that have a custom call. Comments, docstrings and formatting of
+    Python code do not count.
+
+    Args:
+      more: further files, and text, that the digest depends on.
     """
-    family = Path(str(sys.modules[op.reference.__module__].__file__)).parent
     package, text = Path(__file__).parent, hashlib.sha256()
     shared = sorted((package / "pallas").glob("*.py"))
     for road, folder in SOURCES_OF_CALLS.items():
-        if (family / road).exists():
+        if (family(op) / road).exists():
             shared += sorted(path for path in (package / folder).iterdir() if path.is_file())
-    for path in [*sorted(family.glob("*.py")), *shared]:
-        text.update(path.name.encode() + b"\0" + path.read_bytes())
+    for part in [*sorted(family(op).glob("*.py")), *shared, *more]:
+        content = (part.name.encode(), _content(part)) if isinstance(part, Path) else (part.encode(),)
+        text.update(b"\0".join(content) + b"\0")
     return text.hexdigest()[:12]
+
+
+def _content(path: Path) -> bytes:
+    return _code(path.read_bytes()) if path.suffix == ".py" else path.read_bytes()
+
+
+@functools.cache
+def _code(source: bytes) -> bytes:
+    return repr(_tree(ast.parse(source))).encode()
+
+
+def _tree(node):
+    """A syntax tree as nested tuples without docstrings and empty fields, which is the same in all Python versions."""
+    if isinstance(node, list):
+        return [_tree(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return node
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        node.body = node.body[1:]
+    fields = ((name, _tree(value)) for name, value in ast.iter_fields(node))
+    return type(node).__name__, *((name, value) for name, value in fields if value is not None and value != [])
 
 
 def fastest(op, names: list[str], arrays, static) -> str | None:

@@ -1,5 +1,6 @@
-"""Eight CPU devices, and array annotations checked: what every test runs under."""
+"""Eight CPU devices, array annotations checked, quick compiles: what every test runs under."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -25,6 +26,23 @@ if importlib.util.find_spec("beartype"):  # a GPU host need not have it
     jaxtyping.install_import_hook(
         ["kernels_pallas", *(f"dito_jax.{package}" for package in CHECKED)], "beartype.beartype"
     )
+
+
+# Most of the suite's time is compiling programs that run once or twice: for a CPU they are not optimised, but where a
+# test asks for it. Python's collector would look through all that JAX keeps some hundred times a minute.
+FULLY_OPTIMIZED = ("optimized", "deviceless", "gpu")
+gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--everything", action="store_true", help="also what is recorded, and tests marked `thorough`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture, as those of a module compile too."""
+    full = any(item.get_closest_marker(name) for name in FULLY_OPTIMIZED)
+    jax.config.update("jax_disable_most_optimizations", not full)
 
 
 # Linux allows a process 65,530 memory mappings, and a program compiled for the CPU takes several: past them XLA dies.

@@ -37,7 +37,7 @@ import numpy as np
 
 from .. import OPS, backend, deviceless, hardware, measured, tuning
 from ..op import Case, Kernel, Op
-from . import command_line, inspect, main as bench, timing
+from . import command_line, machine_code, main as bench, timing
 
 
 FIRST_ROUNDS, ROUNDS = 3, 20
@@ -146,7 +146,7 @@ def _prune_command(parser, args, ops) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder, "dump")
-        inspect.dump_ptx_to(dump)
+        machine_code.dump_ptx_to(dump)
         try:
             mesh = deviceless.mesh(device)
         except ValueError as error:
@@ -175,7 +175,7 @@ def prune(task: Task, gpu: hardware.Hardware, mesh: jax.sharding.Mesh, dump: Pat
             with tuning.trying(task.key.kernel, config):
                 kernel, case = task.op.kernels[task.implementation], task.op.cases[task.case]
                 function = task.key.kernel.rpartition(".")[0]
-                functions = inspect.functions_of(function, kernel, case, task.pass_, gpu, mesh, dump)
+                functions = machine_code.functions_of(function, kernel, case, task.pass_, gpu, mesh, dump)
             for column in ("registers", "spill_bytes", "shared_memory_bytes") if functions else ():
                 row[column] = max(function[column] for function in functions)
             row["verdict"] = _verdict(row, gpu) if functions else "plausible: it compiles; there is no PTX to inspect"

@@ -1,4 +1,4 @@
-"""Processes join as the environment says, tell each other, and agree."""
+"""Multi-process runs: initialization from the environment, key-value store and barriers."""
 
 import random
 

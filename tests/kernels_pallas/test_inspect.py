@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas import OPS, deviceless
-from kernels_pallas.bench import inspect
+from kernels_pallas.bench import inspect, machine_code
 from kernels_pallas.hardware import H200
 from kernels_pallas.op import PASSES, Case, Cost, Kernel, Op
 
@@ -91,13 +91,13 @@ def test_a_dump_is_read_for_our_functions_alone(tmp_path):
     for name in ("loop_fusion", "toy_forward"):
         (tmp_path / f"{name}.ptx").write_text(PTX.format(name=name))
     (tmp_path / "module.thunk_sequence.txt").write_text(LAUNCHES)
-    [row] = inspect._functions("toy", tmp_path, "sm_90a")
+    [row] = machine_code._functions("toy", tmp_path, "sm_90a")
     assert row["function"] == "toy_forward"
     assert row["shared_memory_bytes"] == 512 + 1024  # the tile, and what the launch asks for
     assert row["cp_async"] == 2  # neither the commit nor the wait is a copy
     assert row["wgmma"] == row["mma_sync"] == row["tcgen05"] == row["spill_bytes"] == 0
     with pytest.raises(subprocess.CalledProcessError):  # the assembler is told which GPU
-        list(inspect._functions("toy", tmp_path, "sm_80"))
+        list(machine_code._functions("toy", tmp_path, "sm_80"))
 
 
 def too_large(x, y):

@@ -17,11 +17,7 @@ adds pairwise. No sum here is longer than the longest side of the op's arrays.
 
 import functools
 import inspect
-import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 from unittest import mock
 
@@ -34,11 +30,10 @@ from jax._src.pallas import primitives
 from jax.experimental import pallas as pl
 
 import kernels_pallas
-from kernels_pallas import backend, deviceless, hardware
+from kernels_pallas import backend, hardware
 from kernels_pallas.op import Case
 
 
-ROOT = Path(kernels_pallas.__file__).parents[1]
 OPS = {op.name: op for op in kernels_pallas.OPS}
 ANYONES = [(op.name, kernel, case) for op in OPS.values() for kernel in op.kernels for case in op.cases]
 EVERY = [run for run in ANYONES if not OPS[run[0]].kernels[run[1]].external]
@@ -78,11 +73,12 @@ def inputs(name, case, seed=0):
     """The case's arrays, its own random ones, and a random cotangent for each output of what has a backward."""
     op, case_ = OPS[name], OPS[name].cases[case]
     key, key_out = jax.random.split(jax.random.key(list(op.cases).index(case) + 1000 * seed))
+    arrays = case_.random(key) if case_.make else jax.jit(case_.random)(key)
     if "backward" not in op.passes:
-        return case_.random(key), ()
+        return arrays, ()
     outs = jax.eval_shape(functools.partial(op.reference, **case_.static), *case_.arrays)
     leaves, tree = jax.tree.flatten(outs)
-    return case_.random(key), jax.tree.unflatten(tree, Case(tuple(leaves)).random(key_out))
+    return arrays, jax.tree.unflatten(tree, jax.jit(Case(tuple(leaves)).random)(key_out))
 
 
 def passes(name, function):
@@ -205,7 +201,20 @@ def of_leaves(name, case, function):
     return lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
 
 
-BATCHED = [run for run in TINY if any(batched(run[0], run[2]))]
+def asks_for(name, kernel, case) -> tuple:
+    """What decides how a case goes through JAX's transformations: which arrays and options there are, not their sizes.
+
+    The few cases that run other kernels than their likes for their size alone say so by their name.
+    """
+    case_ = OPS[name].cases[case]
+    options = tuple(sorted(key for key, value in case_.static.items() if value not in (None, False)))
+    by_size = next((word for word in ("split", "halves", "groups", "many", "one") if word in case), "")
+    return name, kernel, jax.tree.structure(case_.arrays), options, tuple(batched(name, case)), by_size
+
+
+# One case of each kind: a transformation is a property of what a kernel is called with, not of the sizes.
+KINDS = list({asks_for(*run): run for run in reversed(TINY)}.values())
+BATCHED = [run for run in KINDS if any(batched(run[0], run[2]))]
 
 
 # Right, on a CPU.
@@ -222,18 +231,11 @@ def test_two_runs_agree_to_the_bit(name, kernel, case):
     assert_same_bits(run(*inputs(name, case)), run(*inputs(name, case)))
 
 
-@every(TINY)
-def test_gradient_survives_remat(name, kernel, case):
-    run = passes(name, jax.remat(implementation(name, kernel, case)))
-    got = interpreter(run, *inputs(name, case))(*inputs(name, case))
-    assert_as_good_as_plain(name, case, got)
-
-
 @every(BATCHED)
 def test_gradient_of_each_example(name, kernel, case):
-    """vmap of the gradient, as private training takes it: the batch's own; of what is shared, its terms."""
+    """vmap of the gradient through remat, as private training does: the batch's own; of what is shared, its terms."""
     flags = batched(name, case)
-    run = passes(name, of_leaves(name, case, implementation(name, kernel, case)))
+    run = passes(name, of_leaves(name, case, jax.remat(implementation(name, kernel, case))))
 
     def one(arrays, d_out):
         arrays = [a[None] if b else a for a, b in zip(arrays, flags, strict=True)]
@@ -246,11 +248,11 @@ def test_gradient_of_each_example(name, kernel, case):
     assert_as_good_as_plain(name, case, got)
 
 
-@every([run for run in TINY if run not in BATCHED])
+@every([run for run in KINDS if run not in BATCHED])
 def test_gradient_of_two_problems_at_once(name, kernel, case):
-    """vmap of what has no batch of its own: of both, each with its own numbers."""
+    """vmap, through remat, of what has no batch of its own: of both, each with its own numbers."""
     pair = jax.tree.map(lambda *both: jnp.stack(both), *(inputs(name, case, seed) for seed in (0, 1)))
-    run = interpreter(jax.vmap(passes(name, implementation(name, kernel, case))), *pair)
+    run = interpreter(jax.vmap(passes(name, jax.remat(implementation(name, kernel, case)))), *pair)
     for seed in (0, 1):
         assert_as_good_as_plain(name, case, [got[seed] for got in run(*pair)], seed)
 
@@ -282,6 +284,14 @@ def test_shards_by_example_without_communication(name, kernel, case):
     got = [g / 8 if g.shape == shape else g[: shape[0]] for g, shape in zip(run(*placed), shapes, strict=True)]
     assert_as_good_as_plain(name, case, got)
     assert run.as_text().count("all-gather") == 0
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_transformations_are_tried_with_every_kernel(name):
+    """Each GPU function that a case runs is run by one of KINDS."""
+    of = [run for run in TINY if run[0] == name and run in ON_H200]
+    called = {run: {call.params["name"] for p in OPS[name].passes for call in pallas_calls(*run, p)} for run in of}
+    assert set().union(*called.values()) == set().union(*(called[run] for run in of if run in KINDS))
 
 
 def test_interpret_mode_poisons_what_a_kernel_leaves_unwritten():
@@ -417,44 +427,7 @@ def test_left_to_choose_a_cpu_runs_the_reference(name):
     assert str(got) == str(want)
 
 
-# On the compilers, and on the chip.
-
-
-MATRIX_UNIT = {"h200": ("wgmma", "mma_sync"), "a100": ("mma_sync", "wgmma")}  # its own, and what it must not fall to
-
-
-@pytest.fixture(scope="module", params=MATRIX_UNIT)
-def inspected(request):
-    """(device, what the inspector says of every kernel at every case)."""
-    if reason := deviceless.why_not():
-        pytest.skip(reason)
-    command = [sys.executable, "-m", "kernels_pallas.inspect", "--device", request.param, "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-    return request.param, json.loads(done.stdout)
-
-
-@pytest.mark.deviceless
-def test_compiles_without_spills(inspected):
-    device, rows = inspected
-    with jax.sharding.use_abstract_mesh(abstract(hardware.GPUS[device])):
-        wanted = {(*run, pass_) for run in EVERY if not refusal(*run) for pass_ in OPS[run[0]].passes}
-    assert wanted == {(row["op"], row["kernel"], row["case"], row["pass"]) for row in rows}
-    limit = hardware.GPUS[device].shared_memory
-    assert not [r for r in rows if r["spill_bytes"] or r["shared_memory_bytes"] > limit]
-
-
-@pytest.mark.deviceless
-def test_matrix_products_use_the_best_unit_of_the_device(inspected):
-    """Each bfloat16 kernel of a model's size whose definition multiplies matrices."""
-    device, rows = inspected
-    present, absent = MATRIX_UNIT[device]
-    for row in rows:
-        case = OPS[row["op"]].cases[row["case"]]
-        products = "dot_general" in str(jax.make_jaxpr(implementation(row["op"], "xla", row["case"]))(*case.arrays))
-        adds_up = row["function"].partition("__")[0].endswith(("_merge", "_sum"))  # multiplies no matrices
-        if products and not adds_up and not case.tiny and jax.tree.leaves(case.arrays)[0].dtype == jnp.bfloat16:
-            assert row[present] > 0 and row[absent] == 0, row
+# On the chip.
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""`dito privacy utility`: a row for each way to spend a budget, and runs that cannot stand beside each other."""
+"""`dito privacy utility`: one row per run or baseline, and errors for runs that are not comparable."""
 
 import argparse
 import dataclasses
