@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless']))")
 
-.PHONY: help train test lint format docs gpu tune clean
+.PHONY: help train test test-all lint format docs gpu tune clean
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
@@ -26,7 +26,11 @@ train: .venv/installed
 
 test: .venv/installed-dev
 	-$(BIN)/python -m kernels_pallas.build  # custom calls, with nvcc also CUDA's: minutes, once; without, their tests are skipped
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=10
+
+test-all: .venv/installed-dev
+	-$(BIN)/python -m kernels_pallas.build
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=10 --everything
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
