@@ -9,16 +9,20 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless']))")
 
-.PHONY: help train test test-all lint format docs gpu tune clean
+.PHONY: help train test test-all lint format docs gpu tune wheel wheelhouse clean
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
 	@echo "make test     install, all tests that need no GPU; kernels are compiled for an H200 too"
+	@echo "make test-all the same, and what is recorded of the kernels' machine code is compiled again"
 	@echo "make lint     formatting, lint, types"
 	@echo "make format   write the formatting"
 	@echo "make docs     install, regenerate docs/architecture.md and docs/results.md, build the site: build/site/"
 	@echo "make gpu PYTHON=python3   on a GPU host, nothing installed: GPU tests, then benchmarks"
 	@echo "make tune PYTHON=python3  the same, before it: measures tile sizes, minutes a kernel and case"
+	@echo "make wheel    the wheel of this checkout: dist/"
+	@echo "make wheelhouse PLATFORM=manylinux_2_28_x86_64 PYTHON_VERSION=3.12 [EXTRA=cuda]"
+	@echo "              all wheels that an air-gapped host installs: wheelhouse/"
 	@echo "make clean    remove .venv and runs/"
 
 train: .venv/installed
@@ -57,8 +61,25 @@ gpu:
 tune:
 	JAX_PLATFORMS=cuda $(PYTHON) -m kernels_pallas.tune --ship
 
+wheel:
+	@rm -rf dist
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+PLATFORM ?= manylinux_2_28_x86_64
+PYTHON_VERSION ?= 3.12
+# A host that runs wheels of manylinux_2_28 runs those of older versions too, and pip wants each named.
+PLATFORMS = $(shell $(PYTHON) -c "import re; version, machine = re.fullmatch(r'manylinux_2_(\d+)_(\w+)', '$(PLATFORM)').groups(); \
+	print(*(f'manylinux_2_{v}_{machine}' for v in range(int(version), 4, -1)), *(f'manylinux{v}_{machine}' for v in (2014, 2010, 1)))")
+wheelhouse: wheel
+	@rm -rf wheelhouse
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --constraint constraints.txt --only-binary=:all: \
+		$(foreach p,$(PLATFORMS),--platform $(p)) --python-version $(PYTHON_VERSION) --implementation cp \
+		--dest wheelhouse "$$(echo dist/dito_jax-*.whl)$(if $(EXTRA),[$(EXTRA)])"
+	@echo "$$(ls wheelhouse | wc -l) wheels in wheelhouse/ for Python $(PYTHON_VERSION) on $(PLATFORM); on the host:"
+	@echo "pip install --no-index --find-links wheelhouse 'dito_jax$(if $(EXTRA),[$(EXTRA)])'"
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist wheelhouse
 
 .venv/installed: pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then \

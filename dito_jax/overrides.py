@@ -69,8 +69,9 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def kind_of(config: TrainConfig, section: str) -> str:
-    """The kind of a section of KINDS: "digits" for a config whose data are DigitsData."""
-    return next(name for name, cls in KINDS[section].items() if type(getattr(config, section)) is cls)
+    """The kind of a section of KINDS: "digits" for a config whose data are DigitsData; of others the class's name."""
+    cls = type(getattr(config, section))
+    return next((name for name, known in KINDS[section].items() if known is cls), cls.__name__)
 
 
 def _of_kind(config: TrainConfig, section: str, values: list[str], groups: Groups) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""A private run as a user has it: train.py, killed, going on, refused; and what `dito privacy` says of it."""
+"""A private run end to end: train.py killed, resumed and refused; the `dito privacy` commands."""
 
 import argparse
 import dataclasses

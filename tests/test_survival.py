@@ -1,4 +1,4 @@
-"""Faults, caused for real: training that is killed, asked to stop, hung, damaged, and fed what is not a number."""
+"""Fault tolerance end to end: training that is killed, preempted, hung, corrupted, and fed NaN."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_a_run_killed_twenty_times_ends_with_the_very_same_bits(train, digest, t
     assert steps == list(range(5, 901, 5))
 
 
-def test_asked_to_stop_it_loses_no_step_and_every_second_is_accounted_for(train, dito, digest, undisturbed, tmp_path):
+def test_preempted_it_loses_no_step_and_goodput_accounts_for_every_second(train, dito, digest, undisturbed, tmp_path):
     """By each signal once: exit code 75, the step is saved. Three restarts later the table adds up to the wall."""
     run, began = tmp_path / "run", time.time()
     for number, at in ((signal.SIGTERM, 3), (signal.SIGUSR1, 10), (signal.SIGINT, 25)):
@@ -146,7 +146,7 @@ def test_asked_to_stop_it_loses_no_step_and_every_second_is_accounted_for(train,
     assert (run / "goodput.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_asked_to_stop_while_it_judges_it_stops_at_once(train, undisturbed, digest, tmp_path):
+def test_preempted_during_evaluation_it_stops_at_once(train, undisturbed, digest, tmp_path):
     run = tmp_path / "run"
     started = train(run, *SHORT, "--sample.steps", "100000")
     started.wait_until(lambda: (at := beat(run)) is not None and at.phase == "eval")
@@ -181,7 +181,7 @@ def test_on_a_full_disk_the_last_good_step_stays(train, digest, undisturbed, tmp
     assert digest(run) == undisturbed and not list((run / "checkpoints").glob("*.orbax-checkpoint-tmp"))
 
 
-def test_a_gradient_that_is_no_number_is_left_out_and_told(train, digest, undisturbed, tmp_path):
+def test_a_nan_gradient_is_skipped_and_logged(train, digest, undisturbed, tmp_path):
     run = tmp_path / "run"
     said = train(run, *SHORT, "--faults.inject", "nan-grad@12").ends(0)
     sentence = "step 12 skipped: loss or gradient not finite."
@@ -206,7 +206,7 @@ def test_a_step_that_fails_once_is_run_again_and_counts(train, digest, undisturb
 SPIKES = ("--guard.burst", "3", "--guard.burst_window", "10", "--guard.spike_deviations", "20")
 
 
-def test_a_burst_of_spikes_leads_back_and_past_its_data(train, digest, tmp_path):
+def test_repeated_spikes_roll_back_and_skip_their_data(train, digest, tmp_path):
     """And the run that a kill ends right after goes the same way."""
     for run, more in ((tmp_path / "whole", ()), (tmp_path / "killed", ("kill@26",))):
         faults = ("--faults.inject", "spike@22", "spike@23", "spike@24", *more)
@@ -263,7 +263,7 @@ def test_of_two_processes_one_hangs_and_both_start_again(dito, digest, environme
     assert digest(run) == digest(tmp_path / "whole")
 
 
-def test_one_of_four_dies_for_good_and_the_run_goes_on_with_three(dito, tmp_path):
+def test_one_of_four_workers_is_lost_and_the_run_continues_with_three(dito, tmp_path):
     """The same batch of 48 on three devices: sixteen each, in two parts, as twelve were what a device held."""
     run = tmp_path / "run"
     options = (*SMALL, "--train.steps", "30", "--run-dir", run)

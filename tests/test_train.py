@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dito_jax import DiT, load_run
+
 from . import preloaded_python
 
 
@@ -30,7 +32,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 def command(verb: str, *arguments: str | Path) -> list[str]:
-    start = ["train.py"] if verb == "train" else ["-m", "dito_jax", verb]
+    start = ["train.py"] if verb == "train" else ["-m", "dito_jax", verb.removeprefix("dito-")]
     return [*start, *map(str, arguments)]
 
 
@@ -134,13 +136,47 @@ def test_a_finished_run_does_nothing_again(finished, call):
     assert call("digest", finished, "--step", "35").stdout != before
 
 
-def test_samples_are_drawn_from_a_run(finished, call):
-    out = call("sample", finished, "--num", "6", "--seed", "3", "--class", "7", "2").stdout
-    png, npz = (ROOT / path for path in out.strip().split(", "))
+def test_samples_are_drawn_from_a_run_and_overwrite_none_of_it(finished, call):
+    asked = ["sample", finished, "--num", "6", "--seed", "3", "--class", "7", "2", "--guidance", "2"]
+    png, npz = (ROOT / path for path in call(*asked).stdout.strip().split(", "))
+    assert png == finished / "samples" / "step_40_seed_3_guidance_2.0_class_7-2.png"
     assert png.read_bytes().startswith(b"\x89PNG")
     with np.load(npz) as drawn:
-        assert drawn["images"].shape == (6, 8, 8, 1)
+        images = drawn["images"]
+        assert images.shape == (6, 8, 8, 1) and images.dtype == np.float32 and np.abs(images).max() <= 1
         assert drawn["labels"].tolist() == [7, 2, 7, 2, 7, 2]
+    assert call(*asked).stdout.startswith(f"{png.with_suffix('')}_2.png")
+    run = load_run(finished)
+    assert run.step == 40 and run.classes == tuple("0123456789") and run.config.model.depth == 2
+    again = run.sample(["7", 2, 7, "2", 7, 2], guidance=2.0, seed=3)
+    np.testing.assert_allclose(again, images, atol=1e-3)
+    assert np.abs(run.sample([7, 2, 7, 2, 7, 2], guidance=1.0, seed=3) - images).max() > 0.01
+    other = load_run(finished, step=35, ema_decay=0.999)
+    assert other.step == 35 and np.abs(other.sample([7], steps=2, sampler="euler") - run.sample([7])).max() > 0.01
+    assert isinstance(run.model(), DiT)
+
+
+def test_a_folder_of_images_is_trained_sampled_by_class_and_resumed_without_python(call, tmp_path):
+    for name, shade in (("owl", 30), ("ant", 220)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(60):
+            Image.fromarray(np.full((9, 8, 3), shade + number % 20, np.uint8)).save(
+                tmp_path / "photos" / name / f"{number}.png"
+            )
+    train = [
+        "dito-train", "images", "--data.path", tmp_path / "photos", "--data.image_size", "8", "--model.depth", "1",
+        "--model.width", "32", "--sample.steps", "2", "--evaluation.num_samples", "8", "--evaluation.grid", "4",
+        "--train.batch_size", "8", "--run-dir", tmp_path / "run", "--train.steps",
+    ]  # fmt: skip
+    call(*train, "3")
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    assert stored["model"]["image_shape"] == [8, 8, 3] and stored["model"]["num_classes"] == 2
+    assert json.loads((tmp_path / "run/classes.json").read_text()) == ["ant", "owl"]
+    assert "from step 3" in call(*train, "6").stderr
+    npz = call("sample", tmp_path / "run", "--num", "4", "--class", "owl", "0").stdout.strip().split(", ")[1]
+    with np.load(npz) as drawn:
+        assert drawn["labels"].tolist() == [1, 0, 1, 0] and drawn["images"].shape == (4, 8, 8, 3)
+    assert "no class 'owls'; did you mean owl?" in one_line(call("sample", tmp_path / "run", "--class", "owls", code=2))
 
 
 def test_eval_judges_a_run_again(finished, call):
@@ -247,7 +283,7 @@ def test_a_class_that_the_model_does_not_know_is_one_line(finished, call):
 
 def test_help_lists_every_option(call):
     text = call("train", "configs/digits.py", "--help").stdout
-    assert "--train.steps 1" in text and "--checkpoint.every" in text and "--run-dir runs/digits" in text
+    assert "usage: train.py configs/digits.py" in text and "--train.steps INT" in text and "(default: 1500)" in text
 
 
 def test_the_doctor_says_what_runs_and_why_not(call):

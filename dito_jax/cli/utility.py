@@ -1,7 +1,7 @@
-"""`dito privacy utility RUN [RUN ...]`: what private samples are worth beside what simpler ways make of the budget.
+"""`dito privacy utility RUN [RUN ...]`: downstream utility of private samples, beside simpler uses of the same budget.
 
-Worth is the held-out accuracy of a classifier trained on them alone; beside it stand class agreement and Fréchet
-distance (`dito eval`). All runs must be on one data set; runs with the same epsilon and noise
+Utility is the accuracy, on validation data, of a classifier trained on the samples alone; class agreement and Fréchet
+distance (`dito eval`) are in the table too. All runs must be on one data set; runs with the same epsilon and noise
 multiplicity are averaged into one row.
 """
 
@@ -35,16 +35,22 @@ def compare(options: argparse.Namespace) -> str:
     first = opened[0][1]
     found: dict[tuple[int, float], list[Row]] = defaultdict(list)
     for run, config in opened:
-        if config.privacy.epsilon is None or config.data != first.data or config.privacy.delta != first.privacy.delta:
-            raise UserError(f"{run.path}: wanted private runs on one data set, with one delta; leave it out.")
+        if config.privacy.epsilon is None:
+            raise UserError(f"{run.path} is not a private run (it has no privacy.epsilon); leave it out.")
+        if config.data != first.data or config.privacy.delta != first.privacy.delta:
+            raise UserError(
+                f"{run.path} has another data set or privacy.delta than {options.subject}: give runs that share both."
+            )
         if not run.evaluation.exists():
-            raise UserError(f"{run.path}: no {run.evaluation.name} yet; `dito eval {run.path}` makes it.")
+            raise UserError(f"{run.path}: no {run.evaluation.name} yet; `dito eval {run.path}` writes it.")
         figures: dict[str, Any] = json.loads(run.evaluation.read_text())
         if missing := [name for name in FIGURES if name not in figures]:
-            raise UserError(f"{run.evaluation}: no {missing[0]}; it is older: `dito eval {run.path}` makes it again.")
+            raise UserError(
+                f"{run.evaluation}: no {missing[0]} in it, it is old: `dito eval {run.path}` writes it again."
+            )
         if (config.init_from, config.train.trainable) != (first.init_from, first.train.trainable):
             raise UserError(
-                f"{run.path}: begins otherwise than {options.subject}, or trains other parameters: leave it out."
+                f"{run.path} has another init_from or train.trainable than {options.subject}; leave it out."
             )
         found[config.privacy.noise_multiplicity, config.privacy.epsilon].append(
             tuple(figures[name] for name in FIGURES)

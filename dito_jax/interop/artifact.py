@@ -101,22 +101,23 @@ def verify(directory: Path) -> str:
     intact = f"{directory}: {manifest['what']}, {len(weights)} weights: intact"
     if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(outputs, wanted, strict=True)):
         return f"{intact}, results are bit-identical."
-    apart = max(_apart(a, b) for a, b in zip(outputs, wanted, strict=True))
+    difference = max(_difference(a, b) for a, b in zip(outputs, wanted, strict=True))
     there = f"those on {manifest['checked_on']}, jaxlib {manifest['versions']['jaxlib']}"
-    if not apart <= FAR:
+    if not difference <= FAR:
         raise UserError(
-            f"{directory}: intact, but with jaxlib {version('jaxlib')} on {here} the results differ by {apart:.2g} of "
-            f"the largest value from {there}; the tolerance is {FAR}. Compare with another machine or jaxlib."
+            f"{directory}: intact, but with jaxlib {version('jaxlib')} on {here} the results differ by "
+            f"{difference:.2g} of the largest value from {there}; the tolerance is {FAR}. "
+            "Compare with another machine or jaxlib."
         )
-    return f"{intact}; results differ by {apart:.2g} of the largest value from {there}."
+    return f"{intact}; results differ by {difference:.2g} of the largest value from {there}."
 
 
-def _apart(found: np.ndarray, wanted: np.ndarray) -> float:
+def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
     """Largest absolute difference, as a share of the largest wanted value; infinite if only one is not finite."""
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     alike = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
-    apart = np.abs(found[~alike] - wanted[~alike])
-    furthest = float(np.max(np.where(np.isfinite(apart), apart, np.inf), initial=0.0))
+    difference = np.abs(found[~alike] - wanted[~alike])
+    furthest = float(np.max(np.where(np.isfinite(difference), difference, np.inf), initial=0.0))
     largest = float(np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0))
     return furthest / largest if largest else furthest and float("inf")
 

@@ -1,1 +1,1 @@
-"""Differentially private training: its gradient, its noise, its budget, its proof."""
+"""Differentially private training (DP-SGD): clipping, noise, accounting, privacy ledger and audit."""

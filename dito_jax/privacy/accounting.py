@@ -1,18 +1,19 @@
-"""What training steps reveal, added up by privacy loss distributions (dp-accounting's PLD accountant).
+"""Privacy accounting of DP-SGD by privacy loss distributions (dp-accounting's PLD accountant).
 
-Guarantees. If each step publishes a sum of gradients, one for each unit (an example, or a user), of norm at most C
-each, plus Gaussian noise of standard deviation sigma C, and its units were drawn as its `Release` says, then all the
-steps together are (epsilon, delta)-private for the epsilon that `epsilon` returns. The figure is rounded upwards
-(pessimistic PLDs), up to the rounding of float64; it is meant for a delta of 1e-12 or more.
+Guarantees. Let each step publish a sum of gradients, one per unit (an example or a user) with norm at most C, plus
+Gaussian noise of standard deviation sigma C, with units drawn as its `Release` describes. Then all steps together are
+(epsilon, delta)-DP for the epsilon that `epsilon` returns. It is an upper bound (pessimistic PLDs), up to float64
+rounding, and intended for a delta of at least 1e-12.
 
 Adjacency. Without truncation: one unit is added or removed. With truncation the number of units is an argument of the
-analysis, so the neighbours are of one size: one unit becomes empty ("zero-out", dp-accounting's REPLACE_SPECIAL,
-https://arxiv.org/abs/2103.00039, definition 1.1). Untruncated releases have the same epsilon under both, so a mixture
-is accounted as zero-out. Neither is "one unit becomes another", which costs about twice the epsilon.
+analysis, so neighbouring data sets have the same size: one unit becomes empty ("zero-out", dp-accounting's
+REPLACE_SPECIAL, https://arxiv.org/abs/2103.00039, definition 1.1). Untruncated releases have the same epsilon under
+both, so a mixture is accounted as zero-out. Neither is "one unit is replaced by another", which costs about twice the
+epsilon.
 
-It does not promise anything of a sampler that shuffles epochs, of a batch size or number of steps chosen by looking at
-the data, of runs that were not charged (a search over settings is a sum of runs), or of anything published beside the
-noised sums. Under add-or-remove the number of examples is itself private: sampling_prob is taken to be public.
+Not covered: a sampler that shuffles epochs; a batch size or number of steps chosen by looking at the data; runs that
+were not charged (a hyperparameter search is the sum of its runs); anything published besides the noised sums. Under
+add-or-remove the number of examples is itself private, and sampling_prob is assumed to be public.
 """
 
 import dataclasses
@@ -34,44 +35,44 @@ RELATIONS: dict[Adjacency, dp_accounting.NeighboringRelation] = {
     "add-or-remove": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     "zero-out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
 }
-HIGHEST_EPSILON = 100.0  # no calibration above: it would protect nobody, and the distributions grow with it
-BEYOND_COUNTING = 3000.0  # a privacy loss that is called inf rather than tabulated: at 10,000 points each
-MOST_STEPS = 10**6  # that are looked for
+HIGHEST_EPSILON = 100.0  # largest epsilon for calibration: a larger one gives no protection and takes long to compute
+BEYOND_COUNTING = 3000.0  # total mean privacy loss above which epsilon is inf: the distributions would be too large
+MOST_STEPS = 10**6  # upper limit of remaining_steps
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Release:
-    """What one step reveals: a noised sum over units that were drawn independently, each with one probability.
+    """The release of one step: a noised sum over Poisson-subsampled units.
 
     Raises:
-      UserError: a value that no step can have.
+      UserError: a value is out of range.
     """
 
     sampling_prob: float
-    noise_multiplier: float  # of the clipping norm
-    num_examples: int | None = None  # units in all; with max_batch only
-    max_batch: int | None = None  # where more are drawn, so many of them stay, a random subset
+    noise_multiplier: float  # standard deviation of the noise in units of the clipping norm
+    num_examples: int | None = None  # number of units in the data set; only with max_batch
+    max_batch: int | None = None  # if more units are drawn, a random subset of this size is kept (truncation)
 
     def __post_init__(self):
         _within("sampling_prob", self.sampling_prob, 0 < self.sampling_prob <= 1, "above 0 and at most 1")
         noise = self.noise_multiplier
-        _within("noise_multiplier", noise, 0 < noise < math.inf, "above 0: without noise nothing is private")
+        _within("noise_multiplier", noise, 0 < noise < math.inf, "above 0: without noise there is no privacy")
         if (self.max_batch is None) != (self.num_examples is None):
             raise UserError(
                 f"max_batch is {self.max_batch}, num_examples {self.num_examples}: a truncated batch needs both, "
-                "one that is not truncated neither."
+                "other batches need neither."
             )
         _at_least_one("max_batch", self.max_batch)
         _at_least_one("num_examples", self.num_examples)
 
     @property
     def adjacency(self) -> Adjacency:
-        """Which neighbours the analysis of one such step is of."""
+        """The neighbouring relation of the analysis of one such step."""
         return "add-or-remove" if self.max_batch is None else "zero-out"
 
     @property
     def event(self) -> dp_accounting.DpEvent:
-        """The same for any accountant of dp-accounting."""
+        """The release as a DpEvent, for any accountant of dp-accounting."""
         if self.max_batch is None:
             return dp_accounting.PoissonSampledDpEvent(
                 sampling_probability=self.sampling_prob,
@@ -90,10 +91,10 @@ Spent = Mapping[Release, int] | Iterable[tuple[Release, int]]
 
 
 def merged(*spent: Spent) -> dict[Release, int]:
-    """Steps by release, summed over all that is given; what has no steps is left out.
+    """Sums the numbers of steps by release; releases with 0 steps are left out.
 
     Raises:
-      UserError: a number of steps below 0.
+      UserError: a number of steps is negative.
     """
     total: dict[Release, int] = {}
     for part in spent:
@@ -105,15 +106,15 @@ def merged(*spent: Spent) -> dict[Release, int]:
 
 
 def adjacency(spent: Spent) -> Adjacency:
-    """The neighbours for which the epsilon of all these releases together holds."""
+    """The neighbouring relation for which the epsilon of all these releases together holds."""
     return "zero-out" if any(release.max_batch is not None for release in merged(spent)) else "add-or-remove"
 
 
 def epsilon(spent: Spent, delta: float) -> float:
-    """The epsilon at this delta of everything released; 0.0 of nothing, inf of what is beyond counting.
+    """The epsilon at this delta of all releases together; 0.0 for none, inf if it is too large to compute.
 
     Raises:
-      UserError: delta is not between 0 and 1, or a number of steps below 0.
+      UserError: delta is not between 0 and 1, or a number of steps is negative.
     """
     _check_delta(delta)
     total = merged(spent)
@@ -124,7 +125,7 @@ def epsilon(spent: Spent, delta: float) -> float:
         > BEYOND_COUNTING
     ):
         return math.inf
-    # Sorted, so that equal sums are added in one order and get one epsilon, to the last bit.
+    # Sorted, so that equal sums are composed in the same order and have a bit-identical epsilon.
     losses = [_loss_of(release, total[release]) for release in sorted(total, key=repr)]
     return float(functools.reduce(lambda one, other: one.compose(other), losses).get_epsilon_for_delta(delta))
 
@@ -133,13 +134,13 @@ def epsilon(spent: Spent, delta: float) -> float:
 def noise_multiplier(
     num_examples: int, batch_size: int, steps: int, epsilon: float, delta: float, *, max_batch: int | None = None
 ) -> float:
-    """The least noise, in units of the clipping norm, with which `steps` steps stay within (epsilon, delta).
+    """Calibration: the smallest noise multiplier with which `steps` steps stay within (epsilon, delta).
 
-    Each unit is drawn with probability q = batch_size / num_examples, so batch_size is the expected batch; at most
-    `max_batch` of those drawn are kept. Rounded up to six digits: accounted again, it never exceeds epsilon.
+    Each unit is drawn with probability q = batch_size / num_examples, so batch_size is the expected batch size; at most
+    `max_batch` of the drawn units are kept. The result is rounded up to six digits, so its epsilon is never exceeded.
 
     Raises:
-      UserError: values that cannot be, or an epsilon above 100.
+      UserError: a value is out of range, or epsilon is above 100.
     """
     for name, value in {"num_examples": num_examples, "batch_size": batch_size, "steps": steps}.items():
         _at_least_one(name, value)
@@ -155,7 +156,7 @@ def noise_multiplier(
 
     if units is None:
         sigma = _calibrated(spent, noise_guess(q, steps, epsilon, delta), epsilon, delta)
-    else:  # truncation that hardly ever happens costs nothing in six digits, and much time to account for
+    else:  # rare truncation does not change six digits, and its accounting takes long: try without it first
         sigma = noise_multiplier(num_examples, batch_size, steps, epsilon, delta)
         if fits(sigma * (1 - 1e-5)) or not fits(sigma * (1 + 1e-5)):
             sigma = _calibrated(spent, sigma, epsilon, delta)
@@ -167,7 +168,7 @@ def noise_multiplier(
 
 
 def _calibrated(spent: Callable[[float], dict[Release, int]], guess: float, epsilon: float, delta: float) -> float:
-    """The sigma at which all of `spent(sigma)` costs epsilon, or a little less."""
+    """The sigma for which the epsilon of `spent(sigma)` is the given one, or slightly less."""
     low = high = guess
     while _epsilon(spent(low), delta) <= epsilon:
         low /= 1.2
@@ -191,12 +192,10 @@ def _calibrated(spent: Callable[[float], dict[Release, int]], guess: float, epsi
 
 
 def remaining_steps(spent: Spent, release: Release, epsilon: float, delta: float) -> int:
-    """How many more such steps the budget (epsilon, delta) allows after what was spent: n fits, n + 1 does not.
-
-    At most a million are looked for.
+    """The largest number of further steps with this release within the budget (epsilon, delta); at most a million.
 
     Raises:
-      UserError: a budget that cannot be, or a number of steps below 0.
+      UserError: the budget is out of range, or a number of steps is negative.
     """
     _check_budget(epsilon, delta, highest=math.inf)
     before = merged(spent)
@@ -219,7 +218,7 @@ def remaining_steps(spent: Spent, release: Release, epsilon: float, delta: float
     while high - low > 1:
         turn += 1
         middle = (low + high) // 2
-        if turn % 3 and math.isfinite(excess(high)):  # epsilon grows about as the root of steps: a line in its square
+        if turn % 3 and math.isfinite(excess(high)):  # interpolate in epsilon^2, which is about linear in the steps
             below, above = ((known[at] + epsilon) ** 2 - epsilon**2 for at in (low, high))
             middle = min(max(low + int((high - low) * -below / (above - below)), low + 1), high - 1)
         low, high = (middle, high) if excess(middle) <= 0 else (low, middle)
@@ -227,13 +226,13 @@ def remaining_steps(spent: Spent, release: Release, epsilon: float, delta: float
 
 
 def truncation(num_examples: int, sampling_prob: float, *, steps: int, delta: float, multiple: int = 1) -> int:
-    """The smallest batch to pad to, a multiple of `multiple`, that truncates in no step with probability 1 - delta/100.
+    """The smallest max_batch, a multiple of `multiple`, for which truncation has probability below delta/100.
 
-    The probability is of what the analysis of truncation charges for: that, beside a unit, so many others are drawn as
-    to fill the batch, P(Binomial(n - 1, q) >= size), times the number of steps.
+    The probability is the one that the analysis of truncation charges: that enough other units are drawn to fill the
+    batch, P(Binomial(n - 1, q) >= size), times the number of steps.
 
     Raises:
-      UserError: values that cannot be.
+      UserError: a value is out of range.
     """
     for name, value in {"num_examples": num_examples, "steps": steps, "multiple": multiple}.items():
         _at_least_one(name, value)
@@ -243,7 +242,7 @@ def truncation(num_examples: int, sampling_prob: float, *, steps: int, delta: fl
     def risk(pieces: int) -> float:
         return steps * float(stats.binom.sf(pieces * multiple - 1, num_examples - 1, sampling_prob))
 
-    low, high = 0, -(-num_examples // multiple)  # of all units nobody is cut off
+    low, high = 0, -(-num_examples // multiple)  # a batch with room for all units is never truncated
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if risk(middle) < delta / 100 else (middle, high)
@@ -252,7 +251,7 @@ def truncation(num_examples: int, sampling_prob: float, *, steps: int, delta: fl
 
 @functools.lru_cache(maxsize=16)
 def _loss(release: Release) -> pld.PrivacyLossDistribution:
-    """Of one step."""
+    """The privacy loss distribution of one step."""
     if release.max_batch is None:
         return pld.from_gaussian_mechanism(
             standard_deviation=release.noise_multiplier,
@@ -293,4 +292,4 @@ def _within(name: str, value: object, good: bool, wanted: str) -> None:
         raise UserError(f"{name} is {value}; wanted {wanted}.")
 
 
-_epsilon = epsilon  # where a parameter has that name
+_epsilon = epsilon  # for functions that have a parameter `epsilon`

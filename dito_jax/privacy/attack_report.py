@@ -1,22 +1,24 @@
-"""What an attack's scores are worth: ROC figures with their uncertainty, and whether the split betrays its members.
+"""Membership inference results: AUC, accuracy and TPR at low FPR with confidence intervals, and a check of the split.
 
-    AUC           P(a member's score > a hold-out's), ties counting half
-    accuracy      (TPR + TNR) / 2 of one threshold, chosen on other images than it is counted on
-    TPR at FPR    members found by the lowest threshold that accuses at most that share of the hold-outs wrongly
+    AUC           P(score of a member > score of a non-member), ties counting half
+    accuracy      (TPR + TNR) / 2 of one threshold, chosen on other images than those it is evaluated on
+    TPR at FPR    TPR of the lowest threshold whose FPR is at most the given one
+
+Non-members are validation images.
 
 Guarantees
 ----------
-What the figures mean: how well *this* attack tells members from hold-outs. The AUC is an average over people, the TPR
-at a low FPR is what a few of them suffer; the second is the one to look at (Carlini et al., arXiv 2112.03570).
+Meaning: how well *this* attack distinguishes members from non-members. The AUC is an average over all people; the TPR
+at a low FPR shows the risk of a few of them and is the more relevant result (Carlini et al., arXiv 2112.03570).
 
-Assumes: members and hold-outs are independent draws from one distribution. Published attacks that shine on another
-split fall to chance on an unbiased one (CopyMark, arXiv 2410.03640): `split_check` looks for a split that betrays
-members without any network, and figures beside a split that fails it mean nothing. Intervals cover the truth with the
-confidence given, each by itself: by bootstrap for AUCs (exact, by pairs, where all pairs are ordered one way), exact
-binomial (Clopper-Pearson) for shares. That of a TPR takes the threshold as given.
+Assumptions: members and non-members are independent samples of one distribution. Published attacks that succeed on a
+biased split are at chance level on an unbiased one (CopyMark, arXiv 2410.03640). `split_check` looks for a split in
+which members can be recognized without a network; results for a split that fails this check are invalid. Each interval
+separately has the stated confidence: bootstrap for AUCs (exact, by pairs, if all pairs are ordered the same way), exact
+binomial (Clopper-Pearson) for shares. The interval of a TPR takes the threshold as fixed.
 
-Cannot show: a bound on epsilon; who went in was not chosen by a coin (canaries.py does that). A share of n hold-outs
-cannot be resolved below 1 / n: such a figure is None, with the reason.
+Cannot show: a bound on epsilon, because members were not chosen at random (canaries.py does that). A share of n
+non-members cannot be resolved below 1 / n: such a value is None, with the reason.
 """
 
 import dataclasses
@@ -36,12 +38,12 @@ from dito_jax.errors import UserError
 FALSE_POSITIVE_RATES = (0.01, 0.001)
 RESAMPLES = 1000
 FOLDS = 5
-MOST_SIDE = 16  # pixels a side that the split's classifier looks at
+MOST_SIDE = 16  # maximum image side in pixels for the classifier of split_check
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval; a figure that the data cannot give is None, and `reason` says why."""
+    """A value with its confidence interval; None if the data cannot resolve it, with the `reason`."""
 
     value: float | None
     low: float | None = None
@@ -58,12 +60,12 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class AttackReport:
-    """What one attack finds."""
+    """Results of one attack."""
 
     auc: Estimate
     accuracy: Estimate
-    best_accuracy: float  # of the best threshold, counted where it was chosen, as papers do: above 1/2 by chance alone
-    tpr_at_fpr: dict[str, Estimate]  # by FPR, "0.01"
+    best_accuracy: float  # of the best threshold on the same images, as in papers: biased above 1/2
+    tpr_at_fpr: dict[str, Estimate]  # by FPR as text, "0.01"
     members: int
     validation: int
     confidence: float
@@ -71,9 +73,9 @@ class AttackReport:
 
 @dataclasses.dataclass(frozen=True)
 class SplitCheck:
-    """Whether members and hold-outs can be told apart by their pixels alone."""
+    """Whether members and non-members can be distinguished by their pixels alone."""
 
-    split_auc: Estimate  # of a logistic regression on pixels, on folds that it was not fitted to
+    split_auc: Estimate  # of a logistic regression on pixels, with cross-validation
     brightness_p: float  # two-sample Kolmogorov-Smirnov test of the images' mean
     biased: bool
 
@@ -85,13 +87,15 @@ def attack_report(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> AttackReport:
-    """The figures of an attack from its scores, larger for members.
+    """The results of an attack from its scores, which should be larger for members.
 
     Raises:
-      UserError: fewer than two scores of a kind.
+      UserError: fewer than two members or non-members.
     """
     if min(len(members), len(validation)) < 2:
-        raise UserError(f"scores of {len(members)} members and {len(validation)} hold-outs: give at least 2 of each.")
+        raise UserError(
+            f"scores of {len(members)} members and {len(validation)} non-members: wanted at least 2 of each."
+        )
     is_member = np.repeat([True, False], [len(members), len(validation)])
     false_rates, true_rates, _ = roc_curve(is_member, np.concatenate([members, validation]), drop_intermediate=False)
     return AttackReport(
@@ -115,11 +119,11 @@ def auc(
     confidence: float,
     seed: int = 0,
 ) -> Estimate:
-    """The area under the ROC curve, with the percentile bootstrap over members and hold-outs.
+    """The area under the ROC curve, with a percentile bootstrap interval over members and non-members.
 
-    Where every member lies above every hold-out, or below, each resample does too, and the bootstrap would claim
-    certainty. Then the interval is the exact one of as many pairs as there are of the rarer kind: pairs that share no
-    image are independent, and all of them are ordered one way.
+    If all members score above all non-members, or below, every resample does too, and the bootstrap interval would
+    have width zero. The interval is then the exact binomial one of min(members, non-members) disjoint pairs, which are
+    independent and all ordered the same way.
     """
     is_member = np.repeat([1, 0], [len(members), len(validation)])
     value = float(roc_auc_score(is_member, np.concatenate([members, validation])))
@@ -140,17 +144,17 @@ def split_check(
     confidence: float = 0.99,
     seed: int = 0,
 ) -> SplitCheck:
-    """Looks for a difference between the two sets that needs no network to be seen.
+    """Checks whether members and non-members differ without any network (a biased split).
 
-    A logistic regression on pixels (every so many, at most MOST_SIDE a side) is fitted to four fifths and asked about
-    the last; its AUC is 1/2 where both sets come from one distribution. The split counts as biased where the interval
-    of that AUC lies above 1/2, or the means of the images differ with a p-value below 1 - confidence.
+    A logistic regression on pixels (subsampled to at most MOST_SIDE per side) is cross-validated with five folds; its
+    AUC is 1/2 if both sets have the same distribution. The split is biased if the interval of this AUC lies above 1/2,
+    or if the distributions of the mean brightness differ with a p-value below 1 - confidence.
 
     Raises:
-      UserError: fewer than FOLDS images of a kind.
+      UserError: fewer than FOLDS members or non-members.
     """
     if min(len(members), len(validation)) < FOLDS:
-        raise UserError(f"{len(members)} members and {len(validation)} hold-outs: give at least {FOLDS} of each.")
+        raise UserError(f"{len(members)} members and {len(validation)} non-members: wanted at least {FOLDS} of each.")
     images = np.concatenate([members, validation])
     is_member = np.repeat([True, False], [len(members), len(validation)])
     step = max(1, -(-max(images.shape[1:3]) // MOST_SIDE))
@@ -167,7 +171,7 @@ def split_check(
 
 
 def share(hits: Bool[np.ndarray, " num"], *, confidence: float = 0.95) -> Estimate:
-    """The share of True, with the exact binomial interval."""
+    """The share of True with its exact binomial (Clopper-Pearson) interval."""
     return _share(int(np.sum(hits)), len(hits), confidence)
 
 
@@ -177,7 +181,7 @@ def _share(successes: int, trials: int, confidence: float) -> Estimate:
 
 
 def _auc_by_ranks(members, validation, axis):
-    """Mann-Whitney's U over the number of pairs, along the last axis."""
+    """The AUC along the last axis: Mann-Whitney's U divided by the number of pairs."""
     assert axis in (-1, members.ndim - 1)
     count, others = members.shape[-1], validation.shape[-1]
     ranks = scipy.stats.rankdata(np.concatenate([members, validation], axis=-1), axis=-1)
@@ -185,9 +189,9 @@ def _auc_by_ranks(members, validation, axis):
 
 
 def _accuracy(members, validation, *, confidence: float, seed: int) -> Estimate:
-    """Balanced accuracy of a threshold chosen on one half of each kind and counted on the other half.
+    """Balanced accuracy of a threshold that is chosen on one half of each set and evaluated on the other half.
 
-    Its interval joins those of TPR and TNR, each at (1 + confidence) / 2, so that both hold together.
+    The interval combines those of TPR and TNR, each at confidence (1 + confidence) / 2, so that both hold together.
     """
     rng = np.random.default_rng(seed)
     members, validation = rng.permutation(members), rng.permutation(validation)
@@ -207,7 +211,9 @@ def _accuracy(members, validation, *, confidence: float, seed: int) -> Estimate:
 def _tpr(true_rates, false_rates, rate: float, members: int, validation: int, confidence: float) -> Estimate:
     """The largest TPR whose FPR is at most `rate`."""
     if validation * rate < 1:
-        reason = f"{validation} hold-outs cannot resolve a false positive rate of {rate}; it takes {round(1 / rate)}"
+        reason = (
+            f"{validation} non-members cannot resolve a false positive rate of {rate}; {round(1 / rate)} are needed"
+        )
         return Estimate(None, reason=reason)
     best = float(np.max(true_rates[false_rates <= rate]))
     return _share(round(best * members), members, confidence)

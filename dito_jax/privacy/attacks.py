@@ -1,27 +1,27 @@
-"""Was the network trained on this image? Three scores, each larger for images that it knows.
+"""Membership inference attacks: three scores per image, which are larger for images that the network was trained on.
 
-Every score is a function of a batch, `score(network, image, label) -> (B,)`, with `network(z, t, label)` as everywhere
-in this project, and image i's score depends on image i alone: what chance draws is drawn once and given to all.
-`make_scorer` compiles one and runs it over any number of images in batches of bounded memory.
+A score is a function `score(network, image, label) -> (B,)` of a batch, with `network(z, t, label)`. The score of image
+i depends on image i only: random numbers are drawn once and used for all images. `make_scorer` compiles a score and
+evaluates it over any number of images in batches.
 
-    loss    minus the training loss, over fixed times and noises             (Yeom et al., arXiv 1709.01604)
-    secmi   minus the error of one step out and back on the network's ODE    (SecMI, arXiv 2302.01316)
-    pia     minus the error of a noise that the network itself named         (PIA, arXiv 2305.18355)
+    loss    minus the training loss, over fixed timesteps and noises               (Yeom et al., arXiv 1709.01604)
+    secmi   minus the error of one step forth and back along the network's ODE     (SecMI, arXiv 2302.01316)
+    pia     minus the change of the noise that the network itself predicted        (PIA, arXiv 2305.18355)
 
-SecMI and PIA were written for DDPM, whose noise schedule bends; here the path is straight, and its ODE is
-dz/dt = v(z, t). Both begin at t = START, the last time at which a prediction is not held back by path.MIN_GAP, with
-the image itself in place of z: the adversary knows no noise that belongs to it.
+SecMI and PIA were published for DDPM, whose path is curved; here the path is linear with the ODE dz/dt = v(z, t). Both
+start at t = START, the last time at which the divisor of a prediction is not clamped to path.MIN_GAP, with the image
+itself as z, because the adversary does not know the noise of an image.
 
 Guarantees
 ----------
-What a score means: nothing by itself. Members' scores against those of images from the same distribution that were
-not trained on, in attack_report.py, say how well an adversary with the weights, the image and its label can tell them.
+Meaning: a score alone has no meaning. The scores of members and of images of the same distribution that were not
+trained on, compared in attack_report.py, show how well an adversary with weights, image and label distinguishes them.
 
-Assumes: the label given is the one the image was trained with, and the images are compared as they are; augmentation
-blurs what was learned of one image, and these scores do not average over it.
+Assumptions: the given label is the one used in training, and images are not augmented; augmentation weakens what is
+learned of a single image, and these scores do not average over it.
 
 Cannot show: that a network is private. Attacks with shadow models (LiRA) are stronger, and an average over images says
-little of the one that is remembered best. A low figure is the absence of one proof, no proof of absence.
+little about the image that is memorised most. A low score does not prove privacy.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ from dito_jax.sharding import whole_batch
 
 START = path.DATA_TIME - path.MIN_GAP
 
-Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # z, t, label -> what it predicts
-Score = Callable[[Network, jax.Array, jax.Array], jax.Array]  # network, image, label -> one number an image
+Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # z, t, label -> prediction
+Score = Callable[[Network, jax.Array, jax.Array], jax.Array]  # network, image, label -> one score per image
 
 
 def loss_score(
@@ -56,9 +56,9 @@ def loss_score(
     times: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8),
     draws: int = 4,
 ) -> Float[Array, " B"]:
-    """-mean over t in `times` and over `draws` noises each of the flow matching loss.
+    """Minus the flow matching loss, averaged over t in `times` and `draws` noises for each.
 
-    Each pair of time and noise is the same for all images, so that no image is lucky in its noise.
+    All images have the same timesteps and noises, so that the scores are comparable.
     """
     t = jnp.repeat(jnp.asarray(times, jnp.float32), draws)
     noise = jax.random.normal(key, (len(t), *image.shape[1:]))
@@ -84,20 +84,20 @@ def secmi_score(
     time: float = 0.6,
     steps: int = 7,
 ) -> Float[Array, " B"]:
-    """-mean (back(out(z)) - z)^2 of z, the image carried along the network's ODE from START to `time`.
+    """-mean (back(out(z)) - z)^2, where z is the image moved along the network's ODE from START to `time`.
 
-    Euler's steps of (START - time) / steps lead towards the noise without chance; then follow one more step out, to
-    time - width, and one back. Where the flow is as straight as it is around an image that was learned, the step back
-    undoes the step out; the rest, width^2 (v(z', t') - v(z, t))^2, is SecMI's t-error for a straight path.
+    Deterministic Euler steps of (START - time) / steps lead towards the noise, followed by one more step, to time -
+    width, and one step back. If the flow is straight, as around a learned image, the step back cancels the step before;
+    the remaining error, width^2 (v(z', t') - v(z, t))^2, is SecMI's t-error for a linear path.
 
     Raises:
-      UserError: the step out would leave [0, START].
+      UserError: the additional step would leave [0, START].
     """
     width = (START - time) / steps
     if not width <= time < START or steps < 1:
         raise UserError(
-            f"secmi: time {time} with {steps} steps; wanted a time below {START} that a step of "
-            f"({START} - time) / steps does not carry past 0: give a later time, or more steps."
+            f"secmi: time {time} with {steps} steps; wanted a time below {START} and at least one step width, "
+            f"({START} - time) / steps: use a later time, or more steps."
         )
 
     def velocity(z, t):
@@ -122,12 +122,11 @@ def pia_score(
     normalise: bool = True,
     order: int = 4,
 ) -> Float[Array, " B"]:
-    """-|eps_0 - eps(z_t, t)| in the norm of `order`, z_t being the image with the network's own noise eps_0.
+    """-|eps_0 - eps(z_t, t)| in the norm of `order`, where z_t is the image with the network's own noise eps_0.
 
-    eps_0 is the noise that the network sees in the image itself, asked at START; at t = `time` it is asked again, of
-    the image with that noise. Two queries. `normalise` brings eps_0 to the mean absolute value of a normal variable,
-    sqrt(2 / pi), as the paper's PIAN does: what a network names near the data may be of any size, and the time would
-    not be that of the noise.
+    eps_0 is the noise that the network predicts for the image itself at START; the second query, at t = `time`, is for
+    the image with that noise. `normalise` scales eps_0 to the mean absolute value of a normal variable, sqrt(2 / pi),
+    as PIAN does in the paper: predictions near the data may have any scale, which would not fit the timestep.
     """
     noise = _predicted(network, image, START, label, prediction, "eps")
     if normalise:
@@ -140,10 +139,10 @@ def pia_score(
 def make_scorer(
     build: Callable[[Any], Network], score: Score, *, batch_size: int, together: int = 1
 ) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
-    """`scores(params, images, labels) -> (num,)`, float32, of `score` under the network that `build(params)` is.
+    """Returns `scores(params, images, labels) -> (num,)`, float32: `score` with the network `build(params)`.
 
-    Memory is that of `batch_size` images, or of the few more that make it a multiple of `together`, the images that a
-    network computes together. Compiled once for all parameters of one shape.
+    Images are computed in batches of `batch_size`, rounded up to a multiple of `together` (model.pool). Compiled once
+    for all parameters of the same shapes.
 
     Raises:
       UserError: a score is not finite.
@@ -157,13 +156,15 @@ def make_scorer(
         images, labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
         size, found = whole_batch(batch_size, together), []
         for start in range(0, len(labels), size):
-            chosen = np.minimum(start + np.arange(size), len(labels) - 1)  # one shape to compile
+            chosen = np.minimum(
+                start + np.arange(size), len(labels) - 1
+            )  # pad the last batch, to compile one shape only
             found.append(np.asarray(of_batch(params, images[chosen], labels[chosen]))[: len(labels) - start])
         values = np.concatenate(found)
         if broken := int(np.sum(~np.isfinite(values))):
             raise UserError(
                 f"{broken} of {len(values)} membership scores are not finite: the network's predictions overflow; "
-                "audit an earlier checkpoint, or the average."
+                "audit an earlier checkpoint, or the EMA parameters."
             )
         return values
 
@@ -171,10 +172,10 @@ def make_scorer(
 
 
 def _predicted(network, z, t, label, prediction: Quantity, target: Quantity):
-    """What the network says of z at one time for all, as `target`, in float32; learn_sigma's channels are left out."""
+    """The prediction for z at one timestep, converted to `target`, in float32, without learn_sigma channels."""
     times = _times(z, t)
-    said = network(z, times, label)[..., : z.shape[-1]].astype(jnp.float32)
-    return path.convert(said, z, times, source=prediction, target=target)
+    predicted = network(z, times, label)[..., : z.shape[-1]].astype(jnp.float32)
+    return path.convert(predicted, z, times, source=prediction, target=target)
 
 
 def _times(image, t):

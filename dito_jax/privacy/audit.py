@@ -1,15 +1,15 @@
-"""The audit of a run: what an adversary with its weights finds out, beside what was promised.
+"""Empirical privacy audit of a run: membership inference, canaries, mechanism audit and memorisation.
 
-    attacks       of three kinds (attacks.py) on training images and hold-outs, and whether the split betrays members
-    canaries      lower bounds on epsilon from the run's own example canaries, where it has some (canaries.py)
+    attacks       three membership inference attacks (attacks.py) on training and validation images; split check
+    canaries      lower bounds on epsilon from the run's example canaries, if it has any (canaries.py)
     mechanism     lower bounds on the epsilon of its clipping and noise, and of planted bugs (mechanism_audit.py)
-    memorisation  samples beside their nearest training images
+    memorisation  samples and their nearest training images
 
 Guarantees
-  - "refuted" means: with 95 % confidence the run is not what it claims, for one of its bounds is above the claim.
-  - "invalid" means: a planted bug went unnoticed, so that nothing follows.
-  - Attacks and memorisation refute nothing: members were not chosen by coins. They are computed on the data without
-    noise, and are not to be released. FOR_THE_CARD are those parts that look at no data.
+  - "refuted": with 95 % confidence the claimed epsilon is wrong, because a lower bound is above it.
+  - "invalid": a planted bug was not detected, so the audit has no result.
+  - Attacks and memorisation cannot refute a claim, because members were not chosen at random. They are computed from
+    the data without noise and must not be released. The parts in FOR_THE_CARD use no data.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ Scores = dict[str, tuple[Float[np.ndarray, " members"], Float[np.ndarray, " vali
 
 
 def make_scorers(build: Callable[[Any], Any], loss: LossConfig, *, seed: int, together: int) -> dict[str, Scorer]:
-    """The three attacks on networks that `build(params)` makes; `together`: images that one computes together."""
+    """The three attacks for networks made by `build(params)`; `together`: model.pool, the images routed together."""
     of_loss = functools.partial(loss_score, key=jax.random.key(seed), loss_type=loss.loss_type)
     scores = {"loss": of_loss, "secmi": secmi_score, "pia": pia_score}
     return {
@@ -49,7 +49,7 @@ def make_scorers(build: Callable[[Any], Any], loss: LossConfig, *, seed: int, to
 
 
 def attacked(scorers: dict[str, Scorer], params: Any, members: Batch, validation: Batch) -> Scores:
-    """Each attack's scores of members and of hold-outs."""
+    """The scores of each attack for members and for validation images."""
     of = lambda scorer, batch: scorer(params, batch["image"], batch["label"])
     return {name: (of(scorer, members), of(scorer, validation)) for name, scorer in scorers.items()}
 
@@ -65,7 +65,7 @@ def findings(
     claimed_epsilon: float,
     delta: float,
 ) -> dict[str, Any]:
-    """audit.json: every figure, and the verdict. `canaries`: with the scores that the loss gives them."""
+    """The content of audit.json: all results and the verdict; `canaries` come with their scores by the loss attack."""
     found: dict[str, Any] = {
         "claimed_epsilon": claimed_epsilon,
         "delta": delta,
@@ -86,7 +86,7 @@ def findings(
 
 
 def report(title: str, found: dict[str, Any]) -> str:
-    """audit.md."""
+    """The text of audit.md."""
     claim = f"epsilon {found['claimed_epsilon']:.4g} at delta {found['delta']:g}"
     lines = [f"# Audit of {title}", "", f"Claimed: {claim}. Verdict: **{found['verdict']}**.", ""]
     lines += _of_canaries(found["canaries"]) + _of_mechanism(found["mechanism"])
@@ -97,7 +97,11 @@ def report(title: str, found: dict[str, Any]) -> str:
 def _of_canaries(canaries: dict[str, Any] | None) -> list[str]:
     lines = ["## Canaries", ""]
     if canaries is None:
-        return [*lines, "The run has none: start one with `--canaries 400`, and its epsilon is bounded from below.", ""]
+        return [
+            *lines,
+            "The run has no canaries: start a run with `--canaries 400` to get a lower bound on its epsilon.",
+            "",
+        ]
     bounds = ", ".join(f"{name} {canaries[name]:.3f}" for name in BOUNDS)
     return [
         *lines,
@@ -110,8 +114,8 @@ def _of_canaries(canaries: dict[str, Any] | None) -> list[str]:
 def _of_mechanism(mechanism: dict[str, Any]) -> list[str]:
     lines = ["## Clipping and noise", ""]
     if not mechanism:
-        return [*lines, "The run has none: it is not private.", ""]
-    lines += ["| | epsilon claimed | at least | verdict | wanted |", "|---|---|---|---|---|"]
+        return [*lines, "The run has no clipping and noise: it is not private.", ""]
+    lines += ["| | claimed epsilon | lower bound | verdict | expected |", "|---|---|---|---|---|"]
     for name, check in mechanism.items():
         least = max(check["bounds"][bound] for bound in BOUNDS)
         lines.append(
@@ -127,7 +131,7 @@ def _of_attacks(attacks: dict[str, Any], split: dict[str, Any]) -> list[str]:
     lines = [
         "## Attacks",
         "",
-        f"{one['members']} members, {one['validation']} hold-outs, {one['confidence']:.0%} intervals. "
+        f"{one['members']} members, {one['validation']} validation images, {one['confidence']:.0%} intervals. "
         "Not to be released.",
         "",
         f"| {' | '.join(head)} |",
@@ -136,8 +140,8 @@ def _of_attacks(attacks: dict[str, Any], split: dict[str, Any]) -> list[str]:
     for name, of_one in attacks.items():
         figures = [of_one["auc"], of_one["accuracy"], *(of_one["tpr_at_fpr"][rate] for rate in rates)]
         lines.append(f"| {name} | {' | '.join(map(_estimate, figures))} |")
-    biased = "The split betrays its members by their pixels alone: the figures above mean nothing."
-    fair = "Nothing in the pixels alone tells members from hold-outs"
+    biased = "Members can be told from validation images by pixels alone (biased split): the results above are invalid."
+    fair = "A classifier on pixels alone cannot tell members from validation images"
     said = biased if split["biased"] else f"{fair} (AUC {_estimate(split['split_auc'])})."
     return [*lines, "", said, "", "![ROC](audit/roc.png)", ""]
 
@@ -146,13 +150,13 @@ def _of_memorisation(memorised: dict[str, Any]) -> list[str]:
     return [
         "## Memorisation",
         "",
-        "Distance to the nearest training image over that to the nearest hold-out: median "
-        f"{memorised['median']:.3f} of samples, {memorised['validation_median']:.3f} of hold-outs; below "
+        "Distance to the nearest training image / distance to the nearest validation image: median "
+        f"{memorised['median']:.3f} of samples, {memorised['validation_median']:.3f} of validation images; below "
         f"{memorised['threshold']:g} for {memorised['share_below']:.1%} of samples, "
-        f"{memorised['validation_share_below']:.1%} of hold-outs. Samples that are nearest, left, beside what they are "
-        "near to. Not to be released.",
+        f"{memorised['validation_share_below']:.1%} of validation images. The picture shows the closest samples (left) "
+        "and their nearest training images (right). Not to be released.",
         "",
-        "![samples beside training images](audit/nearest.png)",
+        "![samples and their nearest training images](audit/nearest.png)",
     ]
 
 

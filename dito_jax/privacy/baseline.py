@@ -1,10 +1,11 @@
-"""A simple private model to measure others by: a Gaussian for each class, of noised sums.
+"""A simple private baseline: one Gaussian per class, fitted to noised sums.
 
 Guarantees
-  - One Gaussian mechanism, at once, with dp-accounting's exact sigma: (epsilon, delta) for one image added or removed.
-  - An image adds to its class 1 and x / R, and to all classes together x^2 / R^2 (elementwise), x being its pixels in
-    [0, 1], shortened to the length R: each of the three is at most 1 long, together they are at most sqrt(3).
-  - Which classes there are, and R, are no matter of the data.
+  - One release of the Gaussian mechanism with dp-accounting's exact sigma: (epsilon, delta)-DP for one image added or
+    removed.
+  - An image contributes 1 and x / R to the sums of its class, and x^2 / R^2 (elementwise) to the sum of all classes,
+    where x are its pixels in [0, 1], clipped to L2 norm R. Each contribution has norm at most 1, together sqrt(3).
+  - The set of classes and R do not depend on the data.
 """
 
 import numpy as np
@@ -22,7 +23,7 @@ def gaussian_samples(
     num: int,
     seed: int = 0,
 ) -> tuple[Float[np.ndarray, "num h w c"], Integer[np.ndarray, " num"]]:
-    """`num` images in [-1, 1], as many of each class, of normal pixels with noised means and variances."""
+    """`num` images in [-1, 1], equally many of each class, with normal pixels of noised means and variances."""
     rng, shape = np.random.default_rng(seed), images.shape[1:]
     longest, sigma = _longest(shape), get_sigma_gaussian(epsilon, delta)
     noised = [total + np.sqrt(3) * sigma * rng.normal(size=total.shape) for total in sums(images, labels, num_classes)]
@@ -37,7 +38,7 @@ def gaussian_samples(
 def sums(
     images: Float[np.ndarray, "B h w c"], labels: Integer[np.ndarray, " B"], num_classes: int
 ) -> tuple[Float[np.ndarray, " classes"], Float[np.ndarray, "classes d"], Float[np.ndarray, " d"]]:
-    """Of 1 and x / R by class, and of x^2 / R^2: what the mechanism noises, each image's part at most sqrt(3) long."""
+    """The sums that get noise: of 1 and x / R per class, and of x^2 / R^2; one image contributes at most sqrt(3)."""
     x = (np.clip(images, -1, 1).reshape(len(images), -1).astype(np.float64) + 1) / 2
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), _longest(images.shape[1:]))
     of_class = np.eye(num_classes)[labels]
@@ -45,5 +46,5 @@ def sums(
 
 
 def _longest(shape: tuple[int, ...]) -> float:
-    """R: half of what a white image has."""
+    """R: half the L2 norm of a white image."""
     return float(np.sqrt(np.prod(shape)) / 2)

@@ -1,12 +1,12 @@
-"""Canaries: what is put into training by the toss of a coin, so that its traces bound epsilon from below.
+"""Canaries: examples included in training at random, whose traces give empirical lower bounds on epsilon.
 
-Two kinds. EXAMPLE canaries are pictures that no data set holds, each added to the training data or not
-(`CanarySource`); the trained network's loss on them says which went in. They audit a whole run, once. GRADIENT
-canaries (`audit_mechanism`) are vectors given straight to the code that clips, adds up and adds noise, one direction
-each; the released sums say which went in. They audit that code, in seconds, without a network.
+There are two kinds. EXAMPLE canaries are random images, each included in the training data with probability 1/2
+(`CanarySource`); the trained network's loss on them shows which were included. They audit a whole run, once. GRADIENT
+canaries (`audit_mechanism`) are vectors, one direction each, passed directly to the code that clips, sums and adds
+noise; the released sums show which were included. They audit that code in seconds, without a network.
 
-Either way an adversary guesses the coins, and under (epsilon, delta) nobody guesses too well: three bounds by
-jax-privacy's auditor turn right guesses into the smallest epsilon that the data do not refute.
+In both cases an adversary guesses which canaries were included, and (epsilon, delta)-DP limits how many guesses can be
+right. Three bounds, computed by jax-privacy's auditor, turn the right guesses into a lower bound on epsilon:
 
     one_run            Steinke, Nasr, Jagielski, arXiv 2305.08846
     one_run_fdp        Mahloujifar, Melis, Chaudhuri, arXiv 2410.22235
@@ -14,19 +14,20 @@ jax-privacy's auditor turn right guesses into the smallest epsilon that the data
 
 Guarantees
 ----------
-What a bound means: with probability `confidence` over the coins and the noise, for the three together (each is taken
-at a third of the significance), the audited run is *not* (epsilon, delta)-private for any epsilon below it. A bound
-above the claimed epsilon refutes the claim: there is a bug, or the accounting is of something else.
+Meaning of a bound: with probability `confidence` over the inclusions and the noise, for all three bounds together
+(each uses a third of the significance), the audited run is *not* (epsilon, delta)-DP for any epsilon below the bound.
+A bound above the claimed epsilon refutes the claim: there is a bug, or the accounting does not match the run.
 
-Assumes: every coin is fair, independent, and unknown to what is audited. `one_run` needs no more than that.
-`one_run_fdp` refutes that the mechanism is as good as a Gaussian one of that (epsilon, delta). `clopper_pearson` takes
-the scores of different canaries for independent, as those of orthogonal directions under independent noise are.
+Assumptions: each inclusion is an independent fair coin flip that the audited code does not know. `one_run` needs only
+this. `one_run_fdp` refutes that the mechanism is as private as a Gaussian one with this (epsilon, delta).
+`clopper_pearson` assumes that the scores of different canaries are independent, as for orthogonal directions with
+independent noise.
 
-Cannot show: that the claim is true. A correct mechanism gives bounds far below its epsilon: with 5,000 directions, 2.4,
-4.9 and 3.6 of a true 10. The audit is a detector of bugs, and is itself tested by mechanisms that have one. It sees
-too little noise and too large a contribution; noise that is too large, or in the wrong units but larger, passes. That
-two releases have the same noise shows only with `alternate`. Example canaries count in the training set's size, and
-what they cost in quality is the run's.
+Cannot show: that the claim is true. The bounds for a correct mechanism are far below its epsilon: with 5,000 directions
+they are 2.4, 4.9 and 3.6 for a true epsilon of 10. The audit detects bugs; tests apply it to mechanisms with planted
+bugs. It detects too little noise and too large contributions; it does not detect too much noise. That two releases use
+the same noise is detected only with `alternate`. Example canaries count in the size of the training set and may reduce
+the quality of the run.
 """
 
 import dataclasses
@@ -52,14 +53,14 @@ from dito_jax.telemetry.run_directory import RunDirectory
 
 PrivateSum = Callable[
     [Float[Array, "m D"], Bool[Array, " m"], Key[Array, ""]], Float[Array, " D"]
-]  # per-example gradients, which are there, key -> the noised sum
+]  # per-example gradients, mask of the included ones, key -> the noised sum
 BOUNDS = ("one_run", "one_run_fdp", "clopper_pearson")
 PLANTED = "canaries.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class EpsilonBounds:
-    """Lower bounds on epsilon, with the confidence given for all three together."""
+    """Lower bounds on epsilon; `confidence` is that of all three together."""
 
     one_run: float
     one_run_fdp: float
@@ -77,7 +78,7 @@ class EpsilonBounds:
 
 @dataclasses.dataclass(frozen=True)
 class Canaries:
-    """Pictures with their labels, and which of them are in the training data."""
+    """Example canaries with their labels, and which of them are in the training data."""
 
     image: Float32[np.ndarray, "num h w c"]
     label: Int32[np.ndarray, " num"]
@@ -85,11 +86,10 @@ class Canaries:
 
 
 def make_canaries(num: int, image_shape: tuple[int, int, int], num_classes: int, *, secret: bytes) -> Canaries:
-    """`num` pictures of random signs, +1 or -1 a pixel, with labels and coins; all a function of `secret`.
+    """`num` images of random signs, +1 or -1 per pixel, with labels and inclusions; a function of `secret`.
 
-    Such a picture is as far from any real one as pixels allow, and what a network learns of it, it learns from it
-    alone. Pictures and coins come from generators that have nothing in common but the secret: who sees the pictures,
-    in their order, learns nothing of the coins.
+    These images are far from all real ones, so a network can learn them only from themselves. Images and inclusions
+    come from separate generators: somebody who sees the images in order learns nothing about the inclusions.
 
     Raises:
       UserError: fewer than one canary, or an empty secret.
@@ -105,7 +105,7 @@ def make_canaries(num: int, image_shape: tuple[int, int, int], num_classes: int,
 
 
 class CanarySource:
-    """A training Source with those canaries appended whose coin says so; the rest of it is as it was."""
+    """A training source with the included canaries appended."""
 
     def __init__(self, source: Source, num: int, *, secret: bytes):
         self.source = source
@@ -129,13 +129,14 @@ class CanarySource:
 
 
 def planted(source: Source, num: int, run: RunDirectory) -> CanarySource:
-    """`source` with the canaries of one run: made by its first start, the same in every later one and in its audit.
+    """`source` with the canaries of a run, which are the same in every start of the run and in its audit.
 
-    Their secret lies where the run's own does (keys.py), for the auditor: whoever has it knows the coins. The run keeps
-    its name, and its hash, so that coins tossed anew are noticed. All processes of a run must call.
+    The secret of the canaries is stored like that of the run (keys.py), for the audit; it determines the inclusions.
+    canaries.json in the run directory has its name and SHA-256, so another secret is detected. A collective: all
+    processes must call it.
 
     Raises:
-      UserError: the run began with another number of canaries, or their secret is not here.
+      UserError: the run was started with another number of canaries, or their secret is missing.
     """
     refused: UserError | None = None
     if index() == 0:
@@ -144,7 +145,7 @@ def planted(source: Source, num: int, run: RunDirectory) -> CanarySource:
         except UserError as error:
             refused = error
     if not agree(refused is None):
-        raise refused or UserError("the canaries of this run are refused; process 0 says why.")
+        raise refused or UserError("the canaries of this run cannot be used; process 0 prints the reason.")
     return CanarySource(source, num, secret=bytes.fromhex(published("canaries")["secret"]))
 
 
@@ -152,12 +153,14 @@ def _kept_secret(run: RunDirectory, num: int) -> bytes:
     path = run.path / PLANTED
     kept = json.loads(path.read_text()) if path.exists() else {"secret": f"canaries-{uuid.uuid4().hex}", "num": num}
     if kept["num"] != num:
-        raise UserError(f"{path}: this run began with {kept['num']} canaries, not {num}: set canaries to it.")
+        raise UserError(
+            f"{path}: this run was started with {kept['num']} canaries, not {num}: set canaries to {kept['num']}."
+        )
     held = secret_path(kept["secret"])
     secret = run_secret(kept["secret"]) if held.exists() or not path.exists() else b""
     digest = hashlib.sha256(secret).hexdigest()
     if kept.setdefault("sha256", digest) != digest:
-        raise UserError(f"{held}: not the secret that this run's canaries were made of; restore it from a copy.")
+        raise UserError(f"{held}: not the secret of this run's canaries; restore it from a copy.")
     run.write_json(PLANTED, kept)
     return secret
 
@@ -169,15 +172,17 @@ def epsilon_bounds(
     delta: float,
     confidence: float = 0.95,
 ) -> EpsilonBounds:
-    """What the scores of canaries, larger for those that are in, prove of epsilon.
+    """Lower bounds on epsilon from the scores of canaries, which should be larger for included ones.
 
     Raises:
-      UserError: no canary is in, or none is out; delta or confidence is not in (0, 1).
+      UserError: no canary or every canary is included; delta or confidence is not in (0, 1).
     """
     if not 0 < delta < 1 or not 0 < confidence < 1:
         raise UserError(f"delta {delta}, confidence {confidence}: wanted both between 0 and 1.")
     if included.all() or not included.any():
-        raise UserError(f"{int(included.sum())} of {len(included)} canaries are in: give more, so that some are out.")
+        raise UserError(
+            f"{int(included.sum())} of {len(included)} canaries are included: use more, so that some are not."
+        )
     auditor = CanaryScoreAuditor(scores[included], scores[~included])
     each = (1 - confidence) / len(BOUNDS)
     return EpsilonBounds(
@@ -193,7 +198,7 @@ def epsilon_bounds(
 
 
 def verdict(bounds: EpsilonBounds, claimed_epsilon: float) -> Literal["refuted", "not refuted"]:
-    """Whether the claim can still be true; "not refuted" is no proof of it."""
+    """Whether a bound refutes the claimed epsilon; "not refuted" does not prove the claim."""
     return "refuted" if bounds.largest > claimed_epsilon else "not refuted"
 
 
@@ -211,21 +216,21 @@ def audit_mechanism(
 ) -> EpsilonBounds:
     """Bounds on the epsilon of `steps` calls of `private_sum(vectors (m, D), present (m,), key) -> (D,)`.
 
-    Canary i is `magnitude` times a unit vector of its own, e_i, a coordinate chosen by chance: as long as the clip norm
-    is below, what reaches the sum is clip x e_i. Half of the canaries, by a coin each, are present in every step. The
-    score of one is the sum over steps of <released, e_i>. To audit code that takes losses and not gradients, give it
+    Canary i is `magnitude` times a random coordinate vector e_i, one coordinate per canary. If the clip norm is below
+    `magnitude`, its contribution to the sum is clip_norm * e_i. Each canary is included with probability 1/2, in all
+    steps. Its score is the sum over steps of <released, e_i>. To audit code that takes losses instead of gradients, use
     the loss <params, vector>, whose gradient is the vector.
 
-    `alternate`: canaries that are in are present in even steps alone, and odd steps count negatively. Correct noise
-    hides more so (a canary takes part half as often); noise that two steps have in common cancels, and hides nothing.
+    `alternate`: included canaries are present in even steps only, and odd steps count negatively. With correct noise
+    the bounds are lower (a canary takes part half as often); noise that two steps share cancels.
 
-    Memory: m x D floats, and what `private_sum` makes of them.
+    Memory: m x D floats, plus that of `private_sum`.
 
     Raises:
       UserError: more canaries than dimensions, or no steps (two, if they alternate).
     """
     if not 0 < num_canaries <= dimension:
-        raise UserError(f"{num_canaries} canaries in {dimension} dimensions: wanted a direction each, so at most that.")
+        raise UserError(f"{num_canaries} canaries in {dimension} dimensions: wanted at most one per dimension.")
     if steps < 1 + alternate:
         raise UserError(f"{steps} steps: wanted at least {1 + alternate}.")
     key_coins, key_axes, key_noise = jax.random.split(key, 3)

@@ -1,10 +1,10 @@
-"""A private run's card: what was promised of it, by which arithmetic, and what the promise does not cover.
+"""The privacy card of a run: its DP statement, the accounting behind it, and what it does not cover.
 
 Guarantees
-  - Every figure is read from the ledger, from the run's own files, or computed of them; none is typed.
-  - epsilon is that of the steps that were charged: those that a crash made the run take again count, and those that
-    it paid for and did not take; and those of the private runs that it starts from, on the same data set.
-  - A card says "not audited" until RUN/audit.json is there.
+  - Every value is read from the ledger or the run's own files, or computed from them.
+  - epsilon is that of all charged steps, including steps repeated after a crash and charged steps that were not taken,
+    plus those of the private runs on the same data set that the run was warm-started from.
+  - A card says "not audited" without RUN/audit.json.
 """
 
 import json
@@ -24,41 +24,41 @@ from dito_jax.training.trainable import Names
 
 
 RELEASED = (
-    "the parameters of all checkpoints and their averages",
-    "the learning rate and the noised gradient's norm of each step, in metrics.jsonl and tensorboard/",
+    "the parameters and EMA parameters of all checkpoints",
+    "the learning rate and the norm of the noised gradient of each step, in metrics.jsonl and tensorboard/",
 )
 NOT_RELEASED = (
-    "eval.json, report.md, samples/ beside real images: computed on the data without noise",
-    "metrics named internal_*, in the same files, if privacy.internal was set",
-    "how long steps took, in the same files, goodput.jsonl and events.jsonl: reading what was drawn takes time",
-    "the secret that keys are made of, the ledger's times, and the lengths of batches",
+    "eval.json, report.md, comparisons of samples with real images: computed on the data without noise",
+    "metrics named internal_* in metrics.jsonl and tensorboard/, if privacy.internal was set",
+    "step times, in metrics.jsonl, tensorboard/, goodput.jsonl and events.jsonl: they depend on the sizes of batches",
+    "the secret from which keys are derived, the times in the ledger, and the sizes of batches",
 )
 LIMITS = (
-    "Losses of all steps are added up as of a list that was fixed beforehand: settings of a later run that were chosen "
-    "by what an earlier one released are not covered by the proof.",
-    "Other runs of a search over settings are not in this run's epsilon; they are in the data set's.",
-    "The number of units is in the sampling probability: it is taken to be public.",
-    "Noise is float32, of ChaCha20; attacks on the last bits of a float32 sum (arXiv 2112.05307) are not covered.",
-    "Statistics of the data that were made before (normalisation, latents' encoder, removal of duplicates) are not "
+    "The accounting assumes settings that were fixed beforehand: settings of a later run that were chosen from the "
+    "results of an earlier run are not covered by the proof.",
+    "Other runs of a hyperparameter search are not in this run's epsilon; they are in the epsilon of the data set.",
+    "The sampling probability contains the number of units, which is assumed to be public.",
+    "Noise is float32, from ChaCha20; attacks on the last bits of a float32 sum (arXiv 2112.05307) are not covered.",
+    "Statistics of the data that were computed before (normalization, the encoder of latents, deduplication) are not "
     "covered.",
-    "Of a run that starts from another, what that saw of other data sets is covered by its own card, if it has one.",
-    "Duplicates of an example, and all examples of a person unless the unit is a user, are protected by less.",
+    "After a warm start, the privacy of other data sets that the earlier run used is stated by its own card, if any.",
+    "Duplicates of an example, and all examples of a person unless the unit is a user, have weaker protection.",
 )
 
 
 def card(
     run: RunDirectory, privacy: PrivacyConfig, *, init_from: str | None, trainable: Names, canaries: int
 ) -> dict[str, Any]:
-    """What there is to say of a private run, ready for JSON: of its privacy, and of the fields of its config so named.
+    """The privacy card of a run as a dict for JSON; the arguments are fields of the run's config.
 
     Raises:
-      UserError: the run is not private, its data set has no ledger here, or that lacks steps that the run took.
+      UserError: the run is not private, its ledger is missing, or the ledger lacks steps of the run.
     """
     if privacy.epsilon is None or privacy.dataset is None or not (run.path / PLAN).exists():
-        raise UserError(f"{run.path}: not a private run (no {PLAN}): there is nothing to promise.")
+        raise UserError(f"{run.path}: not a private run (no {PLAN}), so there is no privacy card.")
     path = ledger_path(privacy.dataset)
     if not path.exists():
-        raise UserError(f"{path}: the ledger that this run was charged to is not here; copy it, or set DITO_LEDGERS.")
+        raise UserError(f"{path}: the ledger of this run is missing; copy it here, or set DITO_LEDGERS.")
     kept, ledger = json.loads((run.path / PLAN).read_text()), Ledger(path)
     plan, audit = kept["plan"], run.path / "audit.json"
     _check_charges(run, sum(ledger.spent(kept["run"]).values()), path)
@@ -72,7 +72,7 @@ def card(
         "budget_of_dataset": ledger.budget.epsilon,
         "runs_on_dataset": len(ledger.runs()),
         "accountant": f"privacy loss distributions, dp-accounting {version('dp-accounting')}",
-        "sampler": f"Poisson, a coin for every unit and step, jax-privacy {version('jax-privacy')}",
+        "sampler": f"Poisson subsampling of units, jax-privacy {version('jax-privacy')}",
         "sampling_prob": plan["sampling_prob"],
         "max_batch": plan["max_batch"],
         "noise_multiplier": plan["noise_multiplier"],
@@ -92,8 +92,8 @@ def card(
 
 
 def _spent(ledger: Ledger, kept: dict[str, Any], privacy: PrivacyConfig) -> dict[str, Any]:
-    """What the run's parameters depend on cost, and what else was charged."""
-    own, behind = ledger.spent(kept["run"]), kept.get("starts_from", [])  # older runs have not kept them
+    """The epsilon of the run's parameters, of its own steps, and of the data set."""
+    own, behind = ledger.spent(kept["run"]), kept.get("starts_from", [])  # absent in runs of older versions
     whole = merged(own, *(ledger.spent(name) for name in behind))
     return {
         "adjacency": adjacency(whole),
@@ -111,13 +111,13 @@ def _check_charges(run: RunDirectory, charged: int, path: Path) -> None:
     steps = [int(found[0]) for kept in run.checkpoints.glob("*") if (found := re.match(r"\d+", kept.name))]
     if charged < max(steps, default=0) or not charged:
         raise UserError(
-            f"{run.path}: {charged} of its steps are entered in {path}, and it has a checkpoint of step "
-            f"{max(steps, default=0)}: there is nothing to promise."
+            f"{run.path}: {charged} of its steps are charged in {path}, but it has a checkpoint of step "
+            f"{max(steps, default=0)}: no privacy statement is possible."
         )
 
 
 def markdown(facts: dict[str, Any]) -> str:
-    """The same for people."""
+    """The card as Markdown."""
     lists = ("released", "not_released", "limits", "audit", "ledger")
     row = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
     lines = [

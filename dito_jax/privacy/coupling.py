@@ -1,8 +1,8 @@
-"""What a config must not have for a private run: whatever lets examples meet, or tells of them beside the noised sum.
+"""Rules for the config of a private run: nothing may mix examples, or release more of them than the noised sum.
 
-Guarantees: a config that passes computes each example's loss from that example alone, as far as models, routers and
-steps of this repository go. A network of somebody else's is not looked into, but for batch normalization
-(`tapped` and the tests of sensitivity are what shows more).
+Guarantees: with a config that passes, the loss of each example depends on that example only, for the models, routers
+and steps of this repository. Other networks are not checked here; errors in them show in `ghost_clipping.add_hooks`
+and in tests of the sensitivity.
 """
 
 from dito_jax.checkpointing.retention import CheckpointConfig
@@ -12,15 +12,15 @@ from dito_jax.privacy.settings import PrivacyConfig
 
 
 def private_rules(model: DiTConfig, privacy: PrivacyConfig, checkpoint: CheckpointConfig) -> dict[str, bool]:
-    """What makes a run impossible under privacy, with the reason and the cure, and whether it does."""
+    """Rules for a private run, {message with the reason and what to do: broken}."""
     rules = {
         f"privacy.dataset is {privacy.dataset!r}: name the data set whose ledger is charged": not privacy.dataset,
         f"privacy.clip_norm {privacy.clip_norm} is not positive": privacy.clip_norm <= 0,
         f"privacy.noise_multiplicity {privacy.noise_multiplicity} is not positive": privacy.noise_multiplicity < 1,
         f"privacy.microbatch {privacy.microbatch} is not positive": privacy.microbatch < 1,
         f"privacy.spare_steps {privacy.spare_steps} is negative": privacy.spare_steps < 0,
-        f"model.kernels.mlp {model.kernels.mlp!r} hides what is inside the MLP from privacy.backend "
-        f"{privacy.backend!r}: leave it None, or take 'microbatch'": (
+        f"model.kernels.mlp {model.kernels.mlp!r} has no gradient hooks inside the MLP for privacy.backend "
+        f"{privacy.backend!r}: set it to None, or use 'microbatch'": (
             model.kernels.mlp is not None and privacy.backend in ("ghost", "bookkeeping")
         ),
         f"checkpoint.keep_best {checkpoint.keep_best} would choose a checkpoint by the private examples' losses: "

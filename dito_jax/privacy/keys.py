@@ -1,14 +1,14 @@
-"""Chance that nobody can guess: a run's secret, and what every step derives from it.
+"""Secret random keys of a private run: a 256-bit secret, and the keys that each step derives from it.
 
 Guarantees
-  - A secret is 32 bytes of the operating system's entropy, in a file that its owner alone may read, apart from the run
-    and its checkpoints. Whoever has it can subtract the noise: it is not to be released, logged, or kept for longer
-    than the run. It appears in no repr.
-  - Every step of every start of every run has keys of its own, for each purpose: HMAC-SHA256 of the secret, whose bits
-    are all used. A step that is done again after a crash has another key, so its noise is drawn anew and it is a
-    release of its own; the same noise under other gradients would give their difference away.
-  - Noise has all 256 bits of its key. What is drawn for the loss (times, their noise) has a key of threefry, 64 bits:
-    there chance need not be secret.
+  - A secret is 32 bytes from the operating system's entropy source, in a file that only its owner may read, outside the
+    run directory. With the secret the noise can be subtracted: never release or log it, and delete it after the run.
+    It appears in no repr.
+  - Every step of every start of every run has its own key for each purpose: HMAC-SHA256 with all bits of the secret. A
+    step that is repeated after a crash has another key, so its noise is new and it counts as another release; the same
+    noise with other gradients would reveal their difference.
+  - The noise uses all 256 bits of its key. The random numbers of the loss (timesteps and their noise) use a 64-bit
+    threefry key, because they need not be secret.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ class StepKeys:
         return np.frombuffer(self._bytes(step, purpose), np.uint32).copy()
 
     def generator(self, step: int, purpose: Purpose) -> np.random.Generator:
-        """NumPy's, seeded by all 256 bits, of which it keeps 128."""
+        """A NumPy generator seeded with all 256 bits of the key; its state has 128 bits."""
         return np.random.default_rng(int.from_bytes(self._bytes(step, purpose)))
 
     def _bytes(self, step: int, purpose: Purpose) -> bytes:
-        # Lengths first: no two lists of fields make one message.
+        # Each field is preceded by its length, so that different fields never give the same message.
         fields = [purpose.encode(), self.run.encode(), str(self.restart).encode(), str(step).encode()]
         message = b"".join(len(field).to_bytes(4) + field for field in fields)
         return hmac.digest(self._secret, message, hashlib.sha256)
@@ -60,10 +60,10 @@ def secret_path(run: str) -> Path:
 
 
 def run_secret(run: str) -> bytes:
-    """The secret of a run, made when it is first asked for.
+    """The secret of a run; created at the first call.
 
     Raises:
-      UserError: the file is not one, or others may read it.
+      UserError: the file has the wrong size, or other users may read it.
     """
     path = secret_path(run)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -74,13 +74,15 @@ def run_secret(run: str) -> bytes:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(unfinished, path)  # fails where another process was first, whose secret then counts
+            os.link(unfinished, path)  # fails if another process created it first; that secret is then used
         except FileExistsError:
             pass
         finally:
             unfinished.unlink()
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UserError(f"{path}: others may read this secret: start a new run, or if nobody did, chmod 600 it.")
+        raise UserError(
+            f"{path}: other users may read this secret: start a new run, or chmod 600 it if nobody has read it."
+        )
     held = path.read_bytes()
     if len(held) != SECRET_BYTES:
         raise UserError(f"{path}: {len(held)} bytes, wanted {SECRET_BYTES}; restore it, or start a new run.")

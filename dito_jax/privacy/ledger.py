@@ -1,13 +1,13 @@
-"""What was spent of a data set's privacy: one file for all runs on it, written before it is spent.
+"""The privacy ledger of a data set: one file for all runs on it, in which each step is charged before it is taken.
 
 Guarantees
-  - A charge is on the disk before `charge` returns, and a step is taken after that: the ledger may count a step that
-    a crash prevented, and never lacks one that was taken. A step that is done again is charged again.
-  - Entries are chained by SHA-256: a changed, missing or moved line is an error that names it. A line that a crash
-    left half-written belongs to a charge that never returned; it is cut off, and an entry says so.
-  - One file has one writer at a time, in any number of runs; each sees what the others spent before it charges.
-  - Not covered: who may write the file may write another one. Entries cut off at the end show only against what a run
-    remembers of it (`remembers`), or a copy elsewhere. Steps that were never charged, of a program that is not this.
+  - A charge is on disk before `charge` returns, and the step is taken after that. The ledger may contain a step that a
+    crash prevented, but never lacks one that was taken. A repeated step is charged again.
+  - Entries form a SHA-256 hash chain: a changed, missing or moved line is an error that names the line. An incomplete
+    last line after a crash belongs to a charge that never returned; it is removed, and an entry records that.
+  - One process at a time writes the file, over all runs; each run reads the charges of the others before its own.
+  - Not covered: users with write access can replace the file. Entries removed at the end are detected only by a run
+    that has recorded an entry (`remembers`), or by a copy. Steps taken by other programs are not charged.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from dito_jax.privacy.accounting import Release, merged, remaining_steps
 
 
 FIRST = "0" * 64
-AHEAD = 64  # steps of other runs that are reckoned with at once
+AHEAD = 64  # steps of each other release that a cached number of remaining steps allows for
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What may be spent in all."""
+    """The privacy budget of a data set."""
 
     epsilon: float
     delta: float
@@ -43,7 +43,7 @@ def ledger_path(dataset: str) -> Path:
     """$DITO_LEDGERS/<dataset>.jsonl, or ~/.local/share/dito_jax/ledgers/<dataset>.jsonl."""
     folder = Path(os.environ.get("DITO_LEDGERS") or Path.home() / ".local/share/dito_jax/ledgers")
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", dataset).strip("._") or "dataset"
-    # Names that differ only in what was replaced must not share a budget.
+    # A hash, so that names that differ only in replaced characters have different files.
     return (
         folder / f"{plain if plain == dataset else f'{plain}-{hashlib.sha256(dataset.encode()).hexdigest()[:8]}'}.jsonl"
     )
@@ -51,7 +51,7 @@ def ledger_path(dataset: str) -> Path:
 
 @dataclasses.dataclass
 class Room:
-    """`left` more steps of one kind fit, also after as many of the other kinds as `others` says."""
+    """Cache: `left` more steps of one release fit, even after the given numbers of steps of `others`."""
 
     left: int
     others: dict[Release, int]
@@ -62,9 +62,9 @@ class Ledger:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries: list[dict[str, Any]] = []  # all but charges
-        self.head = FIRST  # the hash of the last entry
-        self.number = 0  # how many entries there are
+        self.entries: list[dict[str, Any]] = []  # all entries except charges
+        self.head = FIRST  # hash of the last entry
+        self.number = 0  # number of entries
         self._offset = 0
         self._spent: dict[Release, int] = {}
         self._by_run: dict[str, dict[Release, int]] = {}
@@ -75,32 +75,32 @@ class Ledger:
 
     @property
     def budget(self) -> Budget | None:
-        """The last that was set; None of a ledger that nobody opened."""
+        """The last budget that was set; None if none was set."""
         found = [entry for entry in self.entries if entry["kind"] == "budget"]
         return Budget(**found[-1]["payload"]) if found else None
 
     def spent(self, run: str | None = None) -> Mapping[Release, int]:
-        """Steps by what they released, of all runs or of one."""
+        """Number of charged steps by release, of all runs or of one run."""
         return dict(self._spent if run is None else self._by_run.get(run, {}))
 
     def runs(self) -> list[str]:
-        """Every run that was started, in order."""
+        """Names of all started runs, in order."""
         return list(dict.fromkeys(entry["run"] for entry in self.entries if entry["kind"] == "start"))
 
     def restarts(self, run: str) -> int:
-        """How often a run was started."""
+        """Number of starts of a run."""
         return sum(entry["kind"] == "start" and entry["run"] == run for entry in self.entries)
 
     def set_budget(self, budget: Budget) -> None:
-        """Sets or changes what may be spent; the old figure stays on record."""
+        """Sets or changes the budget; earlier budgets stay in the ledger."""
         with self._locked() as append:
             append("budget", "", dataclasses.asdict(budget))
 
     def start(self, run: str, release: Release, steps: int, **notes: Any) -> int:
-        """Enters that a run starts, with so many steps before it; which start of the run it is, from 0.
+        """Records the start of a run that plans `steps` steps; returns the index of this start of the run, from 0.
 
         Raises:
-          UserError: those steps would exceed the budget; the line says how many would not.
+          UserError: these steps would exceed the budget; the message says how many steps remain.
         """
         with self._locked() as append:
             left = self._steps_left(release)
@@ -116,22 +116,22 @@ class Ledger:
             return restart
 
     def charge(self, run: str, restart: int, step: int, release: Release) -> None:
-        """Enters one step, on the disk when it returns: take the step after that, and not before.
+        """Charges one step, on disk when it returns; take the step only after that.
 
         Raises:
-          UserError: it would exceed the budget; nothing is entered.
+          UserError: the step would exceed the budget; nothing is charged.
         """
         with self._locked() as append:
             if self._steps_left(release) < 1:
                 raise UserError(
                     f"{self.path}: step {step} would exceed epsilon {self._budget.epsilon:g} at delta "
-                    f"{self._budget.delta:g}: 0 steps remain at noise {release.noise_multiplier:g}. What was trained "
-                    "so far is saved and private; privacy.spare_steps pays for steps that are done again."
+                    f"{self._budget.delta:g}: 0 steps remain at noise {release.noise_multiplier:g}. The training "
+                    "so far is saved and private; privacy.spare_steps adds budget for repeated steps."
                 )
             append("step", run, {"restart": restart, "step": step, "release": dataclasses.asdict(release)})
 
     def remembers(self, number: int, head: str) -> bool:
-        """Whether entry `number` has that hash still: what a run noted of the ledger when it began."""
+        """Whether entry `number` still has the hash `head`, which a run recorded at its start."""
         return number == 0 or self._hash_of(number) == head
 
     @property
@@ -140,7 +140,7 @@ class Ledger:
         return self.budget
 
     def _steps_left(self, release: Release) -> int:
-        """How many more such steps fit; seldom computed, for it takes long."""
+        """Number of further steps that fit; cached, because the computation is slow."""
         room = self._room.get(release)
         if room is None or min(room.left, *room.others.values(), 0) < 0:
             room = self._computed_room(release, AHEAD)
@@ -156,7 +156,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Any]:
-        """Alone with the file, and up to date; gives the function that appends to it."""
+        """Locks the file and reads new entries; yields the function that appends an entry."""
         if new := not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
@@ -183,7 +183,7 @@ class Ledger:
             yield append
 
     def _read(self, file) -> str | None:
-        """Takes what was appended since; a last line without an end is returned."""
+        """Reads the entries appended since the last call; returns an incomplete last line, if there is one."""
         file.seek(self._offset)
         *lines, torn = file.read().split(b"\n")
         for line in lines:
@@ -196,8 +196,8 @@ class Ledger:
                 good = False
             if not good:
                 raise UserError(
-                    f"{self.path}: line {self.number + 1} was changed, or lines before it are missing. Nothing can be "
-                    "said of what was spent: restore the file from a copy."
+                    f"{self.path}: line {self.number + 1} was changed, or lines before it are missing. The spent "
+                    "privacy is unknown: restore the file from a copy."
                 )
             self._take(entry)
             self._offset += len(line) + 1
@@ -228,7 +228,7 @@ class Ledger:
 
 
 def same_data(one: str, other: str) -> bool:
-    """Whether two descriptions are of the same data: the same words, or a path and one inside it."""
+    """Whether two descriptions are of the same data: equal texts, or equal or nested paths."""
     if one == other:
         return True
     a, b = Path(one), Path(other)
@@ -236,9 +236,9 @@ def same_data(one: str, other: str) -> bool:
 
 
 def charged_elsewhere(path: Path, data: str) -> Path | None:
-    """Another ledger in the folder of `path`, if a run on these data was started with it; none is changed."""
+    """Path of another ledger in the same folder that has a run on these data; None if there is none. Read-only."""
     for other in sorted(path.parent.glob("*.jsonl")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not ours to judge, or to read
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # skip unreadable or foreign files
             for line in other.read_bytes().splitlines() if other != path else ():
                 if b'"kind":"start"' in line and same_data(json.loads(line)["payload"].get("data") or "", data):
                     return other

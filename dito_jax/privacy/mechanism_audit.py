@@ -1,14 +1,14 @@
-"""An audit of the code that makes a run's steps private: its own clipping and noise, and three bugs planted in it.
+"""Mechanism audit: an empirical audit of the clipping and noise code of a run, with three planted bugs as controls.
 
-Gradient canaries (canaries.py) go through the clipped sum of the run's backend and through its noise. The claim is that
-of a few steps in which every canary takes part, at the run's sigma or SIGMA, whichever is more: under little noise the
-claim is weaker than anything that NUM canaries can prove. Controls are the same code with noise off, with clipping off,
-and with the same noise in both steps. Each must be refuted: an audit that lets one pass would have let the run's code
-pass with that bug.
+Gradient canaries (canaries.py) go through the run's clipping backend and its noise. The claimed epsilon is that of one
+or two steps in which every canary takes part, with the run's sigma or SIGMA, whichever is larger, because with little
+noise the claimed epsilon is larger than any bound that NUM canaries can prove. The controls are the same code with
+noise off, with clipping off, and with the same noise in both steps. Each control must be refuted; otherwise the audit
+would not have detected that bug in the run's code either.
 
-Guarantees: what canaries.py says of `audit_mechanism`. No data are looked at, and nothing is charged.
+Guarantees: those of `canaries.audit_mechanism`. The audit uses no data and charges nothing.
 
-Cannot show: that a run called this code, or drew its batches as it says; example canaries see that, with less power.
+Cannot show: that a run called this code, or sampled its batches as stated; example canaries test that, with less power.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ NUM, DIMENSION = 1200, 1500
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What the canaries prove of one mechanism, beside the epsilon that a sound one has."""
+    """Result for one mechanism: the claimed epsilon, the lower bounds, the verdict and the expected verdict."""
 
     claimed_epsilon: float
     bounds: EpsilonBounds
@@ -47,7 +47,7 @@ class Check:
 
 
 class _Product(nnx.Module):
-    """Its output for a vector is <kernel, vector>: the output's gradient is the vector."""
+    """A module with output <kernel, vector>, so that the gradient of the output is the vector."""
 
     def __init__(self):
         self.product = linear(DIMENSION, 1, "D .", bias=False, rngs=nnx.Rngs(0))
@@ -59,7 +59,7 @@ class _Product(nnx.Module):
 def check_mechanism(
     privacy: PrivacyConfig, noise_multiplier: float, *, narrow: bool, seed: int = 0
 ) -> dict[str, Check]:
-    """The run's code as it is, for one step and for two, and with each bug. `narrow`: the run computes in bfloat16."""
+    """Audits the run's code for one and two steps, and with each bug; `narrow`: the run computes in bfloat16."""
     sigma = max(noise_multiplier, SIGMA)
     graph, params = nnx.split(_Product(), nnx.Param)
     losses: Callable[[Any, dict[str, Array]], Array] = lambda network, rows: network(rows["vector"])

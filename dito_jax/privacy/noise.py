@@ -1,12 +1,11 @@
-"""The noise of a private step: one draw of N(0, stddev^2) for each number of the clipped sum.
+"""The Gaussian noise of a private step: N(0, stddev^2) is added to each number of the clipped sum.
 
 Guarantees
-  - One draw a step, of the whole sum, whatever the mesh: a number depends on its place in the whole array, and every
-    device makes those of its piece. Accumulated parts are summed before it.
-  - The numbers are made of ChaCha20's key stream under 256 secret bits (kernels_pallas/randomness), which keys.py gives
-    every step of every start of a run anew.
-  - Not covered: a float32 sum and its noise leave traces in the last bits of the result
-    (https://arxiv.org/abs/2112.05307).
+  - The noise is drawn once per step for the whole sum and does not depend on the mesh: each number depends on its
+    position in the whole array, and every device draws those of its shard. Accumulated parts are summed before.
+  - The numbers are computed from a ChaCha20 key stream with a 256-bit secret key (kernels_pallas/randomness); keys.py
+    derives a new key for every step of every start of a run.
+  - Not covered: attacks on the last bits of a float32 sum with noise (https://arxiv.org/abs/2112.05307).
 """
 
 import functools
@@ -21,7 +20,7 @@ from kernels_pallas import secure_normal
 
 
 def add_noise(total: nnx.State, key: UInt32[Array, " 8"], stddev: float) -> nnx.State:
-    """`total` with noise in every leaf, each under a nonce of its own, in the order of jax.tree.leaves."""
+    """Adds noise to every leaf of `total`; each leaf has its own nonce, its index in jax.tree.leaves."""
     leaves, tree = jax.tree.flatten(total, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     noised = [leaf.replace(_noised(leaf, number, key, stddev)) for number, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, noised)

@@ -1,4 +1,4 @@
-"""A private run made ready to compile: training's program, with the private step and its batches."""
+"""The jitted init and private train step of a run, with shapes and shardings (see training/program.py)."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def make_private_program(
     privacy: PrivacyConfig,
     plan: StepPlan,
 ) -> Program:
-    """The program of this recipe on this mesh; call it under `jax.set_mesh(mesh)`."""
+    """The Program of a private run on this mesh; call it under `jax.set_mesh(mesh)`."""
     update = make_optimizer(optimizer, loop.steps)
     graph, _ = split_model(model)
     step = make_private_step(

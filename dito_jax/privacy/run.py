@@ -1,15 +1,15 @@
-"""A private run as train.py has it: what its steps do, and its batches, each paid for before it is used.
+"""A private run for train.py: the plan (noise, batch size) and Poisson-subsampled batches, each charged to the ledger.
 
 Guarantees
-  - No batch leaves `batches_after` before the ledger of its data set has its cost on disk; where that would exceed the
-    budget, none leaves it again, and the run ends in one line.
-  - The plan is made once, and kept with the run: a run that goes on does what it was started to do, or says what of
-    its settings has changed. A directory is private from its first step, or never.
-  - A ledger that lacks what this run saw in it, or a step that it took, is refused; so are data that another ledger
-    has under another name.
-  - Whenever steps may be taken again, in the same process too, they have other keys, and are charged again.
-  - Of several processes, the first keeps the ledger and the secret, and tells the others; the secret passes through
-    the store of the run's processes, on its network.
+  - `batches_after` yields a batch only after its charge is on disk in the ledger of the data set. If the charge would
+    exceed the budget, the run ends with a one-line error.
+  - The plan is made once and stored in the run directory: a resumed run continues with the same plan, or fails and
+    names the changed settings. A run directory is private from its first step, or never.
+  - The run fails if the ledger lacks an entry that this run has recorded, or a step that it has taken, and if another
+    ledger already has runs on the same data under another name.
+  - Repeated steps, also within one process, have new keys and are charged again.
+  - Of several processes, process 0 writes the ledger and holds the secret; it sends the secret to the others through
+    the key-value store of jax.distributed, over the network of the run.
 """
 
 import concurrent.futures
@@ -38,7 +38,7 @@ PLAN = "privacy.json"
 
 
 class PrivateRun:
-    """One run on the units of one source."""
+    """A private run on the units of one source."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class PrivateRun:
         data: str | None = None,
         starts_from: Sequence[str] = (),
     ):
-        """`multiple`: what the rows of a batch divide into. `data`: what the source is, in words that are its own.
-        `starts_from`: the names of the runs on this data set that the first state was learned by.
+        """`multiple` divides the number of rows of a batch. `data` is a description of the source, such as its path.
+        `starts_from` are the names of the private runs on this data set that the initial parameters come from.
 
         Raises:
-          UserError: the settings cannot go together, or are not those that the run was started with.
+          UserError: the settings are invalid, or differ from those of the start of the run.
         """
         self._privacy, self._loop, self._source, self._run = privacy, loop, source, run
         self.units = units_of(source, privacy)
@@ -65,8 +65,8 @@ class PrivateRun:
             kept = {"run": uuid.uuid4().hex, "settings": wanted, "plan": None}
         if changed := [name for name in wanted if kept["settings"].get(name) != wanted[name]]:
             raise UserError(
-                f"{run.path}: {', '.join(changed)} changed since this private run was started; its noise was chosen "
-                "for the old values: restore them, or start another run (--run-dir)."
+                f"{run.path}: {', '.join(changed)} changed since this private run was started, but its noise was "
+                "calibrated for the old values: restore them, or start another run (--run-dir)."
             )
         self.plan = StepPlan(**kept["plan"]) if kept["plan"] else make_plan(privacy, loop, len(self.units), multiple)
         self.name: str = kept["run"]
@@ -77,14 +77,14 @@ class PrivateRun:
 
     @property
     def release(self) -> Release:
-        """What a step of this run reveals."""
+        """The release of a step of this run, for the accountant."""
         return release_of(self.plan)
 
     def batches_after(self, step: int, share: int, shares: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's share of the batches of step + 1, step + 2, ...; each is charged before it is given.
+        """This process's share of the batches of step + 1, step + 2, ...; each is charged before it is yielded.
 
         Raises:
-          UserError: the budget does not have room for what is planned, or, from the iterator, for the next step.
+          UserError: the planned steps exceed the budget; the iterator raises it if the next step does.
         """
         start = self._begin(step)
         keys = StepKeys(bytes.fromhex(start["secret"]), start["run"], start["restart"])
@@ -105,7 +105,7 @@ class PrivateRun:
                 yield ready
 
     def _begin(self, step: int) -> dict[str, Any]:
-        """Enters a start into the ledger, and tells all processes which it is."""
+        """Records a start in the ledger and publishes it to all processes."""
         self._starts += 1
         refused: UserError | None = None
         if index() == 0:
@@ -114,7 +114,7 @@ class PrivateRun:
             except UserError as error:
                 refused = error
         if not agree(refused is None):
-            raise refused or UserError("the privacy ledger refused this run; process 0 says why.")
+            raise refused or UserError("the privacy ledger refused this run; see the message of process 0.")
         return json.loads(published("private")[str(self._starts)])
 
     def _publish_start(self, step: int) -> None:
@@ -123,8 +123,8 @@ class PrivateRun:
         path = ledger_path(privacy.dataset)
         if self._data is not None and (other := charged_elsewhere(path, self._data)):
             raise UserError(
-                f"privacy.dataset is {privacy.dataset!r}, and runs on {self._data} were charged to {other}: one data "
-                "set has one budget. Name that, or keep an experiment's ledgers elsewhere: DITO_LEDGERS."
+                f"privacy.dataset is {privacy.dataset!r}, but runs on {self._data} were charged to {other}: a data set "
+                "has one budget. Use that name, or keep the ledgers of an experiment elsewhere: DITO_LEDGERS."
             )
         self._ledger = ledger = Ledger(path)
         unit = "example" if privacy.images_per_user is None else "user"
@@ -150,17 +150,17 @@ class PrivateRun:
         noted, charged = self._kept.get("ledger"), sum(ledger.spent(self.name).values())
         if noted is not None and not ledger.remembers(noted["number"], noted["head"]):
             raise UserError(
-                f"{ledger.path}: entry {noted['number']} is not the one that this run saw: another file, or one cut "
-                "short. Nothing can be said of what was spent: restore the ledger from a copy."
+                f"{ledger.path}: entry {noted['number']} differs from the one that this run recorded: another file, or "
+                "entries are missing. The spent privacy is unknown: restore the ledger from a copy."
             )
         if lost := [name for name in self._kept.get("starts_from", []) if not ledger.restarts(name)]:
             raise UserError(
-                f"{ledger.path}: run {lost[0][:8]}, which this one starts from, is not entered there, and it saw these "
-                "data: use the ledger that has it (DITO_LEDGERS)."
+                f"{ledger.path}: it lacks run {lost[0][:8]}, which this run starts from and which used these data: "
+                "use the ledger that has it (DITO_LEDGERS)."
             )
         if charged < step:
             raise UserError(
-                f"{ledger.path}: {charged} steps of this run are entered, and it has taken {step}: entries are "
+                f"{ledger.path}: {charged} steps of this run are charged, but it has taken {step}: entries are "
                 "missing at the end. Restore the ledger from a copy."
             )
 
@@ -172,62 +172,61 @@ class PrivateRun:
             except UserError as error:
                 refused = error
         if not agree(refused is None):
-            raise refused or UserError(f"the privacy ledger refused step {step}; process 0 says why.")
+            raise refused or UserError(f"the privacy ledger refused step {step}; see the message of process 0.")
 
 
 def trained(run: RunDirectory) -> bool:
-    """Whether it holds a checkpoint, and so what it began with is settled."""
+    """Whether the run has a checkpoint, so that its initialization cannot change any more."""
     return run.checkpoints.exists() and any(path.name[:1].isdigit() for path in run.checkpoints.iterdir())
 
 
 def check_history(run: RunDirectory, *, private: bool) -> None:
-    """Raises UserError if the steps that a run directory holds were taken with privacy and the next will not be, or the
-    other way round."""
+    """Raises UserError if a run directory has private steps and the next will not be private, or vice versa."""
     planned = (run.path / PLAN).exists()
     if private and trained(run) and not planned:
         raise UserError(
-            f"{run.path}: its steps so far were taken without privacy, which nothing gives them now: start the private "
-            "run elsewhere (--run-dir)."
+            f"{run.path}: its steps so far were not private, and this cannot be changed: start the private run in "
+            "another directory (--run-dir)."
         )
     if planned and not private:
         raise UserError(
-            f"{run.path}: a private run, and a step without privacy would break what was promised of it. Start from it "
-            f"elsewhere: --init-from {run.path} --run-dir DIR."
+            f"{run.path}: a private run, whose guarantee a non-private step would break. Warm-start from it in another "
+            f"directory: --init-from {run.path} --run-dir DIR."
         )
 
 
 def units_of(source: Source, privacy: PrivacyConfig) -> Units:
-    """Examples, or the users that own them.
+    """The privacy units: examples, or users.
 
     Raises:
-      UserError: users are asked for, and the source does not say whose its examples are.
+      UserError: images_per_user is set, but the source has no `owners`.
     """
     if privacy.images_per_user is None:
         return Units.examples(source)
     owners = getattr(source, "owners", None)
     if owners is None:
         raise UserError(
-            f"privacy.images_per_user is {privacy.images_per_user}, but these data do not say whose their images are: "
-            "leave it None, or give a source with `owners`."
+            f"privacy.images_per_user is {privacy.images_per_user}, but this data set has no owners of images: "
+            "set it to None, or use a source with `owners`."
         )
     return Units.users(np.asarray(owners))
 
 
 def make_plan(privacy: PrivacyConfig, loop: LoopConfig, num_units: int, multiple: int) -> StepPlan:
-    """The noise for the run's steps and its spare ones, and a batch with room for those that are drawn.
+    """Calibrates the noise for the steps of the run and its spare steps, and chooses max_batch.
 
     Raises:
-      UserError: values that cannot be.
+      UserError: a value is out of range.
     """
     assert privacy.epsilon is not None
     if privacy.delta * num_units >= 1:
         raise UserError(
-            f"privacy.delta {privacy.delta:g} is not below 1/{num_units} units: that would allow to publish one of "
-            f"them; wanted {0.1 / num_units:.0e} or less."
+            f"privacy.delta {privacy.delta:g} is not below 1/{num_units} (units): that would allow to publish a whole "
+            f"unit; wanted {0.1 / num_units:.0e} or less."
         )
     steps = loop.steps + privacy.spare_steps
     if loop.batch_size > num_units:
-        raise UserError(f"train.batch_size {loop.batch_size} is more than the {num_units} units there are; lower it.")
+        raise UserError(f"train.batch_size {loop.batch_size} is more than the number of units, {num_units}; lower it.")
     q = loop.batch_size / num_units
     room = privacy.max_batch or truncation(num_units, q, steps=steps, delta=privacy.delta, multiple=multiple)
     room = -(-room // multiple) * multiple
@@ -237,14 +236,14 @@ def make_plan(privacy: PrivacyConfig, loop: LoopConfig, num_units: int, multiple
 
 
 def release_of(plan: StepPlan) -> Release:
-    """What a step of this plan reveals."""
+    """The release of a step of this plan, for the accountant."""
     if plan.max_batch >= plan.num_units:
         return Release(plan.sampling_prob, plan.noise_multiplier)
     return Release(plan.sampling_prob, plan.noise_multiplier, plan.num_units, plan.max_batch)
 
 
 def _settings(privacy: PrivacyConfig, loop: LoopConfig, num_units: int) -> dict[str, Any]:
-    """All that the noise was chosen for."""
+    """The settings that the noise was calibrated for."""
     chosen = ("epsilon", "delta", "dataset", "clip_norm", "max_batch", "images_per_user", "spare_steps")
     named = {f"privacy.{name}": getattr(privacy, name) for name in chosen}
     return named | {"train.batch_size": loop.batch_size, "train.steps": loop.steps, "number of units": num_units}

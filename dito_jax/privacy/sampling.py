@@ -1,15 +1,15 @@
-"""The batches of private training: every unit is drawn by a coin of its own, and shapes are always the same.
+"""Batches of private training: Poisson subsampling of units, with fixed shapes by padding.
 
 Guarantees
-  - In each step each unit is in the batch with probability q, independently of the others and of other steps: the
-    sampling that the accountant counts with. Not shuffled epochs, whose guarantee is several times weaker
-    (https://arxiv.org/abs/2411.10614). Where more are drawn than there is room for, a random subset stays, which the
-    accountant is told of.
-  - The draw is jax-privacy's, from the step's own generator: any process of the run makes the same, and none needs the
-    steps before. An empty batch is a batch.
-  - What is in a batch is secret, and so is how many: shapes do not depend on it, nor how much a device computes. Only
-    what was drawn is read, though, so the time that reading takes does: it passes during the step before, and shows
-    where it is the longer.
+  - In each step each unit is in the batch with probability q, independently of other units and other steps, as the
+    accountant assumes (Poisson subsampling). Shuffled epochs would have a guarantee that is several times weaker
+    (https://arxiv.org/abs/2411.10614). If more units are drawn than fit (max_batch), a random subset is kept; the
+    accountant includes this truncation.
+  - The draw is jax-privacy's, with a generator per step: every process computes the same draw, without earlier steps. A
+    batch may be empty.
+  - The content and the size of a batch are secret: shapes and the amount of computation do not depend on them. But only
+    the drawn examples are read, so the data loading time does depend on the batch. It overlaps with the previous step
+    and is visible if it is longer than the step: do not publish step times.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """Whose examples they are: unit i has those numbered in of_unit[i]."""
+    """The privacy units: unit i owns the examples with the indices of_unit[i]."""
 
     of_unit: tuple[Int[np.ndarray, "..."], ...] | range
 
@@ -42,7 +42,7 @@ class Units:
 
     @classmethod
     def users(cls, owners: Int[np.ndarray, " n"]) -> "Units":
-        """A unit is a user, with all examples whose owner it is."""
+        """Each user is a unit, with all of the user's examples."""
         order = np.argsort(owners, kind="stable")
         _, first = np.unique(owners[order], return_index=True)
         return cls(tuple(np.split(order, first[1:])))
@@ -52,7 +52,7 @@ class Units:
 
 
 class PoissonBatches:
-    """`batch(step)` for one of `shares` processes: its rows of the batch of that step."""
+    """`batch(step)` returns the rows of a step's batch for one of `shares` processes."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class PoissonBatches:
         share: int = 0,
         shares: int = 1,
     ):
-        """`rows` of all shares together, plan.max_batch or more; None: that."""
+        """`rows` is the number of rows of all shares together, at least plan.max_batch; None: plan.max_batch."""
         self._source, self._units, self._plan, self._keys = source, units, plan, keys
         self._images = images_per_unit
         self._all_rows = rows or plan.max_batch
@@ -75,7 +75,7 @@ class PoissonBatches:
         self._readers = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="private-batches")
 
     def chosen(self, step: int) -> Int[np.ndarray, "B m"]:
-        """The numbers of the examples of a step; -1 is padding. Secret."""
+        """Indices of the examples in a step's batch; -1 is padding. These are secret."""
         rng = self._keys.generator(step, "batch")
         plan = self._plan
         sampling = CyclicPoissonSampling(plan.sampling_prob, 1, truncated_batch_size=plan.max_batch)
@@ -88,7 +88,7 @@ class PoissonBatches:
         return chosen
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """{"image" (B, m, h, w, c), "label" (B, m), "padding" (B, m), "draw_key" (8,), "noise_key" (8,)}."""
+        """The arrays {"image" (B, m, h, w, c), "label" (B, m), "padding" (B, m), "draw_key" (8,), "noise_key" (8,)}."""
         numbers = self.chosen(step)[self._rows.start : self._rows.stop]
         images = np.zeros((*numbers.shape, *self._source.image_shape), np.float32)
         labels = np.zeros(numbers.shape, np.int32)

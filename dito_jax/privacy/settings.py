@@ -1,10 +1,10 @@
-"""What a private run is asked to be, and what follows of it for every step."""
+"""Configuration of a private run, and the resulting parameters of a private step."""
 
 import dataclasses
 from typing import Literal
 
 
-Backend = Literal["vmap", "microbatch", "ghost", "bookkeeping"]  # of the clipped sum: clipping.py
+Backend = Literal["vmap", "microbatch", "ghost", "bookkeeping"]  # implementations of per-example clipping: clipping.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +38,18 @@ class PrivacyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What one private step does."""
+    """Parameters of a private step."""
 
-    noise_multiplier: float  # sigma: noise per number, in units of clip_norm
-    sampling_prob: float  # q
-    num_units: int  # n
-    max_batch: int  # units that a step has room for
+    noise_multiplier: float  # sigma: standard deviation of the noise in units of clip_norm
+    sampling_prob: float  # q: probability of each unit in a step (Poisson subsampling)
+    num_units: int  # n: number of units in the data set
+    max_batch: int  # maximum number of units in a step
 
     @property
     def expected_batch(self) -> float:
-        """q n."""
+        """Expected number of units in a step, q n."""
         return self.sampling_prob * self.num_units
 
     def rows(self, multiple: int) -> int:
-        """The rows of a batch, of which there may be more than units, to divide into so many."""
+        """Number of rows of a batch: max_batch rounded up to a multiple of `multiple`."""
         return -(-self.max_batch // multiple) * multiple

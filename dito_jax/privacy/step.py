@@ -1,15 +1,16 @@
-"""One private step: a pure function from (state, batch) to (state, metrics), as training's own.
+"""The DP-SGD train step: a pure function from (state, batch) to (state, metrics).
 
     gradient = (clipped sum over the batch's examples + N(0, (sigma C)^2)) / expected batch size
 
-and what follows - the update, its averages - is post-processing and costs nothing.
+The update and the EMA are post-processing of this gradient and have no privacy cost.
 
 Guarantees
-  - The only thing that a step learns of its examples is the noised sum. Nothing else of the state or of the metrics
-    depends on them, unless `internal` asks for figures that are then not to be released.
-  - Every step changes the parameters, an empty batch too: leaving one out for what its loss was would tell of it.
-    Training's guard against spikes is therefore not here; an example that is not finite counts as zero instead.
-  - The divisor is the expected number of examples, a public figure, and not how many there were.
+  - The state and the metrics depend on the examples only through the noised sum, except for the metrics that `internal`
+    adds, which must not be released.
+  - Every step changes the parameters, also with an empty batch, because skipping a step by its loss would leak
+    information. The spike detection of non-private training is therefore absent; an example that is not finite counts
+    as zero instead.
+  - The divisor is the expected number of examples, which is public, and not the actual number.
 """
 
 import functools
@@ -51,14 +52,13 @@ def make_private_step(
     internal: bool,
     trainable: Names = (),
 ) -> Step:
-    """The step for this model and recipe.
+    """The private train step for this model and loss.
 
-    Its batch has units, each with `m` images: "image" (B, m, h, w, c), "label" (B, m), "padding" bool (B, m), and the
-    raw data of two keys, "draw_key" and "noise_key". A unit's loss is the mean over its images, and over
-    `noise_multiplicity` draws of time and noise for each (https://arxiv.org/abs/2210.09929); a unit without images is
-    padding.
-    Parameters that are not `trainable` stay: they count in no norm, and get no noise.
-    With `accumulation` > 1 the units go through in that many parts; noise is added once, to the sum.
+    A batch has B units with m images each: "image" (B, m, h, w, c), "label" (B, m), "padding" bool (B, m), and the raw
+    data of two keys, "draw_key" and "noise_key". The loss of a unit is the mean over its images and over
+    `noise_multiplicity` draws of timestep and noise for each image (https://arxiv.org/abs/2210.09929). A unit without
+    images is padding. Parameters that are not `trainable` do not change: they count in no norm and get no noise. With
+    `gradient_accumulation_steps` > 1 the units are computed in that many parts; noise is added once, to the sum.
     """
 
     clipped_sum = ClippedSum(
@@ -83,17 +83,17 @@ def make_private_step(
 
 
 def _losses(network, rows: Examples, *, config: LossConfig) -> Array:
-    """Of each row, with what its routers add."""
+    """The loss of each row, with the auxiliary losses of the routers."""
     z = path.interpolate(rows["image"], rows["noise"], rows["t"])
-    said, report = network.with_report(z, rows["t"], rows["label"])
+    predicted, report = network.with_report(z, rows["t"], rows["label"])
     error = flow_matching_error(
-        said, z, rows["image"], rows["t"], rows["noise"], prediction=config.prediction, loss_type=config.loss_type
+        predicted, z, rows["image"], rows["t"], rows["noise"], prediction=config.prediction, loss_type=config.loss_type
     )
     return error + report.losses
 
 
 def _drawn(batch: Batch, loss: LossConfig, null_label: int, noise_multiplicity: int) -> tuple[Examples, Array]:
-    """Each unit's rows, (B, m noise_multiplicity, ...), and which units are padding."""
+    """The rows of each unit, (B, m noise_multiplicity, ...), with noise and timesteps; and which units are padding."""
     absent = batch["padding"]  # (B, m)
     units, images = absent.shape
     rows = {
@@ -112,7 +112,7 @@ def _drawn(batch: Batch, loss: LossConfig, null_label: int, noise_multiplicity: 
 def _accumulated(
     clipped_sum: ClippedSum, params, frozen, examples: Examples, padding, parts: int
 ) -> tuple[Any, ExampleMetrics]:
-    """The clipped sum over `parts` parts of the batch, one after the other; what was measured has them side by side."""
+    """Gradient accumulation: the clipped sum over `parts` parts of the batch; the metrics are concatenated."""
     if parts == 1:
         return clipped_sum(params, examples, padding, frozen)
 
@@ -126,7 +126,7 @@ def _accumulated(
 
 
 def _internal(measured: ExampleMetrics, padding: Array, clip_norm: float) -> dict[str, Array]:
-    """Figures of the examples themselves: for whoever may see the data."""
+    """Metrics of the private examples, which must not be released."""
     count = jnp.maximum(jnp.sum(~padding), 1)
     mean = lambda values: jnp.sum(jnp.where(padding, 0, values)) / count
     return {

@@ -39,8 +39,8 @@ class Guard:
         self.config, self._run, self._events = config, run, events
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._bad: list[int] = []  # the latest bad steps
-        self._alike = first  # the last step after which all replicas were equal
-        self._apart = False  # replicas were found to differ after a later step
+        self._last_equal = first  # the last step after which all replicas were equal
+        self._diverged = False  # replicas were found to differ after a later step
 
     def watch(self, number: int, measured: dict[str, jax.Array]) -> None:
         """Adds the metrics of a queued step; waits for the step LAG before it."""
@@ -55,7 +55,7 @@ class Guard:
 
     def burst(self) -> bool:
         """Whether the run should roll back: after `guard.burst` bad steps, or when replicas differ."""
-        return self._apart or len(self._bad) >= self.config.burst
+        return self._diverged or len(self._bad) >= self.config.burst
 
     def is_bad(self, measured: dict[str, jax.Array]) -> bool:
         """Whether a step was bad; waits for it."""
@@ -74,18 +74,18 @@ class Guard:
         """Compares the replicas of the state; if some differ, logs it and requests a rollback."""
         self.settle()
         leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-        apart = differing(leaves)
-        if not apart:
-            self._alike = number
+        diverged = differing(leaves)
+        if not diverged:
+            self._last_equal = number
             return
-        devices = sorted({device for name in apart for device in odd_devices(leaves[name])})
+        devices = sorted({device for name in diverged for device in odd_devices(leaves[name])})
         said = (
-            f"step {number}: replica divergence (silent data corruption) in {apart[0]} and {len(apart) - 1} more "
-            f"arrays; they were equal after step {self._alike}. Differing devices of this process: "
+            f"step {number}: replica divergence (silent data corruption) in {diverged[0]} and {len(diverged) - 1} more "
+            f"arrays; they were equal after step {self._last_equal}. Differing devices of this process: "
             f"{', '.join(devices) or 'none'}. Check the hardware."
         )
         self._events.record("divergence", said, step=number, devices=devices)
-        self._apart = True
+        self._diverged = True
 
     def roll_back[Tree](
         self, number: int, checkpoints: Checkpoints, like: Tree, on_damage: Callable[[int, DamagedCheckpoint], None]
@@ -98,8 +98,8 @@ class Guard:
         self.settle()
         first, cure = self._bad[0] if self._bad else number, "lower optimizer.learning_rate, or check the data"
         trouble = f"{len(self._bad)} of the steps {first} to {number} were bad (listed in {self._run.events.name})"
-        if self._apart:
-            first, cure = self._alike + 1, f"remove the device named in {self._run.events.name}"
+        if self._diverged:
+            first, cure = self._last_equal + 1, f"remove the device named in {self._run.events.name}"
             trouble = f"replicas diverged in one of the steps {first} to {number}"
         checkpoints.wait()
         restored = checkpoints.restore_newest(like, on_damage, before=first)
@@ -126,7 +126,7 @@ class Guard:
             checkpoints.set_aside(step, "abandoned")
         self._events.record("rollback", said, step=number, to=target, batches=batches)
         self._bad.clear()
-        self._alike, self._apart = target, False
+        self._last_equal, self._diverged = target, False
         return target, state
 
     def _settle(self) -> None:

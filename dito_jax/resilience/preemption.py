@@ -163,7 +163,7 @@ class Preemption:
 
     def _begin(self, name: str, *, saves: bool) -> None:
         """Handles the first signal: prints a line, informs JAX and the other processes, sets the deadline."""
-        what = "saving after the current step, then stopping" if saves else "nothing to save, stopping now"
+        what = "saving after a step, then stopping" if saves else "nothing to save, stopping now"
         self._say(f"{name}: {what}, within {self._grace:g} s; a second signal ends the process at once.")
         if self._of_jax:
             ctypes.CFUNCTYPE(None, ctypes.c_int)(self._of_jax)(signal.SIGTERM)
@@ -186,15 +186,15 @@ class Preemption:
 
     def _confer(self) -> None:
         """Publishes this process's reaction and reads those of the others, once a second."""
-        told, known, entered = None, set[str](), True
+        published, known, entered = None, set[str](), True
         while entered:
             self._news.wait(1.0)
             self._news.clear()
             entered = self._entered.is_set()
             with contextlib.suppress(TimeoutError, RuntimeError):  # if process 0, which holds the store, has ended
-                if self._mine != told:
+                if self._mine != published:
                     distributed.publish(f"{STOPS}/{distributed.index()}", self._mine or "")
-                    told = self._mine
+                    published = self._mine
                 stops = distributed.published(STOPS) if entered else {}
                 for number in sorted(stops.keys() - known - {str(distributed.index())}):
                     known.add(number)

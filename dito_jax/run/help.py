@@ -36,8 +36,18 @@ def print_config_help(command: str, config: TrainConfig, run_dir: str) -> None:
     here = {section: kind_of(config, section) for section in KINDS}
     own = [
         _option("run_dir", str, run_dir, "Where the run is written; a run that is there is resumed."),
-        _option("data", Literal[*KINDS["data"]], here["data"], "Kind of data set; its own fields are listed below."),
-        _option("model", Literal[*KINDS["model"]], here["model"], "Kind of model; its own fields are listed below."),
+        _option(
+            "data",
+            Literal[*KINDS["data"], here["data"]],
+            here["data"],
+            "Kind of data set; its own fields are listed below.",
+        ),
+        _option(
+            "model",
+            Literal[*KINDS["model"], here["model"]],
+            here["model"],
+            "Kind of model; its own fields are listed below.",
+        ),
     ]
     run = dataclasses.make_dataclass("Run", own)
     unprefixed = tyro.conf.arg(name="")

@@ -134,15 +134,15 @@ def assemble(
         return init_state(model, update, loop.ema_decays, loop.seed, guard.window, loop.trainable)
 
     shapes = jax.eval_shape(init)
-    places = shardings(shapes, mesh)
+    state_shardings = shardings(shapes, mesh)
     state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, places
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, state_shardings
     )
     metrics = jax.NamedSharding(mesh, jax.P())
     return Program(
         graph=graph,
-        init=jax.jit(init, out_shardings=places),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(places, metrics)),
+        init=jax.jit(init, out_shardings=state_shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, metrics)),
         state=state,
         batch=batch,
     )

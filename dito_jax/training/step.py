@@ -48,9 +48,9 @@ def make_step(
     def loss_of_part(params, frozen, part):
         network = nnx.merge(graph, cast(joined(params, frozen), compute_dtype))
         z = path.interpolate(part["image"], part["noise"], part["t"])
-        said, report = network.with_report(z, part["t"], part["label"])
+        prediction, report = network.with_report(z, part["t"], part["label"])
         losses = flow_matching_error(
-            said, z, part["image"], part["t"], part["noise"], prediction=loss.prediction, loss_type=loss.loss_type
+            prediction, z, part["image"], part["t"], part["noise"], prediction=loss.prediction, loss_type=loss.loss_type
         )
         return jnp.mean(losses + report.losses), report
 

@@ -76,11 +76,8 @@ def _rounds(prepare: Callable, finish: Callable, tasks: Sequence[Task], jobs: in
     counts = context.Value("i", 0), context.Value("i", jobs)
     shared = _Shared(context.Barrier(jobs), context.Lock(), *counts, context.Queue())
     processes = [context.Process(target=_work, args=(prepare, finish, tasks, shared)) for _ in range(jobs)]
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled here, not in the processes
-    for process in processes:
-        process.start()
-    signal.signal(signal.SIGINT, on_interrupt)
     try:
+        _start(processes)
         ended = 0
         while ended < jobs:
             if (found := _next(shared.results, processes)) is not None:
@@ -97,6 +94,16 @@ def _rounds(prepare: Callable, finish: Callable, tasks: Sequence[Task], jobs: in
         for process in processes:
             process.join(5)
             process.kill()
+
+
+def _start(processes: Sequence[Any]) -> None:
+    """Starts worker processes that Ctrl-C does not reach: they inherit the signal mask. Their parent kills them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _next(results: Any, processes: Sequence[Any]) -> tuple[Task, Rows] | None:

@@ -1,4 +1,4 @@
-"""What these tests share: the processes of one run, as real processes, and a full disk for one process."""
+"""Shared fixtures: several processes of one run, and a full disk for one process."""
 
 import contextlib
 import os

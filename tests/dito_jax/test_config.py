@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dito_jax.config import RENAMED, check, from_json, load, to_json
-from dito_jax.data import DigitsData, LatentsData
+from dito_jax.config import RENAMED, check, from_json, load, resolved, to_json
+from dito_jax.data import DigitsData, ImageFolderData, LatentsData, StrokesData
 from dito_jax.errors import UserError
+from dito_jax.models.dit import DiTConfig
+from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.overrides import leaves, override
 from dito_jax.run.recipe import check_data
 
@@ -173,3 +175,40 @@ def test_data_kinds_survive_json(digits):
     other = dataclasses.replace(digits, data=LatentsData(path="somewhere"))
     assert from_json(to_json(other)).data == LatentsData(path="somewhere")
     assert from_json(to_json(digits)).data == DigitsData()
+
+
+def test_the_kind_of_data_and_model_is_chosen_on_the_command_line(digits):
+    changed = override(digits, ["--data.path", "x", "--data", "image-folder", "--data.image-size", "16"])
+    assert changed.data == ImageFolderData(path="x", image_size=16) and changed.infer_from_data
+    assert override(digits, ["--data", "strokes", "--data.num", "50"]).data == StrokesData(num=50)
+    experts = override(digits, ["--model", "moe_dit", "--model.num_experts", "4"])
+    assert isinstance(experts.model, MoEDiTConfig) and experts.model.num_experts == 4
+    assert experts.model.width == digits.model.width and not experts.infer_from_data
+    assert override(experts, ["--model=dit"]) == digits
+    assert type(override(experts, ["--model=dit"]).model) is DiTConfig
+    assert not override(digits, ["--data", "strokes", "--model.num_classes", "10"]).infer_from_data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "image-foldr"], r"--data: got 'image-foldr'; did you mean image-folder\?"),
+        (["--data"], r"--data: got 'nothing'; choose from digits, strokes, image-folder, latents"),
+        (["--data", "image-folder", "--data.path", "x"], r"give --data.image_size too \(int\)"),
+        (["--data.path", "x"], r"has --data digits; --data image-folder or --data latents has this option"),
+        (["--model.num_experts", "3"], r"has --model dit; --model moe-dit has this option"),
+        (["--infer_from_data", "True", "--model.num_classes", "3"], r"add --infer_from_data False"),
+    ],
+)
+def test_a_wrong_kind_is_one_line(digits, arguments, words):
+    with pytest.raises(UserError, match=words) as caught:
+        override(digits, arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_shape_and_classes_are_taken_from_the_data_and_stored(digits):
+    config = override(digits, ["--data", "strokes", "--data.size", "12"])
+    found = resolved(config)
+    assert found.model == dataclasses.replace(digits.model, image_shape=(12, 12, 1), num_classes=10)
+    assert not found.infer_from_data and resolved(found) is found
+    assert from_json(to_json(found)) == found

@@ -1,4 +1,6 @@
-"""Processes join as the environment says, tell each other, and agree."""
+"""Multi-process runs: initialization from the environment, key-value store and barriers."""
+
+import random
 
 import pytest
 
@@ -21,6 +23,14 @@ def test_two_processes_read_each_other_and_agree(start, finish):
     both = start(TALK, count=2)
     for process in both:
         assert finish(process, 0)[0].splitlines()[-1] == "2 {'0': 'step 0', '1': 'step 1'} {} False"
+
+
+def test_two_tasks_of_slurm_find_each_other(start, finish):
+    """By the variables that srun sets, as docs/multi-gpu.md lists them."""
+    job = {"SLURM_JOB_ID": str(random.randrange(4096)), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    tasks = [start(TALK, **job, SLURM_PROCID=task, SLURM_LOCALID=task)[0] for task in ("0", "1")]
+    for task in tasks:
+        assert finish(task, 0)[0].splitlines()[-1] == "2 {'0': 'step 0', '1': 'step 1'} {} False"
 
 
 def test_one_process_is_its_own_store(start, finish):

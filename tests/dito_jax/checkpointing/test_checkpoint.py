@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, on any mesh, after any death of the run that wrote them."""
+"""Checkpoints: bit-identical after restore on any mesh, and intact after the run is killed at any moment."""
 
 import dataclasses
 import gc
@@ -384,7 +384,7 @@ def test_when_no_step_is_good_nothing_is_loaded(tmp_path):
     assert heard == [2, 1]
 
 
-def test_the_disk_is_told_of_once_a_step_is_on_it(tmp_path):
+def test_on_disk_is_called_once_a_step_is_written(tmp_path):
     seen = []
     checkpoints = Checkpoints(tmp_path, on_disk=lambda step, path: seen.append((step, path, path.is_dir())))
     checkpoints.save(4, make_state(4), metadata={})

@@ -1,4 +1,4 @@
-"""Two processes save and restore one state together, and take the same step where one of them finds another damaged."""
+"""Checkpoints of two processes: joint saves, and a common earlier step if one process finds a damaged one."""
 
 import json
 

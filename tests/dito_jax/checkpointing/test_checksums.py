@@ -1,4 +1,4 @@
-"""What was read is told from what was written."""
+"""Checksums of checkpoints: every flipped bit is detected, in any sharding."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_every_single_bit_shows(name):
     assert len(marks | {array_checksums({name: leaf})[name]}) == 8 * leaf.nbytes + 1
 
 
-def test_places_count_and_so_do_signs_of_zero_and_of_nan():
+def test_positions_and_signs_of_zero_and_nan_change_the_checksum():
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     changed = [x, x.T, x[::-1], x[:, ::-1], x.at[0, 0].set(-1.0)]
     assert len({array_checksums({"x": y})["x"] for y in changed}) == len(changed)
@@ -52,8 +52,8 @@ def test_sharding_does_not_count_and_nothing_is_gathered(shape):
     assert "all-reduce" in text and "all-gather" not in text
 
 
-def test_a_record_vouches_for_itself_and_for_the_values(tmp_path):
-    record = Record(LEAVES, {"step": 3, "shape": (1, 2)}).made()
+def test_a_record_has_checksums_of_itself_and_of_the_values(tmp_path):
+    record = Record(LEAVES, {"step": 3, "shape": (1, 2)}).wait()
     (tmp_path / "record").mkdir()
     file = tmp_path / "record/record.json"
     file.write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""Which saves stay."""
+"""Checkpoint retention: which saves are kept, and when a save is due."""
 
 import pytest
 

@@ -57,4 +57,4 @@ def test_the_plan_is_of_the_delta_and_epsilon_that_were_given(dito):
     code, _, err = dito("plan", *asked, "--epsilon", "2", "--delta", "0")
     assert code == 2 and "delta" in err
     code, _, err = dito("plan", *asked, "--epsilon", "2", "--privacy.images_per_user", "3")
-    assert code == 2 and "these data do not say whose their images are" in err
+    assert code == 2 and "this data set has no owners of images" in err

@@ -171,8 +171,14 @@ def test_file_that_is_no_image_is_named_when_it_is_read(tmp_path, damage):
     assert str(error.value).startswith(f"{bad}: not a readable image") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"image_size": 8, "channels": 4}])
-def test_size_that_no_image_has_is_refused(tmp_path, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"image_size": 0}, "image_size=0: wanted the side of an image"),
+        ({"image_size": 8, "channels": 4}, r"channels=4: wanted 1 \(grey\) or 3 \(RGB\)"),
+    ],
+)
+def test_size_that_no_image_has_is_refused(tmp_path, wrong, words):
     write_images(tmp_path / "train" / "ant", 1)
-    with pytest.raises(DataError, match="; give"):
+    with pytest.raises(DataError, match=words):
         ImageFolderData(str(tmp_path), **wrong).open("train")

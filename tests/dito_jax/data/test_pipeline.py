@@ -144,5 +144,5 @@ def test_error_of_the_source_arrives_unchanged(threads):
 
 @pytest.mark.parametrize(("batch_size", "process_count"), [(10, 4), (0, 1), (2, 4)])
 def test_batch_that_does_not_divide_is_refused(batch_size, process_count):
-    with pytest.raises(UserError, match=f"give a multiple of {process_count}"):
+    with pytest.raises(UserError, match=f"wanted a multiple of {process_count}"):
         batches(Numbered(50), batch_size=batch_size, seed=0, process_count=process_count)

@@ -1,4 +1,4 @@
-"""Pen strokes: a function of seed and number, of ten classes that can be told apart, and never a scan."""
+"""Stroke digits: a function of seed and index, with ten distinguishable classes, and not copied from scans."""
 
 import dataclasses
 
@@ -48,5 +48,5 @@ def test_classes_can_be_told_apart_also_those_of_scans():
 
 @pytest.mark.parametrize("changes", [{"num": 9}, {"size": 3}])
 def test_what_cannot_be_drawn_is_said(changes):
-    with pytest.raises(UserError, match="wanted at least 10 pictures of 4 x 4 pixels"):
+    with pytest.raises(UserError, match="wanted at least 10 images of 4 x 4 pixels"):
         dataclasses.replace(SMALL, **changes).open("train")

@@ -1,4 +1,4 @@
-"""The path and the loss: one definition of x, v and eps, whichever is predicted."""
+"""Path and loss: consistent definitions of x, v and eps for every prediction type."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Samplers against flows that are known in closed form."""
+"""Samplers compared with flows that have a closed-form solution."""
 
 import jax
 import jax.numpy as jnp

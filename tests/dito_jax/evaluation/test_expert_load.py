@@ -1,4 +1,4 @@
-"""The load of experts, of routers whose choices are known."""
+"""Expert load, for routers whose assignments are known."""
 
 import contextlib
 

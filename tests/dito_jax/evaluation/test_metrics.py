@@ -62,7 +62,7 @@ def test_frechet_distance_of_a_set_to_itself_is_rounding_even_where_the_covarian
 
 
 def test_frechet_distance_wants_two_images():
-    with pytest.raises(UserError, match="sets of 5 and 1 images: give at least 2"):
+    with pytest.raises(UserError, match="Fréchet distance of 5 and 1 images: wanted at least 2"):
         frechet_distance(TRAIN["image"][:5], TRAIN["image"][:1])
 
 

@@ -1,4 +1,4 @@
-"""Samples are the same however many are drawn at once, and on a mesh that their batch does not fit."""
+"""Sampling: independent of the batch size, also on a mesh that does not divide the batch."""
 
 import dataclasses
 

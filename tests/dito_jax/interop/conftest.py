@@ -1,4 +1,4 @@
-"""What these tests share: a tiny network, and its artifacts for the CPU and for CUDA."""
+"""Shared fixtures: a tiny network and its artifacts for CPU and CUDA."""
 
 import dataclasses
 import functools

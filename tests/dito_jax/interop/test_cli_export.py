@@ -1,4 +1,4 @@
-"""`dito export`: what it refuses, before anything is read or written."""
+"""`dito export`: usage errors are found before anything is read or written."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""Artifacts: the same bits in a process that knows no model, and refused when a byte has changed."""
+"""Artifacts: bit-identical results in a process without the model code; a changed byte is detected."""
 
 import json
 import shutil

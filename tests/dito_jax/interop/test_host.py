@@ -1,4 +1,4 @@
-"""What a host without Python reads: the arguments' list is the module's, and the module computes what was recorded."""
+"""Files for a host without Python: the list of arguments matches the module, whose results match the recorded ones."""
 
 import re
 from pathlib import Path

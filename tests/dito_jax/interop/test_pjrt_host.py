@@ -1,4 +1,4 @@
-"""examples/pjrt_host: what it hands to a plug-in, what it says of the results, and of everything that is missing."""
+"""examples/pjrt_host: calls to the plug-in, comparison of the results, and messages about missing files."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Layers: what each promises in its docstring."""
+"""Layers: the properties stated in their docstrings."""
 
 import contextlib
 

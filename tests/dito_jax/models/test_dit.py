@@ -1,4 +1,4 @@
-"""DiT: the paper's counts, an independent forward pass, and what initialisation promises."""
+"""DiT: the paper's parameter counts, an independent forward pass, and the initialization."""
 
 import dataclasses
 import functools

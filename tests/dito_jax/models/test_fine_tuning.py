@@ -1,4 +1,4 @@
-"""A model that begins as a trained one computes what that one does, or is refused in one line."""
+"""Warm start: a model from trained parameters computes the same function, or is refused in one line."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""MoE DiT: published sizes, what its parts compute, what training gets of it, and nothing of one example in another."""
+"""MoE-DiT: published sizes, routers, auxiliary losses, upcycling, and independent examples."""
 
 import dataclasses
 import functools

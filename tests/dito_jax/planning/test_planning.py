@@ -1,4 +1,4 @@
-"""Planning: what a compiled step holds, read from its text, and whole runs compiled for GPUs that are not here."""
+"""Planning: contents of a compiled step, and whole runs AOT-compiled for other GPUs."""
 
 import os
 import re

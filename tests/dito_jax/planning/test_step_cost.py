@@ -1,4 +1,4 @@
-"""What a step costs: a row a recipe, ratios to the first, and a reason in place of what there is not."""
+"""Step cost: a row per recipe, ratios to the first row, and reasons for missing values."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the tests of private training share: small networks whose parameters are all in use, and examples."""
+"""Shared fixtures of private training: small networks that use all their parameters, and examples."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What private steps cost: published figures, composition, and that no rounding is in the run's favour."""
+"""Privacy accounting: published values, composition, and rounding that never lowers epsilon."""
 
 import dp_accounting
 import pytest

@@ -1,4 +1,4 @@
-"""What scores are worth: the figures against slow definitions, and their intervals against many repetitions."""
+"""Results of attacks: compared with slow definitions; coverage of the confidence intervals."""
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ def test_auc_and_tpr_are_their_definitions():
 def test_a_rate_that_the_holdouts_cannot_resolve_is_no_figure():
     found = attack_report(normal(0, 1, 50), normal(1, 0, 360)).tpr_at_fpr
     assert found["0.01"].value is not None
-    assert found["0.001"].value is None and "360 hold-outs cannot resolve" in str(found["0.001"])
-    with pytest.raises(UserError, match="scores of 1 members and 5 hold-outs: give at least 2"):
+    assert found["0.001"].value is None and "360 non-members cannot resolve" in str(found["0.001"])
+    with pytest.raises(UserError, match="scores of 1 members and 5 non-members: wanted at least 2"):
         attack_report(normal(0, 0, 1), normal(0, 0, 5))
 
 
@@ -85,5 +85,5 @@ def test_the_split_is_looked_at():
     assert split_check(images(2, 200, shift=0.2), images(3, 100)).brightness_p < 1e-3
     striped = split_check(images(4, 200, stripe=0.6), images(5, 100))
     assert striped.biased and striped.brightness_p > 0.01 and striped.split_auc.low > 0.5
-    with pytest.raises(UserError, match="4 members and 9 hold-outs: give at least 5"):
+    with pytest.raises(UserError, match="4 members and 9 non-members: wanted at least 5"):
         split_check(images(0, 4), images(1, 9))

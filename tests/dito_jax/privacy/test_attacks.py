@@ -1,4 +1,4 @@
-"""The three membership scores, on networks whose answers are known."""
+"""The three membership inference scores, for networks with known predictions."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The audit of a run: planted bugs are refuted, and its verdict follows from what it found."""
+"""The privacy audit of a run: planted bugs are refuted, and the verdict follows from the results."""
 
 import dataclasses
 
@@ -82,8 +82,10 @@ def test_the_verdict_is_that_of_canaries_and_mechanism_and_not_of_attacks(sound)
 def test_the_report_says_what_was_found(sound):
     said = report("a run", found(sound, told=8.0))
     assert "Verdict: **refuted**" in said and f"{CANARIES.included.sum()} in" in said
-    assert "| noise off | " in said and "not resolved: 200 hold-outs" in said and said.count("Not to be released") == 2
-    assert "The run has none: start one with" in report("a run", found(sound) | {"canaries": None})
+    assert (
+        "| noise off | " in said and "not resolved: 200 non-members" in said and said.count("Not to be released") == 2
+    )
+    assert "The run has no canaries: start a run with" in report("a run", found(sound) | {"canaries": None})
 
 
 def test_attacks_see_what_a_network_has_by_heart():

@@ -1,4 +1,4 @@
-"""The simple private model: it has the noise that its budget takes, and what it is worth."""
+"""The private baseline: its noise matches the budget, and its utility."""
 
 import numpy as np
 

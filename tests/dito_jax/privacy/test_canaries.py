@@ -1,4 +1,4 @@
-"""Canaries: how they come into the data, and that their bounds refute mechanisms with a bug and no sound one."""
+"""Canaries: inclusion in the data; the bounds refute mechanisms with a bug and no correct one."""
 
 import json
 
@@ -92,11 +92,11 @@ def test_a_mechanism_with_a_bug_is_refuted(bug, options):
 
 
 def test_what_cannot_be_audited_is_said():
-    with pytest.raises(UserError, match="9 canaries in 4 dimensions: wanted a direction each"):
+    with pytest.raises(UserError, match="9 canaries in 4 dimensions: wanted at most one per dimension"):
         audit_mechanism(summed(1.0), dimension=4, num_canaries=9, steps=1, key=jax.random.key(0), delta=DELTA)
     with pytest.raises(UserError, match="1 steps: wanted at least 2"):
         audited(summed(1.0), steps=1, alternate=True)
-    with pytest.raises(UserError, match="3 of 3 canaries are in: give more"):
+    with pytest.raises(UserError, match="3 of 3 canaries are included: use more"):
         epsilon_bounds(np.ones(3), np.ones(3, bool), delta=DELTA)
     with pytest.raises(UserError, match="delta 0, confidence 0.95"):
         epsilon_bounds(np.ones(3), np.arange(3) < 1, delta=0)
@@ -135,10 +135,10 @@ def test_a_run_keeps_its_canaries_and_notices_others(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="began with 12 canaries, not 13"):
         planted(source, 13, run)
     held.write_bytes(bytes(32))
-    with pytest.raises(UserError, match="not the secret that this run's canaries were made of"):
+    with pytest.raises(UserError, match="not the secret of this run's canaries"):
         planted(source, 12, run)
     held.unlink()
-    with pytest.raises(UserError, match="not the secret that this run's canaries were made of"):
+    with pytest.raises(UserError, match="not the secret of this run's canaries"):
         planted(source, 12, run)
     assert not held.exists()
     other = planted(source, 12, RunDirectory(tmp_path / "other")).canaries

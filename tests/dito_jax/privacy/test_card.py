@@ -1,4 +1,4 @@
-"""A card promises what the ledger has, for all that its parameters depend on, or nothing."""
+"""The privacy card: epsilon of all steps that the parameters depend on, or an error."""
 
 import itertools
 
@@ -60,11 +60,11 @@ def test_nothing_is_promised_of_steps_that_were_not_charged(begun):
     with pytest.raises(UserError, match=r"not a private run \(no privacy.json\)"):
         of(path)
     run.batches_after(0, 0, 1)
-    with pytest.raises(UserError, match="0 of its steps are entered in .*digits.jsonl.*nothing to promise"):
+    with pytest.raises(UserError, match="0 of its steps are charged in .*digits.jsonl.*no privacy statement"):
         of(path)
     take(run, 4)
     (path.checkpoints / "4").mkdir(parents=True)
     assert of(path)["steps_charged"] == 4
     (path.checkpoints / "5.abandoned").mkdir()
-    with pytest.raises(UserError, match="4 of its steps are entered in .*a checkpoint of step 5: there is nothing"):
+    with pytest.raises(UserError, match="4 of its steps are charged in .*a checkpoint of step 5: no privacy statement"):
         of(path)

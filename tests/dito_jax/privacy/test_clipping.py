@@ -1,4 +1,4 @@
-"""The clipped sum: by every backend, on every mesh, for every model, the one that its definition says."""
+"""The clipped sum: equal to its definition for every backend, mesh and model."""
 
 import dataclasses
 
@@ -271,7 +271,7 @@ def test_a_fused_mlp_is_an_error_that_names_the_cure(problem):
     config = dataclasses.replace(MODELS["modern"], kernels=KernelsConfig(mlp="xla"))
     graph, _ = split_model(config)
     of = dataclasses.replace(problem("modern"), graph=graph)
-    with pytest.raises(ValueError, match=r"mlp.*kernel 0 times.*model.kernels.mlp None"):
+    with pytest.raises(ValueError, match=r"mlp.*kernel 0 times.*model.kernels.mlp to None"):
         of.clipped_sum("ghost")(of.params, of.examples, of.padding)
 
 

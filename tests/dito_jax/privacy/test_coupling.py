@@ -1,4 +1,4 @@
-"""Configs whose examples meet, or are told of, are refused with the reason and the cure."""
+"""Configs that mix or leak examples are refused, with the reason and what to do."""
 
 import dataclasses
 
@@ -72,6 +72,6 @@ def test_a_checkpoint_chosen_by_private_losses_is_refused():
 def test_a_kernel_that_hides_its_products_is_refused_where_they_must_be_seen():
     model = dataclasses.replace(configs.load("configs/digits.py").model, kernels=KernelsConfig(mlp="xla"))
     config = dataclasses.replace(config_of(), model=model)
-    with pytest.raises(UserError, match="hides what is inside the MLP.*'microbatch'"):
+    with pytest.raises(UserError, match="has no gradient hooks inside the MLP.*'microbatch'"):
         configs.check(config, 1)
     configs.check(dataclasses.replace(config, privacy=dataclasses.replace(PRIVATE, backend="microbatch")), 1)

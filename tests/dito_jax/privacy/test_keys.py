@@ -1,4 +1,4 @@
-"""The secret and what is derived from it."""
+"""The secret of a run and the keys derived from it."""
 
 import hmac
 import itertools
@@ -63,7 +63,7 @@ def test_a_secret_is_made_once_apart_from_the_run_and_is_its_owners(tmp_path, mo
     assert os.stat(secret_path("a")).st_mode & 0o777 == 0o600
     assert sorted(path.name for path in (tmp_path / "secrets").iterdir()) == ["a", "b"]
     os.chmod(secret_path("a"), 0o640)
-    with pytest.raises(UserError, match="others may read"):
+    with pytest.raises(UserError, match="other users may read"):
         run_secret("a")
     secret_path("b").write_bytes(b"short")
     with pytest.raises(UserError, match="5 bytes, wanted 32"):

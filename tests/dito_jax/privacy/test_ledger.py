@@ -1,4 +1,4 @@
-"""The ledger: nothing is taken that was not entered, and nothing that was entered can be taken back unseen."""
+"""The privacy ledger: no step without a charge, and no undetected change of an entry."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The plan of a private run whose batches have little room: its accountant is told that they are truncated."""
+"""The plan of a private run with a small max_batch: the accountant includes the truncation."""
 
 import dp_accounting
 import pytest

@@ -1,4 +1,4 @@
-"""A private program: the noise that the plan pays for is the noise that its step adds, by every way to the step."""
+"""The private Program: the noise of its step is that of the plan, for every way to make it."""
 
 import dataclasses
 

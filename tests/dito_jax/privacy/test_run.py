@@ -1,4 +1,4 @@
-"""A private run: its plan, what it pays before a batch leaves, and when it refuses to begin or go on."""
+"""A private run: plan, charges before each batch, and the errors at a start or a restart."""
 
 import dataclasses
 import itertools
@@ -129,7 +129,7 @@ def test_one_data_set_has_one_ledger_whatever_it_is_called(begun):
 
 
 def test_a_start_on_the_same_data_must_be_in_the_same_ledger(begun):
-    with pytest.raises(UserError, match="run lost, which this one starts from, is not entered there"):
+    with pytest.raises(UserError, match="it lacks run lost, which this run starts from"):
         begun("a", starts_from=["lost"]).batches_after(0, 0, 1)
 
 
@@ -147,7 +147,7 @@ def test_a_directory_is_private_from_its_first_step_or_never(begun, tmp_path):
     run = begun("private")
     check_history(RunDirectory(tmp_path / "private"), private=False)  # nothing was promised yet
     taken(run, 1)
-    with pytest.raises(UserError, match="a private run, and a step without privacy would break what was promised"):
+    with pytest.raises(UserError, match="a private run, whose guarantee a non-private step would break"):
         check_history(RunDirectory(tmp_path / "private"), private=False)
     check_history(RunDirectory(tmp_path / "private"), private=True)
     (tmp_path / "public/checkpoints").mkdir(parents=True)
@@ -155,7 +155,7 @@ def test_a_directory_is_private_from_its_first_step_or_never(begun, tmp_path):
         check_history(RunDirectory(tmp_path / "public"), private=private)
     (tmp_path / "public/checkpoints/4").mkdir()
     check_history(RunDirectory(tmp_path / "public"), private=False)
-    with pytest.raises(UserError, match="its steps so far were taken without privacy"):
+    with pytest.raises(UserError, match="its steps so far were not private"):
         check_history(RunDirectory(tmp_path / "public"), private=True)
 
 
@@ -223,13 +223,13 @@ def test_a_ledger_that_lacks_what_the_run_saw_is_refused(begun):
     path = ledger_path("digits")
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:-1]))
-    with pytest.raises(UserError, match="3 steps of this run are entered, and it has taken 4"):
+    with pytest.raises(UserError, match="3 steps of this run are charged, but it has taken 4"):
         begun().batches_after(4, 0, 1)
     path.write_text("".join(whole[:1]))
-    with pytest.raises(UserError, match="entry 2 is not the one that this run saw"):
+    with pytest.raises(UserError, match="entry 2 differs from the one that this run recorded"):
         begun().batches_after(4, 0, 1)
     path.unlink()
-    with pytest.raises(UserError, match="is not the one that this run saw"):
+    with pytest.raises(UserError, match="differs from the one that this run recorded"):
         begun().batches_after(4, 0, 1)
 
 
@@ -259,7 +259,7 @@ def test_users_are_units_of_many_images(begun):
     batch = taken(run, 1)[0]
     assert batch["image"].shape == (run.plan.max_batch, 3, 8, 8, 1)
     assert Ledger(ledger_path("digits")).budget == Budget(3.0, 1e-4, "user")
-    with pytest.raises(UserError, match="do not say whose their images are"):
+    with pytest.raises(UserError, match="this data set has no owners of images"):
         begun("b", privacy=privacy)
 
 

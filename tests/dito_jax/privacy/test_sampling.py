@@ -1,4 +1,4 @@
-"""Batches of private training: coins, not turns."""
+"""Batches of private training: Poisson subsampling."""
 
 import numpy as np
 from jax_privacy.batch_selection import CyclicPoissonSampling

@@ -1,4 +1,4 @@
-"""The private step: it publishes the noised sum of the batch, divided by what was expected, and nothing else."""
+"""The private step: it releases the noised sum divided by the expected batch size, and nothing else."""
 
 import dataclasses
 
@@ -201,7 +201,7 @@ def test_nothing_but_the_noised_gradient_is_told_of_the_examples(modern):
     assert internal["internal_examples"] == 6 and 0 <= internal["internal_clipped"] <= 1
 
 
-def test_averages_are_made_of_what_was_published(modern):
+def test_the_ema_is_computed_from_released_parameters(modern):
     state = state_of(modern)
     after, _ = compiled(modern)(state, batch_of())
     for average, old, new in zip(*map(jax.tree.leaves, (after.ema["0.9"], state.params, after.params)), strict=True):

@@ -1,4 +1,4 @@
-"""`dito privacy utility`: a row for each way to spend a budget, and runs that cannot stand beside each other."""
+"""`dito privacy utility`: one row per run or baseline, and errors for runs that are not comparable."""
 
 import argparse
 import dataclasses
@@ -53,15 +53,16 @@ def test_every_way_to_spend_a_budget_has_a_row(tmp_path):
 
 def test_what_cannot_stand_beside_the_others_is_refused(tmp_path):
     first = finished(tmp_path / "a", 0.7)
-    for changes in (dict(epsilon=None), dict(delta=1e-5)):
-        with pytest.raises(UserError, match="wanted private runs on one data set, with one delta"):
+    refusals = {"is not a private run": dict(epsilon=None), "another data set or privacy.delta than": dict(delta=1e-5)}
+    for words, changes in refusals.items():
+        with pytest.raises(UserError, match=words):
             compared(first, finished(tmp_path / "other", 0.5, **changes))
     other = finished(tmp_path / "other", 0.5)
     RunDirectory(other).write_text("config.json", configs.to_json(dataclasses.replace(CONFIG, init_from=None)))
-    with pytest.raises(UserError, match="begins otherwise than"):
+    with pytest.raises(UserError, match="has another init_from or train.trainable than"):
         compared(first, other)
     RunDirectory(first).write_json("eval.json", {"utility": 0.7})
-    with pytest.raises(UserError, match="no class_agreement; it is older: `dito eval"):
+    with pytest.raises(UserError, match="no class_agreement in it, it is old: `dito eval"):
         compared(first)
     RunDirectory(first).evaluation.unlink()
     with pytest.raises(UserError, match="no eval.json yet; `dito eval"):

@@ -1,4 +1,4 @@
-"""Each injected does what it says, and once a run unless told otherwise."""
+"""Fault injection: each fault has its documented effect, once per run unless it has an exclamation mark."""
 
 import os
 import signal
@@ -87,7 +87,7 @@ def test_with_an_exclamation_mark_it_does_so_at_every_start(tmp_path):
     assert [steps(tmp_path, "kill@3!") for _ in range(2)] == [("12", -9)] * 2
 
 
-def test_a_dead_place_dies_at_once_from_then_on_and_others_live(tmp_path):
+def test_a_dead_worker_is_killed_at_every_start_and_others_are_not(tmp_path):
     assert steps(tmp_path, "dead@3#2", worker="2") == ("12", -9)
     assert steps(tmp_path, "dead@3#2", worker="2") == ("", -9)
     assert steps(tmp_path, "dead@3#2", worker="1") == ("12345", 0)
@@ -102,7 +102,7 @@ def test_a_slow_process_is_slow_from_then_on(tmp_path, monkeypatch):
     assert slept == [0.25, 0.25, 0.5]
 
 
-def test_only_the_process_named_is_struck(tmp_path):
+def test_a_fault_is_injected_only_into_its_process(tmp_path):
     other = faults(tmp_path, "crash@1#1", "nan-grad@1#1", process=0)
     other.before_step(1)
     assert other.poisoned(1, ROWS) is ROWS

@@ -1,4 +1,4 @@
-"""What follows from bad steps: words, a way back, an end."""
+"""Bad steps: log entries, rollback, and the end of the run after too many rollbacks."""
 
 import json
 
@@ -45,7 +45,7 @@ def saved(run, *steps):
     return checkpoints
 
 
-def test_each_bad_step_is_told_in_words_and_only_when_others_are_queued_behind_it(run, capsys):
+def test_each_bad_step_is_logged_once_later_steps_are_queued(run, capsys):
     guard = guard_of(run)
     guard.watch(7, measured(NOT_FINITE, loss=float("nan")))
     for number in range(8, 7 + LAG):
@@ -71,7 +71,7 @@ def test_a_burst_is_many_bad_steps_in_a_short_time(run):
     assert guard.burst()
 
 
-def test_a_burst_leads_back_to_before_it_and_past_its_data(run):
+def test_repeated_bad_steps_roll_back_and_skip_their_data(run):
     guard, checkpoints = guard_of(run), saved(run, 10, 18, 20)
     for number in (18, 21, 22, 23):
         guard.watch(number, measured(NOT_FINITE if number != 22 else FINE))
@@ -125,7 +125,7 @@ def test_the_skip_is_on_the_disk_before_anything_is_set_aside(run):
 
 
 @pytest.mark.parametrize(("again", "event"), [(FINE, "transient"), (NOT_FINITE, "reproduced")])
-def test_a_step_run_again_tells_chance_from_cause(run, again, event):
+def test_a_rerun_tells_transient_from_reproducible_bad_steps(run, again, event):
     guard = guard_of(run)
     guard.compare(5, measured(NOT_FINITE), measured(again))
     (row,) = read_events(run)

@@ -1,4 +1,4 @@
-"""Asked to stop, a run saves after a step, the same in all its processes; where nothing is to save it stops at once."""
+"""Preemption: all processes save after the same step; with nothing to save the run stops at once."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def test_in_the_loop_it_saves_after_a_step(number, start, finish):
     run.send_signal(number)
     out, err = finish(run, PREEMPTED)
     assert "hurry 60.0" in out and "saved " in out and "evaluating" not in out
-    assert err.splitlines()[0].startswith(f"{number.name}: saving after the current step, then stopping, within 60 s")
+    assert err.splitlines()[0].startswith(f"{number.name}: saving after a step, then stopping, within 60 s")
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -1,4 +1,4 @@
-"""Copies that should be alike are compared, where they lie."""
+"""Replica divergence: copies of replicated arrays are compared across devices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The verb, and what meets the supervisor at an awkward moment: with shell commands in place of train.py."""
+"""`dito supervise` and signals at unusual moments, with shell commands in place of train.py."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What is started again, where, when, and when no more: with stand-ins for train.py that end as they are told."""
+"""The supervisor: restarts, lost workers and giving up, with scripts in place of train.py."""
 
 import json
 import os
@@ -286,7 +286,7 @@ def test_hosts_are_reached_by_a_shell_that_is_given_everything(supervisor, tmp_p
     assert {row[3][0].split(":")[0] for row in seen(made)} == {"one"}
 
 
-def test_places_are_counted_or_named():
+def test_workers_are_counted_or_named():
     assert make_workers(2, []) == [Worker(0), Worker(1)]
     assert make_workers(1, ["a", "b"]) == [Worker(0, "a"), Worker(1, "b")]
     for processes, hosts in ((0, []), (2, ["a"])):

@@ -1,4 +1,4 @@
-"""A process that makes no progress ends with 86 and says where it was; one that is slow goes on."""
+"""The watchdog: a hung process exits with code 86 and reports where it was; a slow one continues."""
 
 import re
 import signal
@@ -110,7 +110,7 @@ def test_two_processes_end_and_say_who_is_behind(hanging, tmp_path, start, finis
     ("frozen", "said"),
     [
         (1, "process 1 is frozen, last seen at step "),
-        (0, "process 0, which keeps what all publish, does not answer"),
+        (0, "process 0, which holds the key-value store, does not answer"),
     ],
 )
 def test_one_that_is_frozen_is_named_by_the_other(frozen, said, tmp_path, start, finish):

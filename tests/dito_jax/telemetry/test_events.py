@@ -1,4 +1,4 @@
-"""Events and heartbeats outlive the process that wrote them."""
+"""Events and heartbeats survive a kill of the process that wrote them."""
 
 import subprocess
 import sys

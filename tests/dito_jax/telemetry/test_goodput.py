@@ -1,4 +1,4 @@
-"""Every second of a run belongs to one kind, over all its restarts, and none is counted twice."""
+"""Goodput: every second of a run has exactly one kind, over all restarts."""
 
 import collections
 import itertools

@@ -1,4 +1,4 @@
-"""Steps that were left out do not enter what is told of an interval."""
+"""The metrics logger: skipped steps do not enter the means of a log interval."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl holds each step once, whatever happened to the run; TensorBoard gets the same."""
+"""metrics.jsonl and TensorBoard have each step once, after any kill or rollback."""
 
 import json
 import math
@@ -56,7 +56,7 @@ with MetricsWriter(RunDirectory(sys.argv[1]), after=first - 1 if first else None
 """
 
 
-def test_each_step_is_told_once_after_kills_and_resumes(tmp_path):
+def test_each_step_is_logged_once_after_kills_and_resumes(tmp_path):
     run, first = RunDirectory(tmp_path), 0
     for restored in (60, 90):
         child = subprocess.Popen([sys.executable, "-c", WRITES, tmp_path, str(first)], cwd=ROOT, stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""A bar where someone watches, lines where nobody does."""
+"""Progress: a bar on a terminal, plain lines otherwise."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""One trainer at a time in a run directory, and no file of it half-written."""
+"""The run directory: a lock for one training process, and atomic writes."""
 
 import json
 import socket

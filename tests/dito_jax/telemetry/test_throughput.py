@@ -1,4 +1,4 @@
-"""Images a second and MFU are what their formulas say, and no peak is made up."""
+"""Images per second and MFU match their formulas; no MFU for unknown hardware."""
 
 from types import SimpleNamespace
 

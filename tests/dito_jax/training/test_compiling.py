@@ -1,4 +1,4 @@
-"""The compile report says what happened."""
+"""The compile report matches what happened."""
 
 import time
 

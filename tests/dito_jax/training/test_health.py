@@ -1,4 +1,4 @@
-"""A bad step changes nothing but its own count."""
+"""A bad step changes only the step counts."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The train step: what it keeps in which precision, what it averages, what it draws."""
+"""The train step: precision, EMA, gradient accumulation and random draws."""
 
 import jax
 import jax.numpy as jnp
