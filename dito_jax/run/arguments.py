@@ -1,5 +1,6 @@
 """The command line of a training run: `CONFIG [--run-dir DIR] [--field value ...]`."""
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ def train_arguments(arguments: Sequence[str]) -> tuple[TrainConfig, RunDirectory
     command = "train.py" if program() == "train.py" else "dito train"
     if not arguments:
         raise UserError(f"usage: {command} CONFIG [--run-dir DIR] [--field value ...]; `{command} --help` says more.")
+    if set(HELP) & set(arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
     if arguments[0] in HELP:
         print(train_help(command))
         sys.exit(0)
