@@ -69,7 +69,7 @@ def test_a_record_has_checksums_of_itself_and_of_the_values(tmp_path):
         read_record(tmp_path)
     for nothing in ("null", "{}", "[]", '{"arrays": {}}', "{"):
         file.write_text(nothing)
-        with pytest.raises(Damaged, match=r"no record|record .* cannot be read"):
+        with pytest.raises(Damaged, match="no checksum record|checksum record cannot be read"):
             read_record(tmp_path)
     file.unlink()
     with pytest.raises(Damaged, match="cannot be read"):
