@@ -168,7 +168,7 @@ def test_results_of_another_machine_may_be_as_far_as_rounding(sampler, rewritten
         with pytest.raises(UserError, match="intact, but with jaxlib .* tolerance is 0.05"):
             artifact.verify(sampler)
     else:
-        assert "intact; results are 1" in artifact.verify(sampler)
+        assert "intact; results differ by 1" in artifact.verify(sampler)
 
 
 def test_how_far_apart_results_are():
@@ -178,7 +178,7 @@ def test_how_far_apart_results_are():
         ([nan, 4.0], [1.0, 4.0], inf), ([1.0, 4.0], [nan, 4.0], inf), ([inf, 4.0], [inf, 4.0], 0.0),
         ([inf, 4.0], [1.0, 4.0], inf), ([1e-9], [0.0], inf), ([], [], 0.0), ([3], [4], 0.25),
     ]:  # fmt: skip
-        assert artifact._apart(np.array(found), np.array(wanted)) == apart, (found, wanted)
+        assert artifact._difference(np.array(found), np.array(wanted)) == apart, (found, wanted)
 
 
 def test_every_output_is_compared(artifact_of, tmp_path):

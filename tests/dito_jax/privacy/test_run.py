@@ -119,7 +119,7 @@ def test_one_data_set_has_one_ledger_whatever_it_is_called(begun):
     taken(begun("a", data="/faces"), 1)
     other = dataclasses.replace(PRIVACY, dataset="other")
     with pytest.raises(
-        UserError, match="dataset is 'other', and runs on /faces were charged to .*digits.jsonl: one data"
+        UserError, match="dataset is 'other', but runs on /faces were charged to .*digits.jsonl: a data set"
     ):
         begun("b", privacy=other, data="/faces").batches_after(0, 0, 1)
     assert not Ledger(ledger_path("other")).spent()
