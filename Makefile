@@ -9,11 +9,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless']))")
 
-.PHONY: help train test lint format docs gpu tune wheel wheelhouse clean
+.PHONY: help train test test-all lint format docs gpu tune wheel wheelhouse clean
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
 	@echo "make test     install, all tests that need no GPU; kernels are compiled for an H200 too"
+	@echo "make test-all the same, and what is recorded of the kernels' machine code is compiled again"
 	@echo "make lint     formatting, lint, types"
 	@echo "make format   write the formatting"
 	@echo "make docs     install, regenerate docs/architecture.md and docs/results.md, build the site: build/site/"
@@ -29,7 +30,11 @@ train: .venv/installed
 
 test: .venv/installed-dev
 	-$(BIN)/python -m kernels_pallas.build  # custom calls, with nvcc also CUDA's: minutes, once; without, their tests are skipped
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=10
+
+test-all: .venv/installed-dev
+	-$(BIN)/python -m kernels_pallas.build
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=10 --everything
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

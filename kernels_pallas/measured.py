@@ -54,8 +54,8 @@ def digest(op, more: Iterable[Path | str] = ()) -> str:
     """
     package, text = Path(__file__).parent, hashlib.sha256()
     shared = sorted((package / "pallas").glob("*.py"))
-    for road, folder in SOURCES_OF_CALLS.items():
-        if (family(op) / road).exists():
+    for file, folder in SOURCES_OF_CALLS.items():
+        if (family(op) / file).exists():
             shared += sorted(path for path in (package / folder).iterdir() if path.is_file())
     for part in [*sorted(family(op).glob("*.py")), *shared, *more]:
         content = (part.name.encode(), _content(part)) if isinstance(part, Path) else (part.encode(),)

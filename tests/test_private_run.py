@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,8 +20,9 @@ from dito_jax.run import saved_run
 from dito_jax.telemetry.heartbeat import read_beat
 from dito_jax.telemetry.run_directory import RunDirectory
 
+from . import preloaded_python
 
-ROOT = Path(__file__).parent.parent
+
 STEPS, SPARE = 24, 20
 PRIVATE = [
     "configs/digits.py", "--model.depth", "1", "--model.width", "32", "--train.batch_size", "64",
@@ -46,10 +45,7 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope="module")
 def call(environment):
     def run(*arguments, code=0, **added):
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment | added, capture_output=True, text=True,
-            timeout=400,
-        )  # fmt: skip
+        done = preloaded_python.run(arguments, env=environment | added, timeout=400)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -80,10 +76,7 @@ def killed(tmp_path_factory, environment, call):
     ledger = Path(environment["DITO_LEDGERS"]) / "digits.jsonl"
     slow = ["--faults.inject", "slow-rank@1:0.1"]
     for start, until in enumerate((8, 14)):
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *PRIVATE, *slow, "--run-dir", str(run)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        process = preloaded_python.Process(["train.py", *PRIVATE, *slow, "--run-dir", run], env=environment)
         deadline = time.monotonic() + 200
         while not any(pair[0] == start and pair[1] >= until for pair in charged(ledger)):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from dito_jax.telemetry.goodput_report import read_accounts
 from dito_jax.telemetry.heartbeat import read_beat
 from dito_jax.telemetry.run_directory import RunDirectory
 
+from .preloaded_python import Process
 
-ROOT = Path(__file__).parent.parent
+
 EVERY = 7
 SMALL = [
     "configs/digits.py", "--model.depth", "1", "--model.width", "32", "--train.batch_size", "48",
@@ -36,13 +35,10 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 class Program:
-    """A process, and what it said."""
+    """A process and its output."""
 
     def __init__(self, environment: dict[str, str], program: list[str], arguments: tuple):
-        command = [sys.executable, *program, *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        self.process = Process([*program, *arguments], env=environment)
 
     def ends(self, code: int, seconds: float = 400) -> str:
         """Waits until it ends, with this code."""

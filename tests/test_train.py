@@ -12,6 +12,8 @@ from PIL import Image
 
 from dito_jax import DiT, load_run
 
+from . import preloaded_python
+
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -30,25 +32,14 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 def command(verb: str, *arguments: str | Path) -> list[str]:
-    start = (
-        [sys.executable, "train.py"]
-        if verb == "train"
-        else [sys.executable, "-m", "dito_jax", verb.removeprefix("dito-")]
-    )
+    start = ["train.py"] if verb == "train" else ["-m", "dito_jax", verb.removeprefix("dito-")]
     return [*start, *map(str, arguments)]
 
 
 @pytest.fixture
 def call(environment):
     def run(verb: str, *arguments: str | Path, code: int = 0, **changes: str) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            command(verb, *arguments),
-            cwd=ROOT,
-            env=environment | changes,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        done = preloaded_python.run(command(verb, *arguments), env=environment | changes, timeout=600)
         assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
         return done
 
@@ -62,8 +53,14 @@ def one_line(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-def test_a_wrong_name_is_one_line_and_nothing_else(call):
-    done = call("train", "configs/digits.py", "--train.stepz", "5", code=2)
+def cold(environment, *arguments: str) -> subprocess.CompletedProcess:
+    """A process that imports the packages itself, as a user's does."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_wrong_name_is_one_line_and_nothing_else(environment):
+    done = cold(environment, "train.py", "configs/digits.py", "--train.stepz", "5")
+    assert done.returncode == 2
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "did you mean --train.steps" in done.stderr
 
@@ -72,10 +69,8 @@ def test_a_wrong_name_is_one_line_and_nothing_else(call):
 def finished(tmp_path_factory, environment) -> Path:
     """A short run, never killed."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    subprocess.run(
-        command("train", "configs/digits.py", *SMALL, *STEPS, "--run-dir", run),
-        cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600,
-    )  # fmt: skip
+    arguments = command("train", "configs/digits.py", *SMALL, *STEPS, "--run-dir", run)
+    preloaded_python.run(arguments, env=environment, timeout=600).check_returncode()
     return run
 
 
@@ -296,7 +291,8 @@ def test_the_doctor_says_what_runs_and_why_not(call):
     assert "flash_attention triton: no: needs an NVIDIA GPU" in text and "flash_attention xla: runs" in text
 
 
-def test_no_command_prints_a_traceback_of_the_cuda_plug_in(call):
-    done = call("doctor")
+def test_no_command_prints_a_traceback_of_the_cuda_plug_in(environment):
+    done = cold(environment, "-m", "dito_jax", "doctor")
+    assert done.returncode == 0
     assert "Traceback" not in done.stderr and "cuDNN" not in done.stderr
     assert len(done.stderr.splitlines()) <= 1

@@ -41,8 +41,7 @@ def state_digest(
 
     Raises:
       ValueError: x is complex, of PRNG keys or of elements of fewer than 8 bits; x does not fit into the whole array;
-      or
-        `implementation` is unknown.
+        or `implementation` is unknown.
       NotImplementedError: `implementation` cannot run these arguments here.
     """
     if wrong := _misfit(x, whole):

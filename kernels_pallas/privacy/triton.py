@@ -4,12 +4,12 @@ There are two algorithms for a squared norm; `cost.pairs_are_fewer` chooses the 
 
     ||sum_t a_t g_t^T||^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>,
 
-a program has one tile of pairs: it computes the two products, multiplies them elementwise and sums. Only tiles on one
-side of the diagonal are computed, and counted twice. Pairs across groups are masked. A tile without a pair within a
-group is skipped, so if rows are sorted by group, the cost is that of the pairs within groups. All calls with groups use
-this algorithm, because by matrix a program would have to search for the rows of each group. By matrix, a program has
-one tile of A^T G: it contracts all rows of the example, squares and sums. In both algorithms a program writes one
-number, and a second stage adds the numbers of an example in a fixed order, without atomics.
+a program has one tile of pairs: it computes the two products, multiplies them elementwise and sums. Of the tiles off
+the diagonal only those on one side are computed, and counted twice. Pairs across groups are masked. A tile without a
+pair within a group is skipped, so if rows are sorted by group, the cost is that of the pairs within groups. All calls
+with groups use this algorithm, because by matrix a program would have to search for the rows of each group. By matrix,
+a program has one tile of A^T G: it contracts all rows of the example, squares and sums. In both algorithms a program
+writes one number, and a second stage adds the numbers of an example in a fixed order, without atomics.
 
 A program of clip_reduce has a tile of the sum and loops over examples: it computes the example's product in float32,
 multiplies it by c and adds it to the sum. Scaling g before the product would round c g to its dtype (a relative error

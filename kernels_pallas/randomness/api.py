@@ -41,8 +41,9 @@ def secure_normal(
       key: the secret key, 256 bits.
       nonce: 96 bits; a nonce may be used for only one array per key.
       start: the index in the whole array at which the shard begins, in each dim; None: 0. The shard must lie inside.
-      whole: the shape of the whole array; None: that of x. At most 2^32 blocks of eight numbers; each row starts a
-      block. implementation: a name in SECURE_NORMAL.kernels, or "xla"; if None, the fastest one known that runs here.
+      whole: the shape of the whole array; None: that of x. It may take at most 2^32 blocks of eight numbers, where each
+        row starts a new block.
+      implementation: a name in SECURE_NORMAL.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
       ValueError: a shape or dtype is wrong, the whole array is too large, or `implementation` is unknown.

@@ -132,7 +132,7 @@ def test_a_run_keeps_its_canaries_and_notices_others(tmp_path, monkeypatch):
     secret = held.read_bytes()
     assert len(secret) == 32 and held.stat().st_mode & 0o077 == 0 and secret.hex() not in str(kept)
     np.testing.assert_array_equal(make_canaries(12, (8, 8, 1), 10, secret=secret).image, first.image)
-    with pytest.raises(UserError, match="began with 12 canaries, not 13"):
+    with pytest.raises(UserError, match="started with 12 canaries, not 13"):
         planted(source, 13, run)
     held.write_bytes(bytes(32))
     with pytest.raises(UserError, match="not the secret of this run's canaries"):

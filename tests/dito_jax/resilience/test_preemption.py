@@ -112,7 +112,7 @@ def test_two_processes_stop_after_the_same_step(number, struck, start, finish):
     saved = [[line for line in out.splitlines() if line.startswith("saved ")] for out, _ in said]
     assert saved[0] == saved[1] and len(saved[0]) == 1
     assert all("hurry 60.0" in out for out, _ in said)
-    assert f"process {struck}: {number.name}: saves after a step" in said[struck][1]
+    assert f"process {struck}: {number.name}: saving after a step" in said[struck][1]
     assert "process was preempted" in said[1 - struck][1].replace(f"process {struck}", "another process")
 
 
@@ -138,7 +138,7 @@ def test_a_second_signal_ends_it_at_once(number, count, start, finish):
     assert run.poll() is None
     run.send_signal(signal.SIGTERM)
     _, err = finish(run, 128 + signal.SIGTERM)
-    assert "SIGTERM again: ended now" in err
+    assert "SIGTERM again: ending now" in err
 
 
 def test_what_is_stuck_with_nothing_to_save_is_ended_in_time(start, finish):
