@@ -95,7 +95,8 @@ def _wide_share(machine: str) -> float | None:
 
 def _hash(machine: str) -> str:
     """The number of instructions in a disassembly and a hash of them, without addresses, names and tables."""
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*;)", machine)
+    # nvdisasm ends an instruction with a semicolon; the listing that Mosaic GPU writes ends it with the line.
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S[^;\n]*;|\S[^;\n]*?(?=\s*$))", machine, re.MULTILINE)
     return f"{len(instructions)}:{hashlib.sha256('\n'.join(instructions).encode()).hexdigest()[:12]}"
 
 

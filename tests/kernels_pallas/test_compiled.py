@@ -82,6 +82,7 @@ def test_compiles_without_spills(family, rows):
     assert all_wanted == {tuple(row[key] for key in ("op", "kernel", "case", "pass", "device")) for row in rows}
     limits = {name: gpu.shared_memory for name, gpu in hardware.GPUS.items()}
     assert not [r for r in rows if r["spill_bytes"] or r["shared_memory_bytes"] > limits[r["device"]]]
+    assert all(int(r["machine_code"].partition(":")[0]) > 10 for r in rows), "a hash of no instructions"
 
 
 @of_each_family
