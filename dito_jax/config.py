@@ -105,7 +105,7 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check(config: TrainConfig, num_devices: int) -> None:
-    """Raises UserError, in one line, if the parts of the config cannot go together on this many devices."""
+    """Raises UserError, in one line, if the config is inconsistent or does not fit this many devices."""
     model, train, private = config.model, config.train, config.privacy.epsilon is not None
     axes = config.mesh.resolve(num_devices)
     part = batch_pieces(axes) * train.gradient_accumulation_steps
@@ -125,7 +125,7 @@ def check(config: TrainConfig, num_devices: int) -> None:
         f"sample.ema_decay {config.sample.ema_decay} is not in train.ema_decays {train.ema_decays}": (
             config.sample.ema_decay not in (None, *train.ema_decays)
         ),
-        "train.ema_decays is empty; samples are drawn from an average, so name one, e.g. 0.999": not train.ema_decays,
+        "train.ema_decays is empty; samples need an EMA: give a decay, e.g. 0.999": not train.ema_decays,
         f"guard.burst {config.guard.burst} cannot come among guard.burst_window {config.guard.burst_window} steps": (
             config.guard.burst > config.guard.burst_window
         ),

@@ -1,6 +1,7 @@
-"""`dito privacy audit RUN`: an adversary's view of a run, in audit.json, audit.md and two pictures.
+"""`dito privacy audit RUN`: an empirical privacy audit, in audit.json, audit.md and two pictures.
 
-The claim is what the ledger says of the run, or --epsilon: so a run that is not private can be held to one, and fail.
+The claim that is tested is the epsilon of the ledger, or --epsilon; with --epsilon a run that is not private can be
+audited too.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SAMPLES, SHOWN = 500, 32
 
 
 def audit(options: argparse.Namespace) -> str:
-    """The verb. A claim that is refuted is an error, told once everything is written."""
+    """Runs the audit. A refuted claim is an error, raised after all files are written."""
     run, config = saved_run.opened(options.subject)
     claimed, mechanism = _claim(run, config, options.epsilon)
     program, state, step = saved_run.restored_here(run, config)
@@ -57,7 +58,7 @@ def audit(options: argparse.Namespace) -> str:
 
 
 def _claim(run: RunDirectory, config: TrainConfig, wanted: float | None):
-    """The epsilon that the run is held to, and what its clipping and noise are worth."""
+    """The claimed epsilon, and the audit of the clipping and noise of a private run."""
     if config.privacy.epsilon is None:
         if wanted is None:
             raise UserError(f"{run.path}: not a private run: say which epsilon to hold it to, with --epsilon.")
@@ -69,7 +70,7 @@ def _claim(run: RunDirectory, config: TrainConfig, wanted: float | None):
 
 
 def _canaries(run: RunDirectory, config: TrainConfig, train: Source, scorer, params):
-    """The run's canaries, each with minus its loss."""
+    """The canaries of the run, each with its negative loss."""
     if not config.canaries:
         return None
     canaries = planted(train, config.canaries, run).canaries

@@ -44,7 +44,9 @@ def _plan(options: argparse.Namespace) -> str:
     unit = "image" if config.privacy.images_per_user is None else "user"
     room = config.privacy.max_batch if (config.privacy.max_batch or units) < units else None
     batch, steps = config.train.batch_size, config.train.steps + config.privacy.spare_steps
-    of_them = f", with half of {config.canaries} canaries, each in by a coin" if config.canaries else ""
+    of_them = (
+        f", with half of {config.canaries} canaries, each included with probability 1/2" if config.canaries else ""
+    )
     lines = [
         f"{options.subject}: {units} {unit}s{of_them}, delta {delta:g}.",
         "The mean gradient has noise sigma/batch, in clip norms.",
@@ -63,7 +65,7 @@ def _plan(options: argparse.Namespace) -> str:
 
 
 def _cost(options: argparse.Namespace) -> str:
-    """Prints each row when it is there; returns how they came about."""
+    """Prints each row when it is measured; returns how the times were measured."""
     config = resolved(override(load(options.subject), options.overrides))
     mesh = planned_mesh(config.mesh, options.gpus)
     batch, parts = config.train.batch_size, config.train.gradient_accumulation_steps
@@ -73,12 +75,12 @@ def _cost(options: argparse.Namespace) -> str:
     for line in table(costs(programs, mesh)):
         print(line, flush=True)
     if options.gpus is not None:
-        return "\nTimes are not measured: these devices are compiled for and not here. On them, leave out --gpus."
+        return "\nTimes are not measured, because these devices are not here. On a machine with them, leave out --gpus."
     return f"\nTimes are medians of {STEPS} steps on a batch of noise."
 
 
 def _recipes(config: TrainConfig) -> dict[str, TrainConfig]:
-    """Without privacy, and with it by each backend, the one that keeps most last; what it costs no epsilon changes."""
+    """The config without privacy, and with each DP-SGD implementation, the one with most memory last."""
     asked = config.privacy
     private = dataclasses.replace(asked, epsilon=asked.epsilon or 8.0, dataset=asked.dataset or "x")
     backends = reversed(typing.get_args(Backend))

@@ -1,1 +1,1 @@
-"""What train.py is made of."""
+"""One training run: its command line, recipe, start, and how it is read back."""

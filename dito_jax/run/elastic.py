@@ -1,4 +1,4 @@
-"""How a run goes on with fewer processes: the same batch, in more parts where memory asks for it."""
+"""Elastic downscaling: the same global batch on fewer processes, with more gradient accumulation if needed."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The state that a new run begins with: random, or what another run has learned."""
+"""The initial state of a run: random, or a warm start from another run."""
 
 import re
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from dito_jax.training.state import TrainState, warm_started
 
 
 def initial_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) -> TrainState:
-    """Step 0 of a new run. One that starts from another begins with the average that the other is sampled from.
+    """The state at step 0. A warm start takes the EMA parameters that the other run is sampled from.
 
     Raises:
-      UserError: there is no such run, its model cannot become this one, or this run is private, and the other has seen
-        its data without privacy, or by the budget of another name.
+      UserError: there is no such run, its model does not fit this one, or this run is private and the other one was
+        trained on its data without privacy, or under another privacy budget.
     """
     state = program.init()
     if config.init_from is None:
@@ -37,7 +37,7 @@ def initial_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh
 
 
 def ancestors(start: str | None) -> Iterator[tuple[RunDirectory, TrainConfig]]:
-    """The run that one starts from, the one that that starts from, ..., and their configs.
+    """The runs of a chain of warm starts, nearest first, and their configs.
 
     Raises:
       UserError: one of them is not there.
@@ -49,7 +49,7 @@ def ancestors(start: str | None) -> Iterator[tuple[RunDirectory, TrainConfig]]:
 
 
 def _check_ancestors(config: TrainConfig) -> None:
-    """Raises UserError if a run on the way saw this one's data, and was not private or was charged elsewhere."""
+    """Raises UserError if an ancestor was trained on this run's data without privacy or under another budget."""
     for run, before in ancestors(config.init_from):
         if not same_data(place(before.data), place(config.data)):
             continue

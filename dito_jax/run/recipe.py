@@ -1,4 +1,4 @@
-"""How a run trains, ordinary or private: its program, and the stream of its batches."""
+"""What a run trains with, private or not: its data, its compiled program, and the stream of its batches."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from dito_jax.training.program import Program, make_program
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """`batches_after(step)` are this process's rows of the batches of the steps after it.
+    """`batches_after(step)` yields this process's rows of the batches of the steps after `step`.
 
     `validation` is None where the config asks for no evaluation.
     """
@@ -38,7 +38,7 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     """The recipe of a config; call it under `jax.set_mesh(mesh)`.
 
     Raises:
-      UserError: the data are not what the model takes, or privacy is asked for that they, or the run, cannot have.
+      UserError: the data do not fit the model, or the privacy settings do not fit the data or the run.
     """
     check_history(run, private=config.privacy.epsilon is not None)
     source = config.data.open("train")
@@ -68,10 +68,10 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
 
 
 def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:
-    """The names of the runs on its data set that the first state was learned by; a run that goes on has kept them.
+    """The names of the private runs on the same data set in the chain of warm starts; none for a resumed run.
 
     Raises:
-      UserError: one of them has lost its name.
+      UserError: one of them has no plan file, which holds its name.
     """
     kept = run.path / PLAN
     if trained(run) and kept.exists() and "starts_from" in json.loads(kept.read_text()):
@@ -101,7 +101,7 @@ def check_data(config: TrainConfig, source: Source) -> None:
 
 
 def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
-    """The program of a config without its data: a private one computes as many rows as are expected, rounded up."""
+    """The program of a config without its data; a private batch has as many rows as are expected, rounded up."""
     common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
     if config.privacy.epsilon is None:
         return make_program(*common)
