@@ -126,7 +126,10 @@ def test_its_directory_takes_no_steps_without_privacy(killed, call):
     before = (killed[0] / "config.json").read_bytes()
     public = PRIVATE[: PRIVATE.index("--privacy.epsilon")]
     done = call("train.py", *public, "--train.steps", "30", "--run-dir", killed[0], code=2)
-    assert "a private run, and a step without privacy would break" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "a private run, whose guarantee a non-private step would break" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert (killed[0] / "config.json").read_bytes() == before
 
 
@@ -138,7 +141,7 @@ def test_the_card_is_what_the_ledger_says(killed, call):
     assert card["epsilon"] == epsilon(ledger.spent(), 1e-4) and card["steps_charged"] == len(charged(path))
     assert card["starts"] == 3 and card["unit"] == "example" and card["adjacency"] == "add-or-remove"
     assert card["audit"] is None and "Not audited." in said
-    for words in ("number of units", "search over settings", "float32", "dp-accounting", "not released"):
+    for words in ("number of units", "hyperparameter search", "float32", "dp-accounting", "not released"):
         assert words in said.lower()
     assert (run / "privacy_card.md").read_text().strip() == said.strip()
 

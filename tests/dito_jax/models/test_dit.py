@@ -247,9 +247,17 @@ def value_and_gradients(config: DiTConfig) -> list[jax.Array]:
     return [image, *jax.tree.leaves(gradients)]
 
 
-@pytest.mark.optimized("attention without QK-norm amplifies what a compiler that does not optimise rounds otherwise")
+ILL_CONDITIONED = "attention without QK-norm amplifies rounding, which differs in code that is not optimized"
+
+
 @pytest.mark.parametrize("part", ["norm", "qk_norm_rope", "attention", "mlp"])
-@pytest.mark.parametrize("make", [ORIGINAL, MODERN], ids=["original", "modern"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(ORIGINAL, id="original", marks=pytest.mark.optimized(ILL_CONDITIONED)),
+        pytest.param(MODERN, id="modern"),
+    ],
+)
 def test_a_kernel_by_name_changes_neither_the_image_nor_a_gradient(part, make):
     plain = KernelsConfig(attention="xla", norm="xla", qk_norm_rope="xla", mlp=None)
     config = dataclasses.replace(TINY, **make, num_kv_heads=2, kernels=plain)
