@@ -95,8 +95,9 @@ def _wide_share(machine: str) -> float | None:
 
 def _hash(machine: str) -> str:
     """The number of instructions in a disassembly and a hash of them, without addresses, names and tables."""
-    # nvdisasm ends an instruction with a semicolon; the listing that Mosaic GPU writes ends it with the line.
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S[^;\n]*;|\S[^;\n]*?(?=\s*$))", machine, re.MULTILINE)
+    # nvdisasm ends an instruction with a semicolon; the listing that Mosaic GPU writes ends it with the line. The lines
+    # of tables have addresses too, and start with a dot.
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^.\s][^;\n]*(?:;|$))", machine, re.MULTILINE)
     return f"{len(instructions)}:{hashlib.sha256('\n'.join(instructions).encode()).hexdigest()[:12]}"
 
 
