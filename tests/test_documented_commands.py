@@ -21,7 +21,6 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 RUN_PAGES = (ROOT / "README.md", ROOT / "docs" / "getting-started.md")
 PAGES = (*RUN_PAGES, *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in ("log.md", "getting-started.md")))
-pytestmark = pytest.mark.slow(reason="one process runs some twenty commands, four short trainings among them")
 # What is appended to each `dito train` that is run.
 SMALL = [
     "--train.batch_size", "16", "--train.log_every", "1", "--model.depth", "1", "--model.width", "16",
@@ -88,10 +87,10 @@ print("images of shape", images.shape)
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+@pytest.fixture
+def folder(tmp_path) -> Path:
     """An empty folder with some images in it, as a user has them."""
-    folder = tmp_path_factory.mktemp("user")
+    folder = tmp_path / "user"
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (folder / "my_photos" / name).mkdir(parents=True)
@@ -101,32 +100,27 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def environment(folder) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     cheap = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "DITO_CACHE": str(folder / "c")}
     return kept | cheap | {"PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture(scope="module")
-def output(folder, environment) -> str:
-    """What the commands print, one after the other, and at last the Python of the getting-started page."""
+@pytest.mark.slow(reason="one process runs some twenty commands, four short trainings among them")
+def test_every_printed_command_ends_well(folder, environment):
+    """All in one test, so that no other worker runs them too."""
     [python] = re.findall(r"```python\n(.*?)```", RUN_PAGES[1].read_text(), re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps([to_run(), python])],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+    for number, words in enumerate(to_run()):
+        said = re.search(rf"^### {number}$(.*?)^### {number} (.*?)$", done.stdout, re.DOTALL | re.MULTILINE)
+        assert said and said[2] == "0", f"dito {' '.join(words)}\n{said and said[1][-3000:]}"
+    assert done.stdout.splitlines()[-1] == "images of shape (2, 8, 8, 1)"  # what the page's Python draws
 
-
-@pytest.mark.parametrize("number", range(len(to_run())), ids=lambda number: "-".join(to_run()[number][:2]))
-def test_a_printed_command_ends_well(number, output):
-    said = re.search(rf"^### {number}$(.*?)^### {number} (.*?)$", output, re.DOTALL | re.MULTILINE)
-    assert said and said[2] == "0", f"dito {' '.join(to_run()[number])}\n{said and said[1][-3000:]}"
-
-
-def test_the_commands_leave_what_the_pages_say(output, folder):
     run = folder / "runs" / "digits"
     for name in ("config.json", "metrics.jsonl", "samples/final.png", "eval.json", "report.md", "events.jsonl",
                  "goodput.jsonl", "goodput.png", "checkpoints", "tensorboard", "export/sampler"):  # fmt: skip
@@ -134,10 +128,6 @@ def test_the_commands_leave_what_the_pages_say(output, folder):
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [row["step"] for row in events if row["event"] == "start"] == [0, 2], "the second `dito train` resumes"
     assert list((folder / "runs" / "images" / "samples").glob("*cat*.png"))
-
-
-def test_the_python_of_the_getting_started_page(output):
-    assert output.splitlines()[-1] == "images of shape (2, 8, 8, 1)"
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.name)
