@@ -11,6 +11,9 @@ from dito_jax.run import saved_run
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
+pytestmark = pytest.mark.optimized("an artifact's results are compared, to the bit, with those of another process")
+
+
 @pytest.fixture
 def said(config, tmp_path, monkeypatch, capsys):
     """`said(*arguments)`: what `dito export RUN *arguments` says on stderr as it is refused; RUN has no checkpoint."""

@@ -19,6 +19,9 @@ from dito_jax.interop import artifact
 from dito_jax.interop.export import exported_denoiser
 
 
+pytestmark = pytest.mark.optimized("an artifact's results are compared, to the bit, with those of another process")
+
+
 @pytest.fixture
 def sampler(artifact_of) -> Path:
     return artifact_of("sampler")

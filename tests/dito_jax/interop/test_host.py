@@ -17,6 +17,9 @@ from dito_jax.interop import artifact, host
 from dito_jax.interop.export import exported_denoiser
 
 
+pytestmark = pytest.mark.optimized("an artifact's results are compared, to the bit, with those of another process")
+
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -15,6 +15,9 @@ from kernels_pallas.ffi import libraries
 from kernels_pallas.hardware import GPUS
 
 
+pytestmark = pytest.mark.optimized("an artifact's results are compared, to the bit, with those of another process")
+
+
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 GPU = gpu_present()
