@@ -189,7 +189,7 @@ def test_eval_judges_a_run_again(finished, call):
     ("arguments", "words"),
     [
         (["--train.batch_size", "0"], "at least 1"),
-        (["--mesh.data", "3"], "does not use exactly the 1 devices"),
+        (["--mesh.data", "3"], "does not use exactly the 1 available devices"),
         (["--model.image_shape", "16", "16", "1"], "the data's images are (8, 8, 1)"),
     ],
 )
