@@ -36,7 +36,7 @@ def test_an_axis_shards_the_first_dim_that_claims_it(sizes, dims, want):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MeshConfig(data=3), "data=3, fsdp=1, expert=1, tensor=1 does not use exactly the 8 devices"),
+        (MeshConfig(data=3), "data=3, fsdp=1, expert=1, tensor=1 does not use exactly the 8 available devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one of them -1"),
         (MeshConfig(data=0), "positive"),
         (MeshConfig(data=-1, fsdp=3), "does not use exactly"),
