@@ -34,8 +34,16 @@ def test_ctrl_c_ends_every_command_with_one_line(command, monkeypatch, capsys):
     assert capsys.readouterr().err == f"python -m kernels_pallas.{command}: interrupted\n"
 
 
+@pytest.fixture
+def interruptible():
+    """Child processes get SIGINT, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("jobs", "delay"), [("1", 0), ("2", 3)], ids=str)
-def test_bench_without_a_gpu_says_what_it_will_do_and_can_be_interrupted(jobs, delay):
+def test_bench_without_a_gpu_says_what_it_will_do_and_can_be_interrupted(jobs, delay, interruptible):
     """As Ctrl-C does in a terminal, the signal goes to all processes of the group."""
     with subprocess.Popen(
         [sys.executable, "-m", "kernels_pallas.bench", "modulated_norm", "--jobs", jobs],
