@@ -397,7 +397,7 @@ def test_tiles_are_no_larger_than_the_matrix():
 
 def test_one_row_an_example_is_left_to_xla():
     a, g = arrays(3, 1, 24, 40)
-    with backend.interpret_mode(), pytest.raises(NotImplementedError, match=r"at least two rows per example, got T = 1"):
+    with backend.interpret_mode(), pytest.raises(NotImplementedError, match="at least two rows .* got T = 1"):
         ghost_norm_sq(a, g, implementation="triton")
     jaxpr = jax.make_jaxpr(functools.partial(ghost_norm_sq, bias=True))(a, g)
     assert "dot_general" not in str(jaxpr)
