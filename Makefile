@@ -13,8 +13,8 @@ DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(t
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
-	@echo "make test     install, all tests that need no GPU; kernels are compiled for an H200 too"
-	@echo "make test-all the same, and what is recorded of the kernels' machine code is compiled again"
+	@echo "make test     install, all tests that need no GPU; kernels whose source changed are compiled for H200 and A100 too"
+	@echo "make test-all the same, and every kernel is compiled again, recorded or not"
 	@echo "make lint     formatting, lint, types"
 	@echo "make format   write the formatting"
 	@echo "make docs     install, regenerate docs/architecture.md and docs/results.md, build the site: build/site/"

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,6 @@ from dito_jax.errors import UserError
 
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-
-
-@pytest.fixture
-def dito(monkeypatch, capsys):
-    """`dito(*arguments)`: (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dito", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_every_verb_has_a_module_and_a_line_of_help(dito):
