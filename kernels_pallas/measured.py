@@ -58,12 +58,13 @@ def digest(op, more: Iterable[Path | str] = ()) -> str:
         if (family(op) / file).exists():
             shared += sorted(path for path in (package / folder).iterdir() if path.is_file())
     for part in [*sorted(family(op).glob("*.py")), *shared, *more]:
-        content = (part.name.encode(), _content(part)) if isinstance(part, Path) else (part.encode(),)
-        text.update(b"\0".join(content) + b"\0")
+        words = (part.name.encode(), content(part)) if isinstance(part, Path) else (part.encode(),)
+        text.update(b"\0".join(words) + b"\0")
     return text.hexdigest()[:12]
 
 
-def _content(path: Path) -> bytes:
+def content(path: Path) -> bytes:
+    """What counts of a file: the syntax tree of Python code without docstrings, all bytes of another file."""
     return _code(path.read_bytes()) if path.suffix == ".py" else path.read_bytes()
 
 

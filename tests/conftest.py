@@ -10,6 +10,8 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
+from tests import recorded
+
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU host says JAX_PLATFORMS=cuda, as `make gpu` does
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -38,6 +40,11 @@ gc.set_threshold(50_000, 20, 20)
 
 def pytest_addoption(parser):
     parser.addoption("--everything", action="store_true", help="compile what results/compiled/ holds the results of")
+    recorded.add_options(parser)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(recorded.Recorded(config))
 
 
 @pytest.hookimpl(tryfirst=True)

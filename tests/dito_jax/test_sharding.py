@@ -14,6 +14,9 @@ from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig, make_program
 
 
+pytestmark = pytest.mark.recorded
+
+
 def mesh(num: int = 8, **sizes: int) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(**sizes), np.array(jax.devices()[:num]))
 

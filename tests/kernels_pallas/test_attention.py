@@ -20,6 +20,9 @@ from kernels_pallas import FLASH_ATTENTION, AttentionMask, backend, flash_attent
 from kernels_pallas.attention import cost, heads, triton
 
 
+pytestmark = pytest.mark.recorded
+
+
 @pytest.fixture(autouse=True)
 def nothing_promoted_in_silence():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

@@ -98,6 +98,14 @@ def test_matrix_products_use_the_best_unit_of_the_device(family, rows):
             assert row[present] > 0 and row[absent] == 0, row
 
 
+@pytest.mark.parametrize("family", ["norms"])
+def test_rows_move_16_bytes_at_a_time(family, rows):
+    """Where a row is as long as a model's. The statistics of a row move one number at a time."""
+    rows = [row for row in rows if not row["case"].startswith("tiny")]
+    assert len({row["case"] for row in rows}) >= 8
+    assert not [row for row in rows if row["wide_share"] < 0.75]
+
+
 @functools.cache
 def multiplies_matrices(name: str, case: str) -> bool:
     of = OPS[name].cases[case]

@@ -11,6 +11,9 @@ from kernels_pallas import FLASH_ATTENTION, AttentionMask, hardware
 from kernels_pallas.attention import cudnn
 
 
+pytestmark = pytest.mark.recorded
+
+
 STATIC = {"scale": 0.3, "softcap": None, "return_lse": False}
 
 

@@ -26,6 +26,9 @@ from kernels_pallas import (
 from kernels_pallas.decode import cost, triton
 
 
+pytestmark = pytest.mark.recorded
+
+
 @pytest.fixture(autouse=True)
 def nothing_promoted_in_silence():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

@@ -15,6 +15,9 @@ from kernels_pallas.experts import cases, triton, triton_mlp
 from kernels_pallas.experts.tiles import row_tiles
 
 
+pytestmark = pytest.mark.recorded
+
+
 R, D, F, E = 150, 24, 40, 5
 IMPLEMENTATIONS = ["xla", "triton"]
 

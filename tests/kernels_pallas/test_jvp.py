@@ -15,6 +15,9 @@ import pytest
 from kernels_pallas import AttentionMask, backend, flash_attention, flash_attention_jvp, hardware
 
 
+pytestmark = pytest.mark.recorded
+
+
 T, S, N, K, H = 6, 9, 4, 2, 16
 KEYS = jax.random.split(jax.random.key(0), 5)
 Q, T_Q = (jax.random.normal(key, (2, T, N, H)) for key in KEYS[:2])

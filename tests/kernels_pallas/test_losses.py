@@ -15,6 +15,9 @@ from kernels_pallas import LINEAR_CROSS_ENTROPY, backend, deviceless, linear_cro
 from kernels_pallas.losses import triton
 
 
+pytestmark = pytest.mark.recorded
+
+
 R, D, V = 6, 8, 20
 ROOT = Path(__file__).parents[2]
 

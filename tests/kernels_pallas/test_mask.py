@@ -9,6 +9,9 @@ from kernels_pallas import AttentionMask, flash_attention
 from kernels_pallas.attention import tiles
 
 
+pytestmark = pytest.mark.recorded
+
+
 def truth(rule, T, S, M=1):
     """bool (M, T, S) by asking `rule(m, t, s)` of each pair."""
     return np.array([[[bool(rule(m, t, s)) for s in range(S)] for t in range(T)] for m in range(M)])

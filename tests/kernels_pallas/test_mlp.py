@@ -10,6 +10,9 @@ from kernels_pallas import dense_mlp, gated_mlp
 from kernels_pallas.mlp.activations import ACTIVATIONS, value_and_derivative
 
 
+pytestmark = pytest.mark.recorded
+
+
 B, T, D, F = 2, 3, 8, 12
 
 

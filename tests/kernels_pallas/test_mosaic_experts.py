@@ -18,6 +18,9 @@ from kernels_pallas.experts import EXPERT_MLP, GROUPED_MATMUL, cases, mosaic_gpu
 from kernels_pallas.op import differentiable
 
 
+pytestmark = pytest.mark.recorded
+
+
 MATMULS = {
     "zipf": cases._matmul(203, 64, 320, 3, "zipf"),  # nothing divides a tile but the depth
     "half": cases._matmul(150, 128, 64, 5, "half"),  # empty experts, and NaN past the last row

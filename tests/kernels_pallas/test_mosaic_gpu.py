@@ -38,6 +38,9 @@ from kernels_pallas.attention.reference import flash_attention as reference
 from kernels_pallas.op import Kernel, differentiable
 
 
+pytestmark = pytest.mark.recorded
+
+
 KERNEL = Kernel(mosaic_gpu.forward, mosaic_gpu_backward.backward, mosaic_gpu.unsupported)
 Interpreter = jaxpr_interpret.JaxprInterpreter
 INTERPRET = Interpreter.interpret

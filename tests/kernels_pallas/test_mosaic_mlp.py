@@ -18,6 +18,9 @@ from kernels_pallas.mlp import cases, mosaic_gpu
 from kernels_pallas.op import differentiable
 
 
+pytestmark = pytest.mark.recorded
+
+
 SIZES = {
     "odd": cases._case(203, 128, 192, "silu", gated=True),  # no tile is whole but in depth
     "one": cases._case(3, 64, 64, "gelu_tanh", gated=True),

@@ -1,16 +1,14 @@
 """What is particular to the norms: the definitions against the formulas, the public functions' errors, their loads."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import backend, deviceless, gated_residual_norm, modulated_norm
+from kernels_pallas import backend, gated_residual_norm, modulated_norm
+
+
+pytestmark = pytest.mark.recorded
 
 
 B, T, D = 2, 3, 8
@@ -134,15 +132,3 @@ def test_a_weight_and_an_x_of_other_shapes_are_refused(unchecked_arrays):
         modulated_norm(x, weight=weight)
     with pytest.raises(ValueError, match=r"x is \(3, 8\); give it as \(B, T, D\)"):
         modulated_norm(x[0])
-
-
-@pytest.mark.deviceless
-def test_rows_move_16_bytes_at_a_time():
-    """In the machine code of every case of a model's size. What is narrower are the statistics of a row."""
-    if reason := deviceless.why_not():
-        pytest.skip(reason)
-    command = [sys.executable, "-m", "kernels_pallas.inspect", "modulated_norm", "gated_residual_norm", "--json"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
-    rows = [row for row in json.loads(done.stdout) if not row["case"].startswith("tiny")]
-    assert len({row["case"] for row in rows}) >= 8
-    assert not [row for row in rows if row["wide_share"] < 0.75]

@@ -30,7 +30,7 @@ from jax._src.pallas import primitives
 from jax.experimental import pallas as pl
 
 import kernels_pallas
-from kernels_pallas import backend, hardware
+from kernels_pallas import backend, hardware, measured
 from kernels_pallas.op import Case
 
 
@@ -51,14 +51,21 @@ with backend.interpret_mode():
     TINY = [run for run in INTERPRETED if OPS[run[0]].cases[run[2]].tiny and not refusal(*run)]
 
 
+def recorded(name):
+    """The mark of a test of one op: it depends on the op's family."""
+    return pytest.mark.recorded(f"kernels_pallas/{measured.family(OPS[name]).name}", "kernels_pallas/csrc")
+
+
 def every(runs):
     """One test for each op, kernel and case."""
-    return pytest.mark.parametrize("name, kernel, case", [pytest.param(*run, id="-".join(run)) for run in runs])
+    params = [pytest.param(*run, id="-".join(run), marks=recorded(run[0])) for run in runs]
+    return pytest.mark.parametrize("name, kernel, case", params)
 
 
 def every_pass(runs):
     """The same, for each of its passes."""
-    params = [pytest.param(*run, p, id="-".join((*run, p))) for run in runs for p in OPS[run[0]].passes]
+    runs = [(*run, pass_) for run in runs for pass_ in OPS[run[0]].passes]
+    params = [pytest.param(*run, id="-".join(run), marks=recorded(run[0])) for run in runs]
     return pytest.mark.parametrize("name, kernel, case, pass_", params)
 
 
@@ -286,7 +293,7 @@ def test_shards_by_example_without_communication(name, kernel, case):
     assert run.as_text().count("all-gather") == 0
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=recorded(name)) for name in OPS])
 def test_transformations_are_tried_with_every_kernel(name):
     """Each GPU function that a case runs is run by one of KINDS."""
     of = [run for run in TINY if run[0] == name and run in ON_H200]

@@ -16,6 +16,9 @@ from kernels_pallas.bench import main as bench, peers, timing
 from kernels_pallas.bench.peers import attention as attention_peers
 
 
+pytestmark = pytest.mark.recorded
+
+
 OPTIONS = {"scale": None, "softcap": None, "return_lse": False}
 T, S = 24, 40
 MASKS = {

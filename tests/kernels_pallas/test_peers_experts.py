@@ -13,6 +13,9 @@ from kernels_pallas.bench import main as bench, peers, timing
 from kernels_pallas.bench.peers import experts as peers_experts
 
 
+pytestmark = pytest.mark.recorded
+
+
 OF = {op.name: op for op in OPS if op.name in ("grouped_matmul", "expert_mlp")}
 SIZES = [(name, case) for name in OF for case in ("tiny_even", "tiny_random", "tiny_one")]
 

@@ -11,6 +11,9 @@ from kernels_pallas.bench import main as bench, timing
 from kernels_pallas.bench.peers import PEERS, memory as peers_memory, torch as peers_torch
 
 
+pytestmark = pytest.mark.recorded
+
+
 NAMES = list(peers_torch.FUNCTIONS)
 OURS = {op.name: op for op in OPS}
 TINY = [(name, case) for name in NAMES for case in OURS[name].cases if OURS[name].cases[case].tiny]

@@ -18,6 +18,9 @@ from kernels_pallas.privacy import cost, triton
 from kernels_pallas.privacy.blocks import blocks_for
 
 
+pytestmark = pytest.mark.recorded
+
+
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "triton"])
 WAYS = pytest.mark.parametrize("pairs", [False, True], ids=["by matrix", "by pairs"])
 H200 = jax.sharding.AbstractMesh(

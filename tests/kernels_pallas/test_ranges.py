@@ -13,6 +13,9 @@ from kernels_pallas import backend, deviceless, profile_range
 from kernels_pallas.ffi import custom_calls, libraries, ranges
 
 
+pytestmark = pytest.mark.recorded("kernels_pallas/csrc")
+
+
 @pytest.fixture(scope="module")
 def h200():
     """A GPU that is not there, with the custom calls built for it."""

@@ -8,6 +8,9 @@ import pytest
 from kernels_pallas import Rotation, qk_norm_rope
 
 
+pytestmark = pytest.mark.recorded
+
+
 B, T, K, M, H = 2, 6, 2, 5, 12
 
 

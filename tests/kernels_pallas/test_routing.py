@@ -27,6 +27,9 @@ from kernels_pallas import (
 )
 
 
+pytestmark = pytest.mark.recorded
+
+
 T, E, D, F = 23, 7, 12, 20
 ROUTERS = {
     "softmax_1": functools.partial(top_k_softmax, active=1),

@@ -14,6 +14,9 @@ from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.state import split_model
 
 
+pytestmark = pytest.mark.recorded
+
+
 class Few(Digits):
     """30 held-out digits: eight devices cannot share them evenly."""
 

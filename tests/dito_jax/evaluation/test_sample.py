@@ -13,6 +13,9 @@ from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.state import split_model
 
 
+pytestmark = pytest.mark.recorded
+
+
 DENSE = DiTConfig((4, 4, 1), 10, patch=2, depth=1, width=32, num_heads=2)
 EXPERTS = MoEDiTConfig(**vars(DENSE), num_experts=4, expert_hidden=16)
 LABELS = [3, 1, 4, 1, 5, 9, 2]

@@ -19,7 +19,10 @@ from dito_jax.interop import artifact
 from dito_jax.interop.export import exported_denoiser
 
 
-pytestmark = pytest.mark.optimized("an artifact's results are compared, to the bit, with those of another process")
+pytestmark = [
+    pytest.mark.optimized("an artifact's results are compared, to the bit, with those of another process"),
+    pytest.mark.recorded("configs"),
+]
 
 
 @pytest.fixture

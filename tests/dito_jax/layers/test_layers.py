@@ -16,6 +16,9 @@ from dito_jax.sharding import MeshConfig, make_mesh
 from kernels_pallas import Rotation
 
 
+pytestmark = pytest.mark.recorded
+
+
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_unpatchify_undoes_patchify(p):
     image = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))

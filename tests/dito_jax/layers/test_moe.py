@@ -26,6 +26,9 @@ from kernels_pallas import (
 )
 
 
+pytestmark = pytest.mark.recorded
+
+
 B, T, D, F, E = 8, 6, 16, 24, 8
 ROUTERS = {
     "softmax": dict(choose=lambda x, bias, index: top_k_softmax(x, active=2), scores=softmax_scores, active=2),

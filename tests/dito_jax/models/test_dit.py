@@ -14,6 +14,9 @@ from dito_jax.models.kernels import KernelsConfig
 from kernels_pallas import backend
 
 
+pytestmark = pytest.mark.recorded
+
+
 TINY = DiTConfig((8, 12, 2), num_classes=3, patch=2, depth=2, width=64, num_heads=4)
 
 

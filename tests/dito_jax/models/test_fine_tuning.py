@@ -13,6 +13,9 @@ from dito_jax.models.fine_tuning import check_start, started
 from dito_jax.models.moe_dit import MoEDiTConfig
 
 
+pytestmark = pytest.mark.recorded
+
+
 DENSE = DiTConfig((4, 4, 1), num_classes=3, patch=2, depth=2, width=32, num_heads=4, num_kv_heads=2)
 EXPERTS = MoEDiTConfig(**vars(DENSE), num_experts=4)
 

@@ -23,6 +23,9 @@ from dito_jax.training.program import LoopConfig, make_program
 from dito_jax.training.step import cast
 
 
+pytestmark = pytest.mark.recorded
+
+
 TINY = MoEDiTConfig(
     (8, 8, 1), num_classes=3, patch=2, depth=2, width=32, num_heads=2, num_experts=4, active_experts=2,
     expert_hidden=24, shared_hidden=16,

@@ -17,6 +17,9 @@ from dito_jax.planning.lowering import without_payloads
 from kernels_pallas import backend
 
 
+pytestmark = pytest.mark.recorded("dito_jax", "configs", "kernels_pallas", "train.py")
+
+
 ROOT = Path(__file__).parent.parent.parent.parent
 
 HLO = """\

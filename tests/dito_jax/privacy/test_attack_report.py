@@ -8,6 +8,9 @@ from dito_jax.errors import UserError
 from dito_jax.privacy.attack_report import attack_report, auc, share, split_check
 
 
+pytestmark = pytest.mark.recorded
+
+
 def normal(seed, shift, num):
     return np.random.default_rng(seed).normal(shift, 1, num)
 

@@ -13,6 +13,9 @@ from dito_jax.privacy.attack_report import attack_report
 from dito_jax.privacy.attacks import START, loss_score, make_scorer, pia_score, secmi_score
 
 
+pytestmark = pytest.mark.recorded
+
+
 SHAPE = (4, 4, 1)
 SCORES = {
     "loss": functools.partial(loss_score, key=jax.random.key(3), prediction="x", draws=8),

@@ -16,6 +16,9 @@ from dito_jax.privacy.mechanism_audit import check_mechanism
 from dito_jax.privacy.settings import PrivacyConfig
 
 
+pytestmark = pytest.mark.recorded
+
+
 PRIVACY = PrivacyConfig(epsilon=8.0, delta=1e-4, dataset="digits", microbatch=50)
 
 

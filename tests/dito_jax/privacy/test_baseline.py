@@ -1,11 +1,15 @@
 """The private baseline: its noise matches the budget, and its utility."""
 
 import numpy as np
+import pytest
 
 from dito_jax.data import DigitsData, arrays
 from dito_jax.evaluation.metrics import utility
 from dito_jax.privacy import baseline
 from dito_jax.privacy.baseline import gaussian_samples, sums
+
+
+pytestmark = pytest.mark.recorded
 
 
 TRAIN, VALIDATION = (arrays(DigitsData().open(split)) for split in ("train", "validation"))

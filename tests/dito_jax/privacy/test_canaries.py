@@ -22,6 +22,9 @@ from dito_jax.privacy.keys import secret_path
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
+pytestmark = pytest.mark.recorded
+
+
 DELTA, MANY = 1e-5, 5000
 
 

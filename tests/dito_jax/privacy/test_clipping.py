@@ -21,6 +21,9 @@ from dito_jax.training.trainable import divided
 from .conftest import EXAMPLES, MODELS, losses
 
 
+pytestmark = pytest.mark.recorded
+
+
 FAST = ("ghost", "bookkeeping")
 BACKENDS = ("vmap", "microbatch", *FAST)
 APART = [("bias", "label"), ("bias", "attention"), ("kernel",)]

@@ -12,6 +12,9 @@ from dito_jax.models.moe_dit import MoEDiTConfig
 from dito_jax.privacy.settings import PrivacyConfig
 
 
+pytestmark = pytest.mark.recorded("configs")
+
+
 PRIVATE = PrivacyConfig(epsilon=8.0, delta=1e-4, dataset="digits")
 EXPERTS = dict(num_experts=4, active_experts=2, balance="example", expert_hidden=16)
 

@@ -24,6 +24,9 @@ from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig
 
 
+pytestmark = pytest.mark.recorded
+
+
 MODEL = DiTConfig(image_shape=(4, 4, 1), num_classes=10, patch=2, depth=1, width=32, num_heads=4)
 LOOP = LoopConfig(steps=4, batch_size=10)
 KEYS = StepKeys(bytes(32), "run", 0)

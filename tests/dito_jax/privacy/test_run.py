@@ -19,6 +19,9 @@ from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import LoopConfig
 
 
+pytestmark = pytest.mark.recorded
+
+
 # With room for all, so that nothing is truncated: accounting for that takes half a minute.
 PRIVACY = PrivacyConfig(epsilon=3.0, delta=1e-4, dataset="digits", max_batch=2000)
 LOOP = LoopConfig(steps=6, batch_size=64)

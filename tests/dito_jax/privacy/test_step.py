@@ -20,6 +20,9 @@ from kernels_pallas.ffi import custom_calls
 from .conftest import MODELS
 
 
+pytestmark = pytest.mark.recorded
+
+
 CONFIG = MODELS["modern"]
 UNITS, IMAGES = 8, 2
 EXPECTED, SIGMA, CLIP = 5.0, 3.0, 0.5

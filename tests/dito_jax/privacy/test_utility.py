@@ -12,6 +12,9 @@ from dito_jax.errors import UserError
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
+pytestmark = pytest.mark.recorded("configs")
+
+
 CONFIG = configs.load("configs/dp_digits.py")
 
 

@@ -15,6 +15,9 @@ from dito_jax.training.program import LoopConfig, make_program
 from dito_jax.training.trainable import divided, num_trained
 
 
+pytestmark = pytest.mark.recorded
+
+
 MODEL = DiTConfig((4, 4, 1), num_classes=3, patch=2, depth=1, width=32, num_heads=2)
 BATCH = {
     "image": jax.random.normal(jax.random.key(0), (8, 4, 4, 1)),
