@@ -79,6 +79,7 @@ def test_the_wheel_holds_what_it_needs(wheel):
     assert not [name for name in names if name.startswith(("tests", "docs", "train.py")) or "__pycache__" in name]
 
 
+@pytest.mark.slow("trains, samples and supervises in new processes")
 def test_it_trains_samples_and_supervises_in_an_empty_directory(call):
     call("dito", "train", "digits", *SMALL, "--run-dir", "r")
     assert call("dito", "sample", "r", "--num", "2").startswith("r/samples/step_20_seed_0.png")

@@ -64,8 +64,8 @@ def _claim(run: RunDirectory, config: TrainConfig, wanted: float | None):
             raise UserError(f"{run.path}: not a private run: say which epsilon to hold it to, with --epsilon.")
         return wanted, {}
     facts = card_of(run, config)
-    narrow = config.train.compute_dtype != "float32"
-    mechanism = check_mechanism(config.privacy, facts["noise_multiplier"], narrow=narrow, seed=config.train.seed)
+    dtype, seed = config.train.compute_dtype, config.train.seed
+    mechanism = check_mechanism(config.privacy, facts["noise_multiplier"], compute_dtype=dtype, seed=seed)
     return facts["epsilon"] if wanted is None else wanted, mechanism
 
 

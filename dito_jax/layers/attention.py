@@ -53,7 +53,9 @@ class Attention(nnx.Module):
         prepare = on_mesh(self.prepare, ("B T K . .", ".", ".", f"{each} T ."), ("B T N .", "B T K .", "B T K ."))
         packed = self.qkv(x)
         out = prepare(packed, *weights, rotation)
-        q, k, v = with_weight_hooks(self, ("q_norm", "k_norm"), self.weight_gradients, (packed, weights, rotation), out)
+        q, k, v = with_weight_hooks(
+            self, ("q_norm", "k_norm"), self.weight_gradients, (packed, weights, rotation), out, through=packed
+        )
         attend = on_mesh(self.attend, ("B T N H", "B S K H", "B S K H"), "B T N H")
         return self.out(attend(q, k, v))
 

@@ -4,11 +4,11 @@ A layer calls `with_hook` beside every product with a parameter, with the input 
 
     y = with_hook(self, "kernel", x, x @ self.kernel)
 
-This returns y unchanged if the module has no hook for that parameter. A hook is an array of zeros that the forward pass
-does not read; its cotangent is a `HookedGradients`. One backward pass with respect to the hooks, instead of the
-parameters, therefore returns the norm of each example's gradient. If the hook was made with room for them it also
-returns the two factors of the gradient, which for y = x W is x^T d_y for each example
-(https://arxiv.org/abs/2009.03106, https://arxiv.org/abs/2210.00038).
+This returns y unchanged if the module has no hook for that parameter. A hook is a pytree that the forward pass does not
+read, and its cotangent is what `RETURNS` lists. One backward pass with respect to the hooks, instead of the parameters,
+therefore returns the norm of each example's gradient; or the two factors of the gradient, which for y = x W is x^T d_y
+for each example (https://arxiv.org/abs/2009.03106, https://arxiv.org/abs/2210.00038); or the clipped sum of the
+gradients, accumulated over the examples in float32.
 
 An example is `draws` neighbouring rows of the network's batch (its noise draws, or its images). All rows of an example
 lie on one device. The mesh axis "tensor" may split a norm; the partial norms are then summed.
@@ -29,24 +29,41 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dito_jax.errors import UserError
-from dito_jax.sharding import on_mesh, sharded_by, summed
-from kernels_pallas import clip_reduce, ghost_norm_sq, grouped_matmul
+from dito_jax.layers.hooked_gradients import (
+    HookedGradients,
+    activation_dims,
+    bias_gradient,
+    product_gradient,
+    same_dtype,
+    weighted_sum,
+)
+from dito_jax.sharding import on_mesh, sharded_by
+from kernels_pallas import ghost_norm_sq
+
+
+RETURNS = (
+    "uses",  # float32 (): how often the network uses the parameter; for `ghost_clipping.check_uses`
+    "norms",  # HookedGradients with norm_sq alone
+    "factors",  # HookedGradients with all fields
+    "sum",  # ClippedGradient
+)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class HookedGradients:
-    """Per-example gradients of one parameter for B examples; fields that were not requested are None."""
+class ClippedGradient:
+    """As a hook: the factor of each of B examples, and zeros. As its cotangent: the sums of factor times gradient."""
 
-    norm_sq: Any  # float32 (B,): squared norm of each example's gradient, including a bias trained with the kernel
-    inputs: Any = None  # (B, draws, ..., *in): inputs of the product
-    outputs: Any = None  # (B, draws, ..., *out): gradients of the outputs
-    groups: Any = None  # float32 (B, draws, n): expert of each row, or -1; a float because cotangents are floats
-    gradient: Any = None  # float32 (B, ...): the per-example gradients of a small parameter
+    factor: Any  # float32 (B,); its cotangent is zero
+    gradient: Any  # float32, of the parameter's shape
+    bias: Any = None  # float32, of the bias's shape, if it is trained with the kernel
 
 
 class GradientHook(nnx.Variable):
-    """Zeros of the shapes of a `HookedGradients`; the hook of parameter `name` is the attribute `name`_hook."""
+    """The hook of parameter `name` is the attribute `name`_hook.
+
+    Metadata: `path` of the parameter, `examples` B, `returns` one of RETURNS, `bias` whether the bias counts too.
+    """
 
 
 _recorder: ContextVar[list[tuple[Any, HookedGradients]] | None] = ContextVar("recorder", default=None)
@@ -70,29 +87,37 @@ def with_hook(
     y: Float[Array, "rows ..."],
     *,
     groups: Array | None = None,
+    through: Any = None,
 ) -> Float[Array, "rows ..."]:
     """Returns y = x @ module.<name> (+ module.bias) unchanged, and applies the parameter's hook if there is one.
 
     `groups` (rows, n) is the index of the expert matrix that each row was multiplied by; a negative index means none.
-    The gradient of the bias is included if the hook says that the bias is trained with the kernel.
+    The gradient of the bias is included if the hook says that the bias is trained with the kernel. `through` is what y
+    was computed from beside the parameter, if that is not x.
     """
     hook = getattr(module, f"{name}_hook", None)
     if hook is None:
         return y
     dims = getattr(module, name).get_metadata()["dims"].split()[0 if groups is None else 1 :]
     num_in = (len(dims) - (y.ndim - x.ndim)) // 2
-    hooked: HookedGradients = hook.get_value()
-    product = _Product(
-        hooked.norm_sq.shape[0], hooked.inputs is not None, tuple(dims), num_in, hook.get_metadata()["bias"]
-    )
-    _record(hook, lambda: product.hooked(x, y, groups, jnp.zeros(product.examples)))
-    return _apply_hook(product, y, lax.stop_gradient(x), groups, hooked)
+    about = hook.get_metadata()
+    product = _Product(about["examples"], about["returns"], tuple(dims), num_in, about["bias"])
+    if product.returns == "uses":
+        y = severed(y, x if through is None else through)
+        _record(hook, lambda: product.hooked(x, y, groups, jnp.zeros(product.examples)))
+    return _apply_hook(product, y, lax.stop_gradient(x), groups, hook.get_value())
 
 
 def with_weight_hooks(
-    module: nnx.Module, names: tuple[str, ...], gradients: Callable[[Any, Any], tuple], arrays: Any, out: Any
+    module: nnx.Module,
+    names: tuple[str, ...],
+    gradients: Callable[[Any, Any], tuple],
+    arrays: Any,
+    out: Any,
+    *,
+    through: Any,
 ) -> Any:
-    """Returns `out`, a function of `arrays` and small parameters, unchanged, and applies the parameters' hooks.
+    """Returns `out`, a function of `through` and small parameters, unchanged, and applies the parameters' hooks.
 
     `gradients(arrays, d_out)` returns the gradient of each parameter for each row, (rows, ...).
 
@@ -107,51 +132,29 @@ def with_weight_hooks(
                 "'bookkeeping' train together or not at all: name the others, or take privacy.backend 'microbatch'."
             )
         return out
-    hooked = [hook.get_value() for hook in hooks]
-    how = gradients, hooked[0].gradient is not None, hooked[0].norm_sq.shape[0]
-    for name, hook in zip(names, hooks, strict=True):
-        of_one = getattr(module, name).shape
-        _record(hook, lambda shape=of_one: HookedGradients(jnp.zeros(how[2]), gradient=jnp.zeros((how[2], *shape))))
-    return _weight_hooks(how, out, lax.stop_gradient(arrays), hooked)
+    about = hooks[0].get_metadata()
+    how = gradients, about["returns"], about["examples"]
+    if about["returns"] == "uses":
+        out = severed(out, through)
+        for name, hook in zip(names, hooks, strict=True):
+            of_one = (about["examples"], *getattr(module, name).shape)
+            _record(hook, lambda shape=of_one: HookedGradients(jnp.zeros(shape[0]), gradient=jnp.zeros(shape)))
+    return _weight_hooks(how, out, lax.stop_gradient(arrays), [hook.get_value() for hook in hooks])
 
 
-def product_gradient(
-    hooked: HookedGradients, factor: Float[Array, " B"], dims: tuple[str, ...], num_experts: int
-) -> Array:
-    """Sum over examples of factor times the gradient of a matrix, or of `num_experts` expert matrices; float32.
-
-    An example with factor 0 contributes nothing, even if its gradient is not finite.
-    """
-    inner = dims if hooked.groups is None else dims[1:]
-    num_in = (len(inner) - (hooked.outputs.ndim - hooked.inputs.ndim)) // 2
-
-    def on_device(x, g, groups, factor):
-        last = lambda a, n: a.reshape(a.shape[0], -1, math.prod(a.shape[a.ndim - n :]))
-        rows, d_rows = last(x, num_in), last(g, len(inner) - num_in)
-        shape = (*x.shape[x.ndim - num_in :], *g.shape[g.ndim - (len(inner) - num_in) :])
-        if groups is None:
-            rows, d_rows = _same_dtype(rows, d_rows)
-            gradient = clip_reduce(rows, d_rows, factor).reshape(shape)
-        else:
-            experts = groups.astype(jnp.int32).reshape(rows.shape[:2])
-            gradient = _of_experts(rows, d_rows, experts, factor, num_experts).reshape(num_experts, *shape)
-        return summed(gradient, dims)
-
-    x_dims, g_dims = (("B", *["."] * middle, *of) for middle, of in _with_middle(hooked, inner, num_in))
-    specs = (" ".join(x_dims), " ".join(g_dims), "B", "B")
-    return on_mesh(on_device, specs, " ".join(dims))(hooked.inputs, hooked.outputs, hooked.groups, factor)
+@jax.custom_vjp
+def severed(y: Any, through: Any) -> Any:
+    """y, whose gradient reaches nothing but `through`; what it is there does not matter, as only uses are counted."""
+    del through
+    return y
 
 
-def bias_gradient(hooked: HookedGradients, factor: Float[Array, " B"], shape: tuple[int, ...]) -> Array:
-    """Sum over examples of factor times the gradient of the bias that was added to the outputs; float32."""
-    d_y = hooked.outputs.astype(jnp.float32).reshape(factor.size, -1, *shape)
-    return weighted_sum(jnp.sum(d_y, axis=1), factor)
+def _severed_backward(through, d_y):
+    reached = sum(jnp.sum(d, dtype=jnp.float32) for d in jax.tree.leaves(d_y))
+    return None, jax.tree.map(lambda a: jnp.full(a.shape, reached, a.dtype), through)
 
 
-def weighted_sum(gradient: Float[Array, "B ..."], factor: Float[Array, " B"]) -> Array:
-    """sum over b of factor[b] gradient[b]; examples with factor 0 are left out, even if they are not finite."""
-    factor = factor.reshape(-1, *[1] * (gradient.ndim - 1))
-    return jnp.sum(jnp.where(factor == 0, 0, factor * gradient), axis=0)
+severed.defvjp(lambda y, through: (y, through), _severed_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +162,7 @@ class _Product:
     """Static description of a hooked product."""
 
     examples: int
-    keep: bool  # return inputs and output gradients too, not only norms
+    returns: str  # one of RETURNS
     dims: tuple[str, ...]  # dimension letters of the matrix
     num_in: int  # how many of `dims` are input dimensions
     bias: bool  # include the gradient of the bias
@@ -171,6 +174,18 @@ class _Product:
             norm_sq, by_example(x), by_example(g), None if groups is None else by_example(groups.astype(jnp.float32))
         )
 
+    def cotangent(self, x, g, groups, hook) -> Any:
+        """What `returns` says, from the inputs, the output gradients, the expert indices and the hook."""
+        if self.returns == "uses":
+            return jnp.ones((), jnp.float32)
+        if self.returns != "sum":
+            hooked = self.hooked(x, g, groups, self.norm_sq(x, g, groups))
+            return hooked if self.returns == "factors" else HookedGradients(hooked.norm_sq)
+        hooked, shape = self.hooked(x, g, groups, None), hook.gradient.shape
+        gradient = product_gradient(hooked, hook.factor, self.dims, 0 if groups is None else shape[0]).reshape(shape)
+        bias = None if hook.bias is None else bias_gradient(hooked, hook.factor, hook.bias.shape)
+        return ClippedGradient(jnp.zeros_like(hook.factor), gradient, bias)
+
     def norm_sq(self, x, g, groups) -> Float[Array, " B"]:
         """Squared per-example gradient norms; partial norms of inputs or outputs split over "tensor" are summed."""
         inputs, outputs = self.dims[: self.num_in], self.dims[self.num_in :]
@@ -180,7 +195,7 @@ class _Product:
 
         def on_device(x, g, groups):
             flat = lambda a, n: a.reshape(a.shape[0] // draws, -1, math.prod(a.shape[a.ndim - n :]))
-            rows, d_rows = _same_dtype(flat(x, num_in), flat(g, len(outputs)))
+            rows, d_rows = same_dtype(flat(x, num_in), flat(g, len(outputs)))
             groups = None if groups is None else groups.reshape(rows.shape[:2])
             # If the inputs are split, each device has all outputs, and a psum would count the bias once per device.
             total = ghost_norm_sq(rows, d_rows, groups, bias=self.bias and not split[0])
@@ -189,86 +204,60 @@ class _Product:
                 total += jnp.sum(jnp.square(jnp.sum(d_rows.astype(jnp.float32), axis=1)), axis=1)
             return total
 
-        x_dims = ("B", *["."] * (x.ndim - 1 - num_in), *_activations(inputs))
-        g_dims = ("B", *["."] * (g.ndim - 1 - len(outputs)), *_activations(outputs))
+        x_dims = ("B", *["."] * (x.ndim - 1 - num_in), *activation_dims(inputs))
+        g_dims = ("B", *["."] * (g.ndim - 1 - len(outputs)), *activation_dims(outputs))
         return on_mesh(on_device, (" ".join(x_dims), " ".join(g_dims), "B"), "B")(x, g, groups)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply_hook(product: _Product, y, x, groups, hooked: HookedGradients):
-    del product, x, groups, hooked
+def _apply_hook(product: _Product, y, x, groups, hook):
+    del product, x, groups, hook
     return y
 
 
-def _apply_hook_forward(product, y, x, groups, hooked):
-    del product, hooked
-    return y, (x, groups)
+def _apply_hook_forward(product, y, x, groups, hook):
+    del product
+    return y, (x, groups, hook)
 
 
 def _apply_hook_backward(product, residuals, d_y):
-    x, groups = residuals
-    hooked = product.hooked(x, d_y, groups, product.norm_sq(x, d_y, groups))
-    return d_y, jnp.zeros_like(x), None, hooked if product.keep else HookedGradients(hooked.norm_sq)
+    x, groups, hook = residuals
+    return d_y, jnp.zeros_like(x), None, product.cotangent(x, d_y, groups, hook)
 
 
 _apply_hook.defvjp(_apply_hook_forward, _apply_hook_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weight_hooks(how, out, arrays, hooked):
-    del how, arrays, hooked
+def _weight_hooks(how, out, arrays, hooks):
+    del how, arrays, hooks
     return out
 
 
-def _weight_hooks_forward(how, out, arrays, hooked):
-    del how, hooked
-    return out, arrays
+def _weight_hooks_forward(how, out, arrays, hooks):
+    del how
+    return out, (arrays, hooks)
 
 
-def _weight_hooks_backward(how, arrays, d_out):
-    gradients, keep, examples = how
-    found = []
-    for gradient in gradients(arrays, d_out):
+def _weight_hooks_backward(how, residuals, d_out):
+    (gradients, returns, examples), (arrays, hooks), found = how, residuals, []
+    for hook, gradient in zip(hooks, gradients(arrays, d_out), strict=True):
         # Sum the rows of an example first: the norm is that of the whole per-example gradient.
         by_example = gradient.astype(jnp.float32).reshape(examples, -1, *gradient.shape[1:]).sum(axis=1)
-        norm_sq = jnp.sum(jnp.square(by_example), axis=tuple(range(1, by_example.ndim)))
-        found.append(HookedGradients(norm_sq, gradient=by_example if keep else None))
+        if returns == "uses":
+            found.append(jnp.ones((), jnp.float32))
+        elif returns == "sum":
+            found.append(ClippedGradient(jnp.zeros_like(hook.factor), weighted_sum(by_example, hook.factor)))
+        else:
+            norm_sq = jnp.sum(jnp.square(by_example), axis=tuple(range(1, by_example.ndim)))
+            found.append(HookedGradients(norm_sq, gradient=by_example if returns == "factors" else None))
     return d_out, jax.tree.map(jnp.zeros_like, arrays), found
 
 
 _weight_hooks.defvjp(_weight_hooks_forward, _weight_hooks_backward)
 
 
-def _of_experts(rows, d_rows, experts, factor, num_experts: int):
-    """sum over the rows r of each expert of factor[r] rows[r]^T d_rows[r], (E, D, F); float32."""
-    counts = (experts >= 0) & (factor != 0)[:, None]
-    d_rows = jnp.where(counts[..., None], factor[:, None, None] * d_rows.astype(jnp.float32), 0)
-    rows = jnp.where(counts[..., None], rows, 0).astype(jnp.float32)
-    experts = jnp.where(counts, experts, num_experts).reshape(-1)
-    order = jnp.argsort(experts, stable=True)
-    rows, d_rows = (a.reshape(-1, a.shape[-1])[order] for a in (rows, d_rows))
-    sizes = jnp.sum(experts[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    weights = jnp.zeros((num_experts, rows.shape[1], d_rows.shape[1]), jnp.float32)
-    return jax.vjp(lambda w: grouped_matmul(rows, w, sizes), weights)[1](d_rows)[0]
-
-
 def _record(hook: GradientHook, hooked: Callable[[], HookedGradients]) -> None:
     recorder = _recorder.get()
     if recorder is not None:
         recorder.append((hook.get_metadata()["path"], jax.eval_shape(hooked)))
-
-
-def _same_dtype(*arrays):
-    """The arrays unchanged if they have one dtype, else all in float32."""
-    alike = len({a.dtype for a in arrays}) == 1
-    return arrays if alike else tuple(a.astype(jnp.float32) for a in arrays)
-
-
-def _activations(dims: tuple[str, ...]) -> tuple[str, ...]:
-    """Dims of an activation with a parameter's dims: "D" and "V" are not sharded, the batch uses their mesh axis."""
-    return tuple("." if dim in ("D", "V") else dim for dim in dims)
-
-
-def _with_middle(hooked: HookedGradients, dims: tuple[str, ...], num_in: int):
-    inputs, outputs = _activations(dims[:num_in]), _activations(dims[num_in:])
-    return (hooked.inputs.ndim - 1 - len(inputs), inputs), (hooked.outputs.ndim - 1 - len(outputs), outputs)

@@ -21,7 +21,7 @@ class Linear(nnx.LinearGeneral):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = with_hook(self, "kernel", x, super().__call__(x))
         if self.bias is not None:  # a bias trained without its kernel has its own hook, as a product with ones
-            y = with_hook(self, "bias", jnp.ones(y.shape[: y.ndim - self.bias.ndim], y.dtype), y)
+            y = with_hook(self, "bias", jnp.ones(y.shape[: y.ndim - self.bias.ndim], y.dtype), y, through=x)
         if self.lora_a is None:
             return y
         a, b = self.lora_a[...], self.lora_b[...]

@@ -6,14 +6,15 @@ The four backends compute the same sum and differ in memory and time (B examples
 
     vmap          all g_i at once: B P numbers. Implemented by jax-privacy; the reference for the others
     microbatch    a few g_i at a time; fast if one example fills the device
-    ghost         norms in one pass, the clipped sum in a second: twice the time, no more memory than training
+    ghost         norms in one pass, the clipped sum in a second: twice the time, little more memory than training
     bookkeeping   one pass that keeps norms, inputs and output gradients of every layer; the sum is computed from these
 
 Guarantees
   - The sum changes by at most `sensitivity(relation)` in L2 norm when one example is added or removed, up to float32
-    rounding and in any compute dtype, because the gradients that are summed are those whose norm was measured. If the
-    network computes in bfloat16, the threshold is lowered by `MARGINS`: tensor cores underestimate norms slightly, and
-    the second pass of `ghost` rounds differently; that margin is an estimate.
+    rounding, in any compute dtype and for any batch size: the gradients that are summed are those whose norm was
+    measured, and they are added in float32. If the network computes in bfloat16, the threshold is lowered by `MARGINS`:
+    tensor cores underestimate norms slightly, and the second pass of `ghost` may round differently from the first; that
+    margin is an estimate.
   - An example whose gradient is not finite counts as zero (with `vmap` and `microbatch` only the numbers that are not
     finite do). Padding counts as zero, whatever it contains.
   - Padding is computed like an example: no loop or branch depends on which rows are padding, or how many.
@@ -36,13 +37,13 @@ import jax_privacy
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dito_jax.privacy.ghost_clipping import Trainable, add_hooks
+from dito_jax.privacy.ghost_clipping import Hooks, Trainable, find_hooks
 from dito_jax.privacy.settings import Backend
 from dito_jax.sharding import axis_size, one_example
 
 
 Examples = dict[str, Array]  # each (B, draws, ...); "weight" (B, draws): weight of a draw in its example's loss
-# Two passes of a bfloat16 network differ by about sqrt(depth) 2^-9: 1 % at depth 28; 0.15 % was measured at depth 2.
+# Two programs of a bfloat16 network differ by about sqrt(depth) 2^-9: 1 % at depth 28; 0.15 % was measured at depth 2.
 # Tensor cores truncate when they accumulate: norms on an H100 were too small by up to 1.8e-5, at 9,216 columns.
 MARGINS = {"ghost": 0.02, "bookkeeping": 1e-4}
 
@@ -123,35 +124,36 @@ def _microbatch(problem, params, frozen, examples, padding):
     return _one_by_one(problem, params, frozen, examples, padding, problem.microbatch)
 
 
-def _with_hooks(problem: ClippedSum, params, frozen, examples, padding, *, keep: bool):
-    """One backward pass with hooks: the hooked network, the hooks' cotangents, and the metrics of the examples."""
+def _hooks(problem: ClippedSum, params, frozen, examples, padding) -> tuple[nnx.State, Hooks]:
+    """All parameters in the compute dtype, and the hooks of the trained ones."""
     whole = problem.cast(nnx.merge_state(params, frozen))
     paths = {path for path, _ in nnx.to_flat_state(params)}
     trainable: Trainable = lambda path, _: path in paths
-    losses = lambda module: problem.example_losses(module, examples)
-    network = add_hooks(problem.graph, whole, trainable, losses, padding.size, keep=keep)
-    loss, pull = jax.vjp(lambda zeros: losses(nnx.merge(network.graph, whole, zeros)), network.hooks)
+    return whole, find_hooks(problem.graph, whole, trainable, problem.example_losses, examples, padding.size)
+
+
+def _backward(problem: ClippedSum, whole, hooked_graph, hooks, examples, padding):
+    """The losses of the examples, and what the hooks return of one backward pass."""
+    losses = lambda hooks: problem.example_losses(nnx.merge(hooked_graph, whole, hooks), examples)
+    loss, pull = jax.vjp(losses, hooks)
     (hooked,) = pull(jnp.where(padding, 0.0, 1.0))
-    return network, hooked, ExampleMetrics(jnp.sqrt(network.norm_sq(hooked)), loss)
+    return loss, hooked
 
 
 def _ghost(problem: ClippedSum, params, frozen, examples, padding):
-    *_, measured = _with_hooks(problem, params, frozen, examples, padding, keep=False)
+    whole, hooks = _hooks(problem, params, frozen, examples, padding)
+    loss, hooked = _backward(problem, whole, *hooks.attached("norms"), examples, padding)
+    measured = ExampleMetrics(jnp.sqrt(hooks.norm_sq(hooked)), loss)
     factor = problem.factor(measured.norm, padding)
-    # Examples with factor 0 are zeroed before the second pass, where 0 * NaN would be NaN.
-    counts = lambda a: jnp.where((factor == 0).reshape(-1, *[1] * (a.ndim - 1)), 0, a)
-    examples = jax.tree.map(counts, examples)
-
-    def clipped(params):
-        network = nnx.merge(problem.graph, problem.cast(nnx.merge_state(params, frozen)))
-        return jnp.sum(factor * problem.example_losses(network, examples))
-
-    return jax.grad(clipped)(params), measured
+    _, hooked = _backward(problem, whole, *hooks.attached("sum", factor), examples, padding)
+    return hooks.summed(hooked, params), measured
 
 
 def _bookkeeping(problem: ClippedSum, params, frozen, examples, padding):
-    network, hooked, measured = _with_hooks(problem, params, frozen, examples, padding, keep=True)
-    return network.gradient(hooked, problem.factor(measured.norm, padding), params), measured
+    whole, hooks = _hooks(problem, params, frozen, examples, padding)
+    loss, hooked = _backward(problem, whole, *hooks.attached("factors"), examples, padding)
+    measured = ExampleMetrics(jnp.sqrt(hooks.norm_sq(hooked)), loss)
+    return hooks.gradient(hooked, problem.factor(measured.norm, padding), params), measured
 
 
 BACKENDS: dict[str, Callable[..., tuple[nnx.State, ExampleMetrics]]] = {

@@ -1,7 +1,7 @@
 """Rules for the config of a private run: nothing may mix examples, or release more of them than the noised sum.
 
 Guarantees: with a config that passes, the loss of each example depends on that example only, for the models, routers
-and steps of this repository. Other networks are not checked here; errors in them show in `ghost_clipping.add_hooks`
+and steps of this repository. Other networks are not checked here; errors in them show in `ghost_clipping.find_hooks`
 and in tests of the sensitivity.
 """
 

@@ -62,7 +62,7 @@ def make_private_step(
     """
 
     clipped_sum = ClippedSum(
-        graph, functools.partial(_losses, config=loss), clip_norm, backend, microbatch,
+        graph, functools.partial(draw_losses, config=loss), clip_norm, backend, microbatch,
         functools.partial(cast, dtype=compute_dtype), narrow=compute_dtype != "float32",
     )  # fmt: skip
 
@@ -82,7 +82,7 @@ def make_private_step(
     return step
 
 
-def _losses(network, rows: Examples, *, config: LossConfig) -> Array:
+def draw_losses(network, rows: Examples, *, config: LossConfig) -> Array:
     """The loss of each row, with the auxiliary losses of the routers."""
     z = path.interpolate(rows["image"], rows["noise"], rows["t"])
     predicted, report = network.with_report(z, rows["t"], rows["label"])

@@ -11,6 +11,7 @@ from dito_jax.config import TrainConfig
 from dito_jax.data import Source, batches
 from dito_jax.errors import UserError
 from dito_jax.privacy.canaries import planted
+from dito_jax.privacy.gradient_check import check_gradients
 from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.run import PLAN, PrivateRun, check_history, trained
 from dito_jax.privacy.settings import StepPlan
@@ -54,6 +55,7 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
             multiple=multiple, data=place(config.data), starts_from=_private_ancestors(config, run),
         )  # fmt: skip
         program = make_private_program(*common, config.privacy, private.plan)
+        check_gradients(config.model, config.loss, config.train, mesh, config.privacy)
         return Recipe(source, validation, program, lambda step: private.batches_after(step, *program.share()))
     program = make_program(*common)
     share, shares = program.share()

@@ -200,6 +200,7 @@ def masked(draw, T, S):
 
 
 # No shrinking: each example compiles for seconds, and one that fails is small enough to read.
+@pytest.mark.slow("one program for each of sixteen drawn shapes")
 @settings(max_examples=16, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     data=st.data(),

@@ -111,6 +111,7 @@ def test_reference_is_softmax_attention(page, static):
 
 
 # No shrinking: each example compiles for seconds, and one that fails is small enough to read.
+@pytest.mark.slow("one program for each of fourteen drawn shapes")
 @settings(max_examples=14, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     data=st.data(),

@@ -36,7 +36,8 @@ def test_a_ledger_without_entries_is_one_line(dito_privacy):
     assert code == 2 and "empty, with no budget and no run; remove it" in err
 
 
-@pytest.mark.recorded("configs")
+@pytest.mark.slow("calibrates the noise of three plans")
+@pytest.mark.recorded("dito_jax/cli", "dito_jax/privacy", "configs")
 def test_the_plan_is_of_the_delta_and_epsilon_that_were_given(dito_privacy):
     asked = ["configs/digits.py", "--train.batch_size", "64", "--train.steps", "20", "--privacy.delta", "1e-4"]
     code, out, _ = dito_privacy("plan", *asked, "--epsilon", "2", "--delta", "1e-6")

@@ -61,6 +61,7 @@ def test_a_process_without_our_code_runs_it_to_the_same_bits(sampler):
     assert said.endswith("intact, results are bit-identical.") and modules == "[]"
 
 
+@pytest.mark.slow("compiles a train step and its export with optimisation")
 def test_the_denoiser_is_the_network_and_the_step_is_the_step(trained, artifact_of):
     program, state = trained
     function, held, _ = artifact.load(artifact_of("denoiser"))

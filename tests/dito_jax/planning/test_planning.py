@@ -81,6 +81,7 @@ def peak_mib(page: str) -> float:
     return float(page.split("| peak | ")[1].split(" ")[0].replace(",", ""))
 
 
+@pytest.mark.slow("compiles a whole model's step for GPUs")
 @pytest.mark.deviceless
 def test_xl2_compiles_for_one_h200_with_our_kernels_and_fits(xl2):
     text, page = xl2
@@ -93,6 +94,7 @@ def test_xl2_compiles_for_one_h200_with_our_kernels_and_fits(xl2):
     assert 10_000 < peak_mib(page) < 139 * 1024, "MiB of one H200"
 
 
+@pytest.mark.slow("compiles a whole model's step for GPUs")
 @pytest.mark.deviceless
 def test_a_private_step_of_xl2_takes_little_more_memory_by_our_kernels(xl2, tmp_path):
     private = ("--privacy.epsilon", "8", "--privacy.dataset", "imagenet", "--privacy.delta", "1e-7")
@@ -103,6 +105,7 @@ def test_a_private_step_of_xl2_takes_little_more_memory_by_our_kernels(xl2, tmp_
     assert 10_000 < peak_mib(page) < 1.25 * peak_mib(xl2[1])
 
 
+@pytest.mark.slow("compiles a whole model's step for GPUs")
 @pytest.mark.deviceless
 def test_sharded_xl2_gathers_parameters_and_never_what_a_kernel_reads(tmp_path):
     """On fsdp=8 every all-gather is of a parameter; an activation would have the whole batch of 256 in its shape."""
@@ -117,6 +120,7 @@ def test_sharded_xl2_gathers_parameters_and_never_what_a_kernel_reads(tmp_path):
     assert "all-gather" in page
 
 
+@pytest.mark.slow("compiles a whole model's step for GPUs")
 @pytest.mark.deviceless
 @pytest.mark.parametrize("exchange", ["ragged", "all_to_all"])
 def test_experts_on_eight_h200s_move_rows_and_never_each_others_matrices(exchange, tmp_path):
@@ -198,6 +202,7 @@ def test_a_block_is_timed_under_each_choice_of_kernels():
     assert first.startswith("| xla | ") and first.endswith("| 1.00 |") and last.startswith("| all | ")
 
 
+@pytest.mark.slow("compiles a whole model's step for GPUs")
 @pytest.mark.deviceless
 def test_fusions_move_less_memory_in_a_compiled_block():
     command = [sys.executable, "-m", "dito_jax", "block", "configs/digits.py", "--gpus", "1xh200"]

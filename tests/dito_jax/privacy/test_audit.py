@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dito_jax.data import Batch
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.privacy import mechanism_audit
 from dito_jax.privacy.audit import attacked, findings, make_scorers, report
 from dito_jax.privacy.canaries import make_canaries
+from dito_jax.privacy.clipping import BACKENDS
 from dito_jax.privacy.mechanism_audit import check_mechanism
 from dito_jax.privacy.settings import PrivacyConfig
 
@@ -24,12 +26,12 @@ PRIVACY = PrivacyConfig(epsilon=8.0, delta=1e-4, dataset="digits", microbatch=50
 
 @pytest.fixture(scope="module")
 def sound():
-    return check_mechanism(PRIVACY, 2.0, narrow=False)
+    return check_mechanism(PRIVACY, 2.0, compute_dtype="float32")
 
 
 @pytest.mark.parametrize("backend", ["bookkeeping", "ghost", "microbatch", "vmap"])
 def test_a_backends_clipping_and_noise_are_not_refuted_and_every_planted_bug_is(backend):
-    found = check_mechanism(dataclasses.replace(PRIVACY, backend=backend), 2.0, narrow=True)
+    found = check_mechanism(dataclasses.replace(PRIVACY, backend=backend), 2.0, compute_dtype="bfloat16")
     refuted = {name for name, check in found.items() if check.verdict == "refuted"}
     assert refuted == {"noise off", "clipping off", "the same noise twice"}
     assert all(check.passed for check in found.values())
@@ -45,7 +47,23 @@ def test_bugs_in_the_runs_own_code_are_refuted(bug, monkeypatch):
     else:
         scale = 0.0 if bug == "no noise" else 0.25
         monkeypatch.setattr(mechanism_audit, "add_noise", lambda total, key, std: add_noise(total, key, scale * std))
-    assert check_mechanism(PRIVACY, 2.0, narrow=False)["as it is, one step"].verdict == "refuted"
+    assert check_mechanism(PRIVACY, 2.0, compute_dtype="float32")["as it is, one step"].verdict == "refuted"
+
+
+def test_a_sum_that_is_rounded_to_bfloat16_is_refuted(monkeypatch):
+    """As autodiff does that differentiates by a bfloat16 copy of the parameters."""
+
+    def ghost(problem, params, frozen, examples, padding):
+        _, measured = BACKENDS["bookkeeping"](problem, params, frozen, examples, padding)
+        factor = problem.factor(measured.norm, padding)
+        weighted = lambda p: jnp.sum(
+            factor * problem.example_losses(nnx.merge(problem.graph, problem.cast(p)), examples)
+        )
+        return jax.grad(weighted)(params), measured
+
+    monkeypatch.setitem(BACKENDS, "ghost", ghost)
+    found = check_mechanism(dataclasses.replace(PRIVACY, backend="ghost"), 2.0, compute_dtype="bfloat16")
+    assert found["1,024 equal examples"].verdict == "refuted"
 
 
 def batch(images, seed=0):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dito_jax.errors import UserError
 from dito_jax.layers.linear import linear
+from dito_jax.models.dit import stacked
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.privacy.clipping import ClippedSum
 from dito_jax.sharding import MeshConfig, make_mesh, shardings, spec
@@ -223,15 +224,58 @@ def test_a_routers_bias_has_no_gradient(problem):
     assert not np.any(total["blocks"]["moe"]["mlp"]["bias"][...])
 
 
-class Twice(nnx.Module):
-    """Uses one matrix two times over, or one that nothing sees."""
+ALIGNED = 1000
 
-    def __init__(self, *, hidden: bool, rngs: nnx.Rngs):
-        self.first, self.second = (linear(4, 4, ". .", rngs=rngs) for _ in range(2))
-        self.hidden = hidden
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_of_a_thousand_equal_examples_moves_the_sum_by_its_bound(problem, backend, dtype):
+    """Their sum is a thousand times as long as each, so what rounds the sum moves it by more than one of them may."""
+    of, clip_norm = problem("modern"), 5.0
+    equal = jax.tree.map(lambda a: jnp.repeat(a[:1, :1], ALIGNED, axis=0), of.examples)
+    narrow = dict(cast=lambda params: cast(params, "bfloat16"), narrow=True) if dtype == "bfloat16" else {}
+    run = jax.jit(of.clipped_sum(backend, clip_norm, microbatch=100, **narrow))
+    sums = [run(of.params, equal, jnp.arange(ALIGNED) < left_out)[0] for left_out in (0, 1)]
+    moved = [np.float64(a) - np.float64(b) for a, b in zip(*map(jax.tree.leaves, sums), strict=True)]
+    length = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in moved))
+    assert 0.97 * clip_norm < length <= clip_norm * (1 + 1e-4)
+
+
+class Uses(nnx.Module):
+    """Uses one matrix several times, each time in another way, or one that no hook sees."""
+
+    def __init__(self, how: str, *, rngs: nnx.Rngs):
+        self.how, self.first = how, linear(4, 4, ". .", bias=False, rngs=rngs)
+        self.second = linear(4, 4, ". .", rngs=rngs)
+        self.layers = stacked(lambda rngs: linear(4, 4, ". .", rngs=rngs), 3, rngs)
 
     def __call__(self, x):
-        return self.first(self.first(x)) @ self.second.kernel[...] if self.hidden else self.second(self.first(x))
+        first, kernel = self.first, self.first.kernel
+        again = lambda x, _=None: (first(x), None)
+        x = self.second(jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)[0])
+        match self.how:
+            case "once":
+                return first(x)
+            case "twice":
+                return first(first(x))
+            case "scan":
+                return jax.lax.scan(again, x, length=5)[0]
+            case "remat scan":
+                return jax.lax.scan(jax.checkpoint(again), x, length=5)[0]
+            case "loop":
+                return jax.lax.fori_loop(0, 5, lambda _, x: first(x), x)
+            case "map":
+                return jax.lax.map(first, x)
+            case "tied output":
+                return jnp.tanh(first(x)) @ kernel[...].T
+            case "tied input":
+                return first(x @ kernel[...].T)
+            case "weight decay":
+                return first(x) + jnp.sum(jnp.square(kernel[...]))
+            case "of the data":
+                return jax.lax.cond(jnp.sum(x) > 0, first, lambda x: first(first(x)), x)
+            case "hidden":
+                return x @ kernel[...]
 
 
 VECTORS = {"x": jax.random.normal(jax.random.key(0), (4, 1, 4)), "weight": jnp.ones((4, 1))}
@@ -241,19 +285,42 @@ def row_losses(network, rows):
     return jnp.sum(jnp.square(network(rows["x"])), axis=1)
 
 
-def test_a_parameter_that_is_shared_or_not_seen_is_an_error_and_right_by_microbatch():
-    padding = jnp.zeros(4, bool)
-    graph, params = nnx.split(Twice(hidden=True, rngs=nnx.Rngs(0)), nnx.Param)
-    with pytest.raises(ValueError, match=r"hook of first.kernel 2 times.*wanted once.*'microbatch'"):
-        ClippedSum(graph, row_losses, 1.0, "bookkeeping")(params, VECTORS, padding)
-    total, measured = ClippedSum(graph, row_losses, 1.0, "microbatch")(params, VECTORS, padding)
-    assert np.all(np.asarray(measured.norm) > 0) and np.any(np.asarray(total["first"]["kernel"][...]))
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("once", None),
+        ("twice", "hook of first.kernel 2 times"),
+        ("scan", "hook of first.kernel 5 times"),
+        ("remat scan", "hook of first.kernel 5 times"),
+        ("loop", "hook of first.kernel 5 times"),
+        ("map", "hook of first.kernel 4 times"),
+        ("tied output", "first.kernel beside its gradient hook"),
+        ("tied input", "first.kernel beside its gradient hook"),
+        ("weight decay", "first.kernel beside its gradient hook"),
+        ("of the data", "hook of first.kernel a number of times that depends on the data"),
+        ("hidden", "hook of first.kernel 0 times"),
+    ],
+)
+def test_a_parameter_is_used_once_and_by_its_hook_or_is_an_error(how, told):
+    """In layers one after the other, in the layers of a scan, and in no other way; by microbatch in every way."""
+    graph, params = nnx.split(Uses(how, rngs=nnx.Rngs(0)), nnx.Param)
+    padding, made = jnp.zeros(4, bool), {}
+    for backend in ("microbatch", *FAST):
+        run = ClippedSum(graph, row_losses, 0.5, backend)
+        if told and backend in FAST:
+            with pytest.raises(ValueError, match=f"{told}.*wanted .*'microbatch'"):
+                run(params, VECTORS, padding)
+        else:
+            made[backend] = run(params, VECTORS, padding)
+    for total, measured in made.values():
+        assert np.min(measured.norm) > 0 and np.max(measured.norm) > 0.5
+        assert_same(total, [np.asarray(leaf) for leaf in jax.tree.leaves(made["microbatch"][0])])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_rows_are_computed_whatever_was_drawn(backend):
     """By one compiled program, which counts them as it comes by."""
-    graph, params = nnx.split(Twice(hidden=False, rngs=nnx.Rngs(0)), nnx.Param)
+    graph, params = nnx.split(Uses("once", rngs=nnx.Rngs(0)), nnx.Param)
     passed = []
 
     def counted(network, rows):

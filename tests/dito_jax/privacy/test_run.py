@@ -54,6 +54,7 @@ def spent():
     return Ledger(ledger_path("digits")).spent()
 
 
+@pytest.mark.slow("calibrates the noise of several plans")
 def test_the_plan_spends_its_budget_and_no_more(begun):
     run = begun(privacy=dataclasses.replace(PRIVACY, max_batch=None))
     assert 64 < run.plan.max_batch < 150
