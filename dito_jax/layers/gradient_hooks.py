@@ -98,12 +98,13 @@ def with_hook(
     hook = getattr(module, f"{name}_hook", None)
     if hook is None:
         return y
-    dims = getattr(module, name).get_metadata()["dims"].split()[0 if groups is None else 1 :]
+    dims = tuple(getattr(module, name).get_metadata()["dims"].split())
+    expert, dims = (dims[:0], dims) if groups is None else (dims[:1], dims[1:])
     num_in = (len(dims) - (y.ndim - x.ndim)) // 2
     about = hook.get_metadata()
-    product = _Product(about["examples"], about["returns"], tuple(dims), num_in, about["bias"])
+    product = _Product(about["examples"], about["returns"], expert, dims, num_in, about["bias"])
     if product.returns == "uses":
-        y = severed(y, x if through is None else through)
+        y = severed(lax.stop_gradient(y), x if through is None else through)
         _record(hook, lambda: product.hooked(x, y, groups, jnp.zeros(product.examples)))
     return _apply_hook(product, y, lax.stop_gradient(x), groups, hook.get_value())
 
@@ -135,7 +136,7 @@ def with_weight_hooks(
     about = hooks[0].get_metadata()
     how = gradients, about["returns"], about["examples"]
     if about["returns"] == "uses":
-        out = severed(out, through)
+        out = severed(lax.stop_gradient(out), through)
         for name, hook in zip(names, hooks, strict=True):
             of_one = (about["examples"], *getattr(module, name).shape)
             _record(hook, lambda shape=of_one: HookedGradients(jnp.zeros(shape[0]), gradient=jnp.zeros(shape)))
@@ -163,6 +164,7 @@ class _Product:
 
     examples: int
     returns: str  # one of RETURNS
+    expert: tuple[str, ...]  # dimension letter of the experts, if there are several matrices
     dims: tuple[str, ...]  # dimension letters of the matrix
     num_in: int  # how many of `dims` are input dimensions
     bias: bool  # include the gradient of the bias
@@ -182,7 +184,8 @@ class _Product:
             hooked = self.hooked(x, g, groups, self.norm_sq(x, g, groups))
             return hooked if self.returns == "factors" else HookedGradients(hooked.norm_sq)
         hooked, shape = self.hooked(x, g, groups, None), hook.gradient.shape
-        gradient = product_gradient(hooked, hook.factor, self.dims, 0 if groups is None else shape[0]).reshape(shape)
+        dims, num_experts = (*self.expert, *self.dims), shape[0] if self.expert else 0
+        gradient = product_gradient(hooked, hook.factor, dims, num_experts).reshape(shape)
         bias = None if hook.bias is None else bias_gradient(hooked, hook.factor, hook.bias.shape)
         return ClippedGradient(jnp.zeros_like(hook.factor), gradient, bias)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 from jaxtyping import Array, Float
 
@@ -140,6 +140,7 @@ def check_uses(hooks: Hooks, losses: Losses, rows: Any) -> dict[Path, HookedGrad
 
     with recording_hooks() as recorded:
         program = jax.make_jaxpr(gradients)(hooks.shapes, zeros, rows)
+    program = _without_effects(program)
     found = dict(recorded)
     if unused := [path for path in hooks.wanted if path not in found]:
         raise ValueError(_misused(unused[0], "the gradient hook of {} 0 times; wanted once"))
@@ -173,6 +174,20 @@ def _constant(program, place: int) -> np.ndarray | None:
         return None
     with jax.ensure_compile_time_eval():
         return np.asarray(jaxpr_as_fun(ClosedJaxpr(part, program.consts))()[0])
+
+
+def _without_effects(program: Any) -> Any:
+    """A program without its callbacks, which are no part of its outputs; other values as they are."""
+    if isinstance(program, Jaxpr):
+        equations = [
+            each.replace(params={name: _without_effects(of) for name, of in each.params.items()}, effects=set())
+            for each in program.eqns
+            if each.outvars
+        ]
+        return program.replace(eqns=equations, effects=set())
+    if isinstance(program, tuple) and all(isinstance(branch, Jaxpr) for branch in program):
+        return tuple(map(_without_effects, program))
+    return program
 
 
 def _misused(path: Path, how: str) -> str:
