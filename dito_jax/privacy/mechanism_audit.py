@@ -6,7 +6,7 @@ noise the claimed epsilon is larger than any bound that NUM canaries can prove. 
 noise off, with clipping off, and with the same noise in both steps. Each control must be refuted; otherwise the audit
 would not have detected that bug in the run's code either.
 
-A further check measures how far one of ALIGNED equal examples moves their sum, in the run's compute dtype; its bound is
+A further check measures how far one of NUM equal examples moves their sum, in the run's compute dtype; its bound is
 the epsilon of a move of that length. Equal examples have the longest sum, so rounding that grows with the sum shows.
 
 Guarantees: those of `canaries.audit_mechanism`. The audit uses no data and charges nothing.
@@ -37,7 +37,6 @@ from dito_jax.training.step import ComputeDtype, cast
 
 SIGMA = 2.0
 NUM, DIMENSION = 1200, 1500
-ALIGNED = 1024
 ROUNDING = 1e-4  # a move of this much more than the clipping norm is rounding in float32
 
 
@@ -74,7 +73,7 @@ def check_mechanism(
     graph, params = nnx.split(_Product(), nnx.Param)
     losses: Callable[[Any, dict[str, Array]], Array] = lambda network, rows: network(rows["vector"])
     sound = ClippedSum(
-        graph, losses, privacy.clip_norm, privacy.backend, privacy.microbatch,
+        graph, losses, privacy.clip_norm, privacy.backend, math.gcd(privacy.microbatch, NUM),
         functools.partial(cast, dtype=compute_dtype), narrow=narrow,
     )  # fmt: skip
     loose = dataclasses.replace(sound, clip_norm=1e9)
@@ -104,15 +103,15 @@ def check_mechanism(
         for name, (private_sum, steps, wanted) in sides.items()
     }
     move = largest_move(sound, params, compute_dtype) / sound.clip_norm
-    return checks | {f"{ALIGNED:,} equal examples": _of_move(move, sigma, privacy.delta)}
+    return checks | {f"{NUM:,} equal examples": _of_move(move, sigma, privacy.delta)}
 
 
 def largest_move(clipped_sum: ClippedSum, params: nnx.State, compute_dtype: ComputeDtype) -> float:
-    """How far the sum over ALIGNED equal examples moves, in L2 norm, when one of them is left out."""
+    """How far the sum over NUM equal examples moves, in L2 norm, when one of them is left out."""
     vector = jax.random.normal(jax.random.key(0), (1, 1, 1, DIMENSION)).astype(compute_dtype)
-    examples = {"vector": jnp.repeat(vector, ALIGNED, axis=0), "weight": jnp.ones((ALIGNED, 1))}
+    examples = {"vector": jnp.repeat(vector, NUM, axis=0), "weight": jnp.ones((NUM, 1))}
     run = jax.jit(lambda padding: clipped_sum(params, examples, padding)[0])
-    sums = [jax.tree.leaves(run(jnp.arange(ALIGNED) < left_out)) for left_out in (0, 1)]
+    sums = [jax.tree.leaves(run(jnp.arange(NUM) < left_out)) for left_out in (0, 1)]
     return float(np.sqrt(sum(np.sum(np.square(np.float64(a) - np.float64(b))) for a, b in zip(*sums, strict=True))))
 
 
@@ -120,7 +119,7 @@ def _of_move(move: float, sigma: float, delta: float) -> Check:
     """The exact epsilon of one step in which an example moves the sum by `move` clipping norms, as bounds."""
     exact = epsilon({Release(1.0, sigma / max(1.0, move / (1 + ROUNDING))): 1}, delta)
     auc = 0.5 * (1 + math.erf(move / sigma / 2))
-    bounds = EpsilonBounds(exact, exact, exact, auc, num_in=ALIGNED, num_out=1, delta=delta, confidence=1.0)
+    bounds = EpsilonBounds(exact, exact, exact, auc, num_in=NUM, num_out=1, delta=delta, confidence=1.0)
     claimed = epsilon({Release(1.0, sigma): 1}, delta)
     return Check(claimed, bounds, verdict(bounds, claimed), "not refuted")
 

@@ -69,7 +69,7 @@ def make_private_step(
     def step(state: TrainState, batch: Batch):
         examples, padding = _drawn(batch, loss, null_label, noise_multiplicity)
         trained, frozen = divided(state.params, trainable)
-        total, measured = _accumulated(clipped_sum, trained, frozen, examples, padding, gradient_accumulation_steps)
+        total, measured = accumulated(clipped_sum, trained, frozen, examples, padding, gradient_accumulation_steps)
         noised = add_noise(total, batch["noise_key"], noise_multiplier * clipped_sum.sensitivity())
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch, noised)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
@@ -109,7 +109,7 @@ def _drawn(batch: Batch, loss: LossConfig, null_label: int, noise_multiplicity: 
     )
 
 
-def _accumulated(
+def accumulated(
     clipped_sum: ClippedSum, params, frozen, examples: Examples, padding, parts: int
 ) -> tuple[Any, ExampleMetrics]:
     """Gradient accumulation: the clipped sum over `parts` parts of the batch; the metrics are concatenated."""

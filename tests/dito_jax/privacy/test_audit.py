@@ -63,7 +63,7 @@ def test_a_sum_that_is_rounded_to_bfloat16_is_refuted(monkeypatch):
 
     monkeypatch.setitem(BACKENDS, "ghost", ghost)
     found = check_mechanism(dataclasses.replace(PRIVACY, backend="ghost"), 2.0, compute_dtype="bfloat16")
-    assert found["1,024 equal examples"].verdict == "refuted"
+    assert found["1,200 equal examples"].verdict == "refuted"
 
 
 def batch(images, seed=0):
