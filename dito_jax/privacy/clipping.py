@@ -10,11 +10,12 @@ The four backends compute the same sum and differ in memory and time (B examples
     bookkeeping   one pass that keeps norms, inputs and output gradients of every layer; the sum is computed from these
 
 Guarantees
-  - The sum changes by at most `sensitivity(relation)` in L2 norm when one example is added or removed, up to float32
-    rounding, in any compute dtype and for any batch size: the gradients that are summed are those whose norm was
-    measured, and they are added in float32. If the network computes in bfloat16, the threshold is lowered by `MARGINS`:
-    tensor cores underestimate norms slightly, and the second pass of `ghost` may round differently from the first; that
-    margin is an estimate.
+  - The sum changes by at most `sensitivity(relation)` in L2 norm when one example is added or removed, in any compute
+    dtype and for any batch size: the gradients that are summed are those whose norm was measured, and they are added in
+    float32. The threshold is lowered by 2^-24 for each example of the batch, which is what rounding may add to the
+    change of a float32 sum. If the network computes in bfloat16, it is also lowered by `MARGINS`: tensor cores
+    underestimate norms slightly, and the second pass of `ghost` may round differently from the first; that margin is an
+    estimate.
   - An example whose gradient is not finite counts as zero (with `vmap` and `microbatch` only the numbers that are not
     finite do). Padding counts as zero, whatever it contains.
   - Padding is computed like an example: no loop or branch depends on which rows are padding, or how many.
@@ -72,6 +73,7 @@ class ClippedSum:
     microbatch: int = 1  # examples at a time on each device; for the backend "microbatch"
     cast: Callable[[nnx.State], nnx.State] = lambda params: params
     narrow: bool = False  # the network computes in a narrower dtype than float32
+    batch: int | None = None  # examples in the whole batch, if a call gets a part of it (gradient accumulation)
 
     def sensitivity(
         self, relation: dp_accounting.NeighboringRelation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -93,8 +95,13 @@ class ClippedSum:
 
     def factor(self, norm: Float[Array, " B"], padding: Bool[Array, " B"]) -> Float[Array, " B"]:
         """Clipping factor of each example; 0 for padding and for norms that are not finite."""
-        most = self.clip_norm * (1 - MARGINS.get(self.backend, 0.0) if self.narrow else 1)
-        return jnp.where(jnp.isfinite(norm) & ~padding, jnp.minimum(1.0, most / jnp.maximum(norm, 1e-30)), 0.0)
+        within = jnp.minimum(1.0, self.threshold(padding.size) / jnp.maximum(norm, 1e-30))
+        return jnp.where(jnp.isfinite(norm) & ~padding, within, 0.0)
+
+    def threshold(self, examples: int) -> float:
+        """The norm to clip to for a call with so many examples: clip_norm less what rounding may add."""
+        margin = MARGINS.get(self.backend, 0.0) if self.narrow else 0.0
+        return self.clip_norm * (1 - margin - (self.batch or examples) * 2**-24)
 
 
 def _one_by_one(problem: ClippedSum, params, frozen, examples, padding, at_a_time: int | None):
@@ -109,8 +116,8 @@ def _one_by_one(problem: ClippedSum, params, frozen, examples, padding, at_a_tim
     # jax-privacy's own padding argument skips the last padded microbatches, so time would reveal the batch size.
     # Padding is therefore computed: its gradient is zero, or 0 * inf, which nan_safe replaces by zero.
     clipped = jax_privacy.clipped_grad(
-        loss, l2_clip_norm=problem.clip_norm, batch_argnums=(1, 2), return_values=True, return_grad_norms=True,
-        microbatch_size=size, nan_safe=True, dtype=jnp.float32, spmd_axis_name=axes or None,
+        loss, l2_clip_norm=problem.threshold(padding.size), batch_argnums=(1, 2), return_values=True,
+        return_grad_norms=True, microbatch_size=size, nan_safe=True, dtype=jnp.float32, spmd_axis_name=axes or None,
     )  # fmt: skip
     total, measured = clipped(params, examples, padding)
     return total, ExampleMetrics(measured.grad_norms, measured.values)

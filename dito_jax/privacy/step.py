@@ -13,6 +13,7 @@ Guarantees
   - The divisor is the expected number of examples, which is public, and not the actual number.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -113,6 +114,7 @@ def accumulated(
     clipped_sum: ClippedSum, params, frozen, examples: Examples, padding, parts: int
 ) -> tuple[Any, ExampleMetrics]:
     """Gradient accumulation: the clipped sum over `parts` parts of the batch; the metrics are concatenated."""
+    clipped_sum = dataclasses.replace(clipped_sum, batch=padding.size)
     if parts == 1:
         return clipped_sum(params, examples, padding, frozen)
 
