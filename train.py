@@ -6,7 +6,7 @@
 
 `dito train CONFIG` runs the same main from an installed package. A CONFIG is a file, or the name of a built-in config.
 
-The run directory (default runs/<config name>) holds config.json, classes.json, metrics.jsonl, events.jsonl,
+The run directory (default runs/<config name>) holds config.json, classes.json, run.json, metrics.jsonl, events.jsonl,
 goodput.jsonl, tensorboard/, checkpoints/, samples/, and at the end eval.json and report.md. A run directory that holds
 a checkpoint is resumed from it, bit for bit; changed options apply from there on.
 
@@ -20,6 +20,7 @@ import sys
 import jax
 
 from dito_jax.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
+from dito_jax.checkpointing.identity import keep, owner_of
 from dito_jax.checkpointing.retention import SaveClock
 from dito_jax.config import TrainConfig, check, resolved, to_json
 from dito_jax.data import class_names
@@ -30,6 +31,7 @@ from dito_jax.evaluation.final_evaluation import final_evaluation
 from dito_jax.evaluation.sample import make_sampler
 from dito_jax.resilience.guard import Guard, step_back
 from dito_jax.resilience.services import Services, run_services
+from dito_jax.resilience.skips import finish_rollback
 from dito_jax.run import command_line
 from dito_jax.run.arguments import train_arguments
 from dito_jax.run.initialization import initial_state
@@ -65,19 +67,31 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     ledger, events, faults = services.ledger, services.events, services.faults
 
     # ----------------------------------------------------------------------------------------------- state, or restore
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint, on_disk=faults.after_save)
+    def tell(line: str) -> None:
+        events.record("checkpoint", line)
+
+    owner = owner_of(run, to_json(config), tell=tell)
+    checkpoints = Checkpoints(
+        run.checkpoints, config.checkpoint, owner=owner, tell=tell,
+        on_disk=faults.after_save, on_change=lambda line: events.record("config_changed", change=line),
+    )  # fmt: skip
 
     def quarantine(step: int, error: DamagedCheckpoint) -> None:
         aside = checkpoints.set_aside(step, "corrupt")
         events.record("quarantine", f"{error} It is kept as {aside.name}.", step=step)
 
     with ledger.phase("restore"):
-        restored = checkpoints.restore_newest(program.state, quarantine)
+        finish_rollback(run, checkpoints, events)
+        damaged: list[tuple[int, DamagedCheckpoint]] = []
+        restored = checkpoints.restore_newest(program.state, lambda *each: damaged.append(each))
+        for each in damaged:  # only now: if no step is intact, none is set aside
+            quarantine(*each)
     mesh = jax.sharding.get_mesh()
     first, state = restored or (0, initial_state(config, program, mesh))
     ledger.resumed(first)
     stream = batches_after(first)  # if a private run's ledger refuses it, nothing of it is written
     events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
+    keep(owner, run)
     run.write_text("config.json", to_json(config))
     run.write_json(CLASSES, class_names(source))
     command_line.say(

@@ -12,5 +12,9 @@ class UserError(ValueError):
     """A usage error in one line: what was given, what was wanted, what to do; a command prints it and exits with 2."""
 
 
-class Preempted(Exception):
-    """The run was stopped by a signal and has saved its state; a command exits with 75."""
+class Preempted(KeyboardInterrupt):
+    """The run was stopped by a signal and has saved its state; a command exits with 75.
+
+    No Exception, since `except Exception` of any library in which it is raised would take it for an error of its own;
+    a KeyboardInterrupt, since asyncio lets that pass, too.
+    """

@@ -172,6 +172,34 @@ def test_a_flipped_bit_is_found_and_the_step_before_taken(train, digest, dito, u
     assert "20.corrupt" in listed and "set aside" in listed and row["said"] in (run / "incidents.md").read_text()
 
 
+def test_a_false_step_is_refused_and_a_rollback_that_was_killed_is_finished(train, digest, tmp_path):
+    """Step 28 renamed to 50; then killed after the rollback from 31 to 28 had begun, with steps 35 and 40 saved."""
+    run = tmp_path / "first" / "run"
+    train(run, *SHORT).ends(0)
+    checkpoints = run / "checkpoints"
+    (checkpoints / "28").rename(checkpoints / "50")
+    said = train(run, *SHORT).ends(2).splitlines()[-1]
+    assert f"{checkpoints}/50: holds step 28, not step 50: rename it to 28" in said
+    (checkpoints / "50").rename(checkpoints / "28")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    run, checkpoints = tmp_path / "moved" / "run", tmp_path / "moved" / "run" / "checkpoints"
+    begun = {
+        "event": "rollback_begun",
+        "said": None,
+        "step": 31,
+        "to": 28,
+        "batches": 3,
+        "because": "because of a test",
+    }
+    with (run / "events.jsonl").open("a") as log:
+        log.write(json.dumps({"time": time.time(), "process": 0} | begun) + "\n")
+    train(run, *SHORT).ends(0)
+    assert [row["step"] for row in events(run, "start")] == [0, 28] and saved(run) == [28, 35, 40]
+    assert {path.name for path in checkpoints.glob("*.*")} == {"35.abandoned", "40.abandoned"}
+    assert [row["said"] for row in events(run, "rollback")] == ["a test"]
+    assert json.loads((run / "skips.json").read_text()) == [{"after": 28, "batches": 3, "because": "a test"}]
+
+
 def test_on_a_full_disk_the_last_good_step_stays(train, digest, undisturbed, tmp_path):
     run = tmp_path / "run"
     said = train(run, *SHORT, "--faults.inject", "disk-full@21").ends(2)

@@ -1,9 +1,10 @@
 """Checkpoints of a run: asynchronous and atomic saves, checksums, restore onto any mesh.
 
 Step N is the directory `N`, which Orbax renames into place after writing all of it. A run killed at any moment
-therefore keeps its last complete step, and perhaps a `N.orbax-checkpoint-tmp` that the next save removes. A step whose
-checksums do not match (checksums.py) is renamed to `N.corrupt`, and the step before it is restored. Reading changes
-nothing on disk, so a run can be sampled from while it trains.
+therefore keeps its last complete step, and perhaps a `N.orbax-checkpoint-tmp` that the next save removes. Old steps are
+removed once the new one would survive a power loss. A step whose checksums do not match (checksums.py) is passed over
+for the step before it; one that cannot be read at present (failures.py), or is of another step or run (identity.py), is
+an error. Reading changes nothing on disk, so a run can be sampled from while it trains.
 
 The state is stored as a flat dict {path of the leaf: array}, so a checkpoint does not depend on Python classes.
 """
@@ -22,11 +23,20 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dito_jax.checkpointing.checksums import Damaged, Record, check_sizes, check_values, kind, read_record, write_sizes
-from dito_jax.checkpointing.orbax_errors import first_line, hush_orbax, refusal
+from dito_jax.checkpointing.checksums import Damaged, Record, kind, read_record, saved_steps, write_sizes
+from dito_jax.checkpointing.failures import (
+    CheckpointError as CheckpointError,
+    DamagedCheckpoint as DamagedCheckpoint,
+    Tell,
+    UnreadableCheckpoint,
+    persistently,
+)
+from dito_jax.checkpointing.identity import NOBODY, Owner, config_change
+from dito_jax.checkpointing.orbax_errors import hush_orbax, refusal
+from dito_jax.checkpointing.reading import read_state
 from dito_jax.checkpointing.retention import CheckpointConfig, check_best_metric, superfluous
 from dito_jax.distributed import agree
-from dito_jax.errors import UserError
+from dito_jax.telemetry.run_directory import sync_directory, sync_tree
 
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of a directory that is still being written
@@ -34,18 +44,12 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of a directory that is st
 DEFAULT = CheckpointConfig()
 
 
-class CheckpointError(UserError):
-    """A checkpoint cannot be written or used; one line says which, why, and what to do."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint differs from what was saved."""
-
-
 class Checkpoints:
     """The checkpoints in one directory. All processes of a run save together; any number of processes may read.
 
-    `on_disk(step, path)` is called in process 0, in the background, after a step is completely written.
+    `owner` is recorded in each save and compared with what is restored. `on_disk(step, path)` is called in process 0,
+    in the background, after a step is completely written. `on_change(line)` is called if the config of a restored step
+    differs from the owner's. `tell` gets lines for the user.
     """
 
     def __init__(
@@ -53,10 +57,14 @@ class Checkpoints:
         directory: str | os.PathLike,
         config: CheckpointConfig = DEFAULT,
         *,
+        owner: Owner = NOBODY,
         on_disk: Callable[[int, Path], None] = lambda step, path: None,
+        on_change: Callable[[str], None] = lambda line: None,
+        tell: Tell = lambda line: None,
     ):
         self.directory = Path(directory).absolute()
-        self._config, self._on_disk = config, on_disk
+        self._config, self._owner = config, owner
+        self._on_disk, self._on_change, self._tell = on_disk, on_change, tell
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._saving = (0, 0)  # step and bytes of the last save begun
@@ -64,9 +72,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """All completely saved steps, ascending."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        return persistently(self.directory, lambda: saved_steps(self.directory), self._tell)
 
     def latest(self) -> int | None:
         """The last completely saved step; None if there is none."""
@@ -90,7 +96,7 @@ class Checkpoints:
         check_best_metric(self._config, metadata.get("metrics"))
         leaves = _by_path(state)
         self._saving = step, sum(leaf.nbytes for leaf in leaves.values())
-        record = Record(leaves, metadata | {"time": time.time()})
+        record = Record(leaves, metadata | {"time": time.time()}, identity=self._owner.identity(step))
         # Directories created asynchronously would keep a process from exiting after a failed save.
         in_turn = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         with self._explained(), ocp.Context(async_options=in_turn):
@@ -124,15 +130,15 @@ class Checkpoints:
         """Restores the state of `step` with the structure and shardings of `like` (ShapeDtypeStructs on any mesh).
 
         Raises:
-          CheckpointError: there is no such step, or its arrays are those of another model.
+          CheckpointError: there is no such step, it is one of another step, run or model, or it cannot be read now.
           DamagedCheckpoint: the step differs from what was saved.
         """
         wanted = _by_path(like)
         self._find(step)
         with self._damage_explained(step):
-            record, state = self._load(step, wanted)
-            if self._config.verify == "full":
-                check_values(state, record)
+            record, state = read_state(self.path(step), wanted, self._config.verify, self._owner, self._tell)
+        if change := config_change(self.path(step), record, self._owner):
+            self._on_change(change)
         return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in wanted])
 
     def restore_newest[Tree](
@@ -140,11 +146,12 @@ class Checkpoints:
     ) -> tuple[int, Tree] | None:
         """Restores the newest intact step, below `before` if given: (step, state); None if there are no steps.
 
-        `on_damage(step, error)` is called for each newer step that is damaged.
+        `on_damage(step, error)` is called for each newer step that is damaged. It should not set the step aside before
+        an intact one is found: a run whose steps are all set aside begins again at step 0.
 
         Raises:
           DamagedCheckpoint: there are steps, but all are damaged.
-          CheckpointError: the arrays are those of another model.
+          CheckpointError: a step is one of another step, run or model, or it cannot be read now.
         """
         last = None
         for step in reversed([step for step in self.steps() if before is None or step < before]):
@@ -164,6 +171,7 @@ class Checkpoints:
         agree(True)  # barrier: all processes have chosen the same name before the rename
         if jax.process_index() == 0:
             self.path(step).rename(aside)
+            sync_directory(self.directory)
         agree(True)  # barrier: the rename is done
         return aside
 
@@ -171,7 +179,7 @@ class Checkpoints:
         """The record of a step: {"arrays": {path: [kind, checksum]}, "metadata": as given to `save`, ...}."""
         self._find(step)
         with self._damage_explained(step):
-            return read_record(self.path(step))
+            return persistently(self.path(step), lambda: read_record(self.path(step)), self._tell)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The `metadata` given to `save`, with "time" in seconds since 1970."""
@@ -182,37 +190,16 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; choose from: {there}.")
 
-    def _load(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads the record and the arrays; raises in all processes if one of them cannot read."""
-        record, state, failed = {}, {}, None
-        # Each process reads without Orbax's barriers, in which the others would wait for a process that fails.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(), active_processes={jax.process_index()}
-        )
-        try:
-            record = read_record(self.path(step))
-            self._compare(step, record, wanted)
-            if self._config.verify != "off":
-                check_sizes(self.path(step))
-            with ocp.Context(multiprocessing_options=alone):
-                state = ocp.load(str(self.path(step)), wanted, checkpointable_name="state")
-        except CheckpointError:
-            raise
-        except Damaged as damage:
-            failed = str(damage)
-        except Exception as error:  # Orbax raises many types for damaged files
-            failed = f"it cannot be read: {first_line(error)}"
-        if not agree(failed is None):
-            raise Damaged(failed or "it cannot be read by another process")
-        return record, state
-
     def _finish(self, step: int, response: Any) -> None:
-        """Runs in the background after a step is on disk: records file sizes and deletes old steps."""
+        """Runs in the background after a step is written: records file sizes, syncs it, and deletes old steps."""
         response.result()
         if jax.process_index() != 0:
             return
         write_sizes(self.path(step))
-        saved = {step: self._metric(step) for step in self.steps()}
+        sync_tree(self.path(step))  # before an older step goes: a power loss may empty files that are not synced
+        saved: dict[int, float | None] = {}
+        with contextlib.suppress(UnreadableCheckpoint):  # nothing is deleted while it is unknown which are the best
+            saved = {step: self._metric(step) for step in self.steps()}
         for old in superfluous(saved, self._config):
             # Renamed first, so that a kill during the deletion leaves no incomplete step under its name.
             self.path(old).rename(doomed := self.directory / f"{old}{UNFINISHED}")
@@ -264,16 +251,6 @@ class Checkpoints:
             earlier = max((s for s in self.steps() if s < step), default=None)
             cure = "use another --run-dir" if earlier is None else f"move it away to continue from step {earlier}"
             raise DamagedCheckpoint(f"{self.path(step)}: damaged ({damage}): {cure}.") from damage
-
-    def _compare(self, step: int, record: dict[str, Any], wanted: dict[str, Any]) -> None:
-        found = {name: kind for name, (kind, _) in record["arrays"].items()}
-        for name in [*wanted, *found]:
-            there, here = found.get(name, "absent"), kind(wanted.get(name))
-            if there != here:
-                raise CheckpointError(
-                    f"{self.path(step)}: {name} is {there} in this checkpoint and {here} in this config: "
-                    "use another --run-dir, or the config that the checkpoint was made with."
-                )
 
 
 def digest(tree: Any) -> str:

@@ -64,19 +64,19 @@ def kind(leaf: Any) -> str:
 class Record:
     """The record of a checkpoint as JSON: {"arrays": {path: [kind, checksum]}, "metadata", "sha256" of the record}.
 
-    Orbax saves it beside the arrays; the checksums are awaited in the background.
+    `parts` are further entries. Orbax saves it beside the arrays; the checksums are awaited in the background.
     """
 
-    def __init__(self, leaves: Leaves, metadata: dict[str, Any]):
+    def __init__(self, leaves: Leaves, metadata: dict[str, Any], **parts: Any):
         self._kinds = {name: kind(leaf) for name, leaf in leaves.items()}
-        self._checksums, self._metadata = begin_checksums(leaves), metadata
+        self._checksums, self._rest = begin_checksums(leaves), {"metadata": metadata} | parts
 
     def wait(self) -> dict[str, Any]:
         """Waits for the checksums; returns the record."""
         found = self._checksums()
         arrays = {name: [kind, found[name]] for name, kind in self._kinds.items()}
         # Through JSON, which has no tuples and no integer keys, so that the SHA-256 is that of what is read back.
-        record = json.loads(json.dumps({"arrays": arrays, "metadata": self._metadata}))
+        record = json.loads(json.dumps({"arrays": arrays} | self._rest))
         return record | {"sha256": _sha256(record)}
 
     async def save(self, directory: Any) -> Awaitable[None]:
@@ -95,15 +95,25 @@ class Record:
         raise NotImplementedError
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """All completely saved steps in the directory of a run's checkpoints, ascending."""
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and str(int(name)) == name)
+
+
 def read_record(step: Path) -> dict[str, Any]:
     """Reads and verifies the record in a step's directory.
 
     Raises:
-      Damaged: the record cannot be read, or its SHA-256 is wrong.
+      Damaged: the record is missing or no JSON, or its SHA-256 is wrong.
+      OSError: it cannot be read at present.
     """
     try:
         record = json.loads((step / RECORD).read_text())
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise Damaged("its checksum record cannot be read") from error
     if not isinstance(record, dict) or "sha256" not in record:
         raise Damaged("it has no checksum record")
@@ -138,18 +148,19 @@ def write_sizes(directory: Path) -> None:
     unfinished.replace(directory / FILES)
 
 
-def check_sizes(directory: Path) -> None:
-    """Raises Damaged if a file is missing or has another size; does nothing without files.json."""
+def check_sizes(directory: Path) -> bool:
+    """Raises Damaged if a file is missing or has another size; False if that is unknown, without files.json."""
     try:
         recorded = json.loads((directory / FILES).read_text())
     except (FileNotFoundError, ValueError):
-        return
+        return False
     found = _sizes(directory)
     for name, size in recorded.items():
         if name not in found:
             raise Damaged(f"its file {name} is missing")
         if found[name] != size:
             raise Damaged(f"its file {name} has {found[name]:,} bytes, not {size:,}")
+    return True
 
 
 def _sizes(directory: Path) -> dict[str, int]:

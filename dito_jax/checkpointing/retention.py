@@ -30,7 +30,7 @@ class CheckpointConfig:
     best_metric: str = "loss"
     """Metric for keep_best: its mean over the last log interval before the save."""
     verify: Verification = "full"
-    """Check when restoring: checksums of all values (full), file sizes only (fast), or neither (off)."""
+    """Check when restoring: checksums (full), file sizes only, which misses flipped bits (fast), or neither (off)."""
 
 
 def superfluous(saved: Mapping[int, float | None], config: CheckpointConfig) -> list[int]:

@@ -1,9 +1,7 @@
 """`dito checkpoint ls|show|verify|bench RUN`."""
 
 import argparse
-import dataclasses
 
-from dito_jax.checkpointing.checkpoint import Checkpoints
 from dito_jax.checkpointing.report import contents, listing, save_cost, verified
 from dito_jax.errors import UserError
 from dito_jax.run import saved_run
@@ -12,7 +10,7 @@ from dito_jax.run import saved_run
 def main(options: argparse.Namespace) -> None:
     """Lists a run's checkpoints, shows one, verifies every value of all, or times a save."""
     run, config = saved_run.opened(options.run)
-    checkpoints = Checkpoints(run.checkpoints, dataclasses.replace(config.checkpoint, verify="full"))
+    checkpoints = saved_run.checkpoints_of(run, config, verify="full")
     latest = checkpoints.latest()
     if latest is None:
         raise UserError(f"{run.checkpoints}: no checkpoint yet; wait for one, or train further.")
@@ -28,6 +26,4 @@ def main(options: argparse.Namespace) -> None:
             print(f"step {step}: {said or 'good'}", flush=True)
             wrong += said is not None
         if wrong:
-            raise UserError(
-                f"{wrong} of {len(checkpoints.steps())} checkpoints are damaged; training passes them over."
-            )
+            raise UserError(f"{wrong} of {len(checkpoints.steps())} checkpoints are not good; the lines above say why.")

@@ -2,14 +2,12 @@
 
 The device decides whether a step is bad and skips its update (training/health.py). The host reads the result two steps
 later, so that the device always has a step queued. A rollback restores the last checkpoint from before the bad steps
-and skips the batches since then: skips.json records after which step how many batches are skipped.
+and skips the batches since then (skips.py).
 """
 
 import collections
 import dataclasses
-import json
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +16,7 @@ from dito_jax.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
 from dito_jax.distributed import agree
 from dito_jax.errors import UserError
 from dito_jax.resilience.replicas import differing, odd_devices
+from dito_jax.resilience.skips import position, roll_back_to, skips
 from dito_jax.telemetry.events import Events
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.health import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, GuardConfig
@@ -102,29 +101,28 @@ class Guard:
             first, cure = self._last_equal + 1, f"remove the device named in {self._run.events.name}"
             trouble = f"replicas diverged in one of the steps {first} to {number}"
         checkpoints.wait()
-        restored = checkpoints.restore_newest(like, on_damage, before=first)
+        damaged: list[tuple[int, DamagedCheckpoint]] = []
+        restored = checkpoints.restore_newest(like, lambda *each: damaged.append(each), before=first)
         if restored is None:
             raise UserError(f"{trouble}, before the first checkpoint: {cure}.")
+        for each in damaged:  # only now: if no step is intact, none is set aside
+            on_damage(*each)
         target, state = restored
-        past = skips(self._run)
-        before = sum(skip["after"] == target for skip in past)
-        agree(True)  # barrier: all processes have read skips.json before one writes it
+        before = sum(skip["after"] == target for skip in skips(self._run))
         if before >= self.config.rollbacks:
             raise UserError(
                 f"{trouble}, after {before} rollbacks to step {target}: {cure}, or increase guard.rollbacks; "
                 f"the checkpoint of step {target} is intact."
             )
-        batches = number - target
+        batches = position(self._run, number) - position(self._run, target)
         said = (
             f"{trouble}: rolled back to step {target}, skipping the {batches} batches since "
             f"(rollback {before + 1} of {self.config.rollbacks} to this step)."
         )
-        # Written first, so that a run that is killed from here on skips the same batches when it restarts.
-        self._run.write_json(self._run.skips.name, [*past, {"after": target, "batches": batches, "because": said}])
-        agree(True)  # barrier: skips.json is written before any process reads it
-        for step in [step for step in checkpoints.steps() if step > target]:
-            checkpoints.set_aside(step, "abandoned")
-        self._events.record("rollback", said, step=number, to=target, batches=batches)
+        agree(True)  # barrier: all processes have read skips.json before one writes it
+        roll_back_to(
+            self._run, checkpoints, self._events, number=number, target=target, batches=batches, because=said
+        )  # fmt: skip
         self._bad.clear()
         self._last_equal, self._diverged = target, False
         return target, state
@@ -143,13 +141,3 @@ class Guard:
 def step_back(state: TrainState) -> TrainState:
     """The state before a bad step: a bad step changes only the step count."""
     return dataclasses.replace(state, step=jax.device_put(np.asarray(state.step) - 1, state.step.sharding))
-
-
-def skips(run: RunDirectory) -> list[dict[str, Any]]:
-    """The skipped batches of a run: [{"after": step, "batches": number, "because": reason}]."""
-    return json.loads(run.skips.read_text()) if run.skips.exists() else []
-
-
-def position(run: RunDirectory, step: int) -> int:
-    """Index of the next batch after `step` steps: the number of steps plus the number of skipped batches."""
-    return step + sum(skip["batches"] for skip in skips(run) if skip["after"] <= step)

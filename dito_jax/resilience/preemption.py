@@ -67,6 +67,7 @@ class Preemption:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside the block a signal only sets a flag; Preempted is raised at the end of the block if it is set."""
+        self._raised = False  # whoever comes here after a signal has lost the exception, as in a __del__
         self._raise_if_asked()
         self._deferred = True
         try:

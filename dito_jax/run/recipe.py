@@ -1,6 +1,7 @@
 """What a run trains with, private or not: its data, its compiled program, and the stream of its batches."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from dito_jax.privacy.gradient_check import check_gradients
 from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.run import PLAN, PrivateRun, check_history, trained
 from dito_jax.privacy.settings import StepPlan
-from dito_jax.resilience.guard import position
+from dito_jax.resilience.skips import stretches
 from dito_jax.run.initialization import ancestors, place
 from dito_jax.sharding import batch_pieces
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -60,11 +61,18 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     program = make_program(*common)
     share, shares = program.share()
 
-    def batches_after(step: int) -> Iterator[Any]:
-        return batches(
-            source, batch_size=config.train.batch_size, seed=config.train.seed, start=position(run, step),
+    def batches_from(start: int, number: int | None) -> Iterator[Any]:
+        stream = batches(
+            source, batch_size=config.train.batch_size, seed=config.train.seed, start=start,
             process_index=share, process_count=shares,
         )  # fmt: skip
+        return stream if number is None else itertools.islice(stream, number)
+
+    def batches_after(step: int) -> Iterator[Any]:
+        first, *later = stretches(run, step)
+        opened = batches_from(*first)
+        further = itertools.chain.from_iterable(batches_from(*stretch) for stretch in later)
+        return itertools.chain(opened, further) if later else opened
 
     return Recipe(source, validation, program, batches_after)
 

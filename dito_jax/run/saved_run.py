@@ -1,16 +1,20 @@
 """A run directory read back: its config, and its state on a mesh."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import numpy as np
 from flax import nnx
 
 from dito_jax import config as configs
 from dito_jax.checkpointing.checkpoint import Checkpoints
+from dito_jax.checkpointing.identity import owner_of
 from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
 from dito_jax.run.command_line import say
 from dito_jax.sharding import MeshConfig, make_mesh
-from dito_jax.telemetry.run_directory import RunDirectory
+from dito_jax.telemetry.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.training.program import Program, make_program
 from dito_jax.training.state import TrainState
 
@@ -27,6 +31,12 @@ def opened(path: str) -> tuple[RunDirectory, TrainConfig]:
     return run, configs.from_json(run.config.read_text())
 
 
+def checkpoints_of(run: RunDirectory, config: TrainConfig, **changes: Any) -> Checkpoints:
+    """The checkpoints of a run, to be read; `changes` are those to config.checkpoint."""
+    settings = dataclasses.replace(config.checkpoint, **changes)
+    return Checkpoints(run.checkpoints, settings, owner=owner_of(FollowedDirectory(run.path)), tell=say)
+
+
 def restored(
     run: RunDirectory, config: TrainConfig, mesh: jax.sharding.Mesh, step: int | None = None
 ) -> tuple[Program, TrainState, int]:
@@ -35,7 +45,7 @@ def restored(
     Raises:
       UserError: there is no such checkpoint.
     """
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    checkpoints = checkpoints_of(run, config)
     program = make_program(config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
     if step is not None:
         return program, checkpoints.restore(step, program.state), step

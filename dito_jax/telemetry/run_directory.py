@@ -60,6 +60,8 @@ class RunDirectory:
     def write_text(self, name: str, text: str) -> Path:
         """Writes a file of the run atomically: a reader sees the old content or the new content.
 
+        The new content is on disk (fsync) when it returns.
+
         Raises:
           UserError: the disk is full; the old file is intact.
         """
@@ -73,6 +75,7 @@ class RunDirectory:
                     file.flush()
                     os.fsync(file.fileno())
                 unfinished.replace(path)
+                sync_directory(path.parent)
             finally:
                 unfinished.unlink(missing_ok=True)
         return path
@@ -124,6 +127,31 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def sync_directory(path: Path) -> None:
+    """Puts the names of a directory on disk (fsync), so that new, renamed and removed files survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no fsync of directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Puts a directory on disk (fsync): the content of all its files, their names, and its own name."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(folder))
+    sync_directory(path.parent)
 
 
 @contextlib.contextmanager

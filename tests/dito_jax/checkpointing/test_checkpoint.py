@@ -395,6 +395,47 @@ def test_on_disk_is_called_once_a_step_is_written(tmp_path):
 
 
 @pytest.fixture
+def synced(monkeypatch):
+    """The paths of the files and directories that were put on disk (fsync)."""
+    paths, sync = set(), os.fsync
+
+    def fsync(descriptor):
+        paths.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return paths
+
+
+def test_a_new_step_would_survive_a_power_loss_before_the_old_one_goes(tmp_path, monkeypatch, synced):
+    """All files, all directories, and the entry of the step in its directory; then the old step may be renamed."""
+    checkpoints, unsynced, rename = Checkpoints(tmp_path, CheckpointConfig(keep=1)), [], Path.rename
+
+    def renamed(path, target):
+        if path == tmp_path / "1":
+            step = [tmp_path, tmp_path / "2", *(tmp_path / "2").rglob("*")]
+            unsynced.append({str(path) for path in step} - synced)
+        return rename(path, target)
+
+    checkpoints.save(1, make_state(1), metadata={})
+    checkpoints.wait()
+    synced.clear()
+    monkeypatch.setattr(Path, "rename", renamed)
+    checkpoints.save(2, make_state(2), metadata={})
+    checkpoints.close()
+    assert unsynced == [set()] and checkpoints.steps() == [2]
+
+
+def test_a_step_set_aside_stays_so_after_a_power_loss(tmp_path, synced):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), metadata={})
+    checkpoints.wait()
+    synced.clear()
+    checkpoints.set_aside(1, "abandoned")
+    assert synced == {str(tmp_path)}
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A disk of its own, four million bytes large."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=4000000", "tmpfs", str(tmp_path)]

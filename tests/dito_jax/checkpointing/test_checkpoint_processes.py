@@ -11,8 +11,9 @@ import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from dito_jax import distributed
 from dito_jax.checkpointing.checkpoint import Checkpoints, digest
-from dito_jax.checkpointing import checkpoint
+from dito_jax.checkpointing import checkpoint, failures
 
+failures.PAUSES = (0.1, 0.1, 0.1)
 distributed.join()
 directory, damage = Path(sys.argv[1]), sys.argv[2]
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
@@ -40,6 +41,14 @@ if distributed.index() == 1:
                 raise ValueError("this process cannot read it")
             return load(path, *arguments, **options)
         checkpoint.ocp.load = fails
+    if damage == "passing":
+        load, left = checkpoint.ocp.load, [2]
+        def sometimes(*arguments, **options):
+            if left[0]:
+                left[0] -= 1
+                raise OSError(5, "Input/output error")
+            return load(*arguments, **options)
+        checkpoint.ocp.load = sometimes
 distributed.agree(True)
 told = []
 def aside(step, error):
@@ -55,6 +64,7 @@ checkpoints.close()
     ("damage", "words"),
     [
         ("nothing", []),
+        ("passing", []),
         ("bit", ["checksum mismatch of x", "checksum mismatch of x"]),
         ("cut", ["its checksum record cannot be read"] * 2),
         ("read", ["it cannot be read by another process", "it cannot be read: this process cannot read it"]),
