@@ -1,7 +1,8 @@
 """Multi-process (multi-host) runs: jax.distributed initialization, barriers, and a shared key-value store.
 
 The key-value store is kept by process 0. Each process can publish texts in it and read all of them, also while devices
-are blocked in a collective. A single process uses a local dict instead.
+are blocked in a collective. A single process uses a local dict instead. The store has no authentication: any program
+that reaches its port can read and write it, so nothing secret belongs there.
 """
 
 import contextlib
@@ -59,6 +60,14 @@ def agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+def same(value: bytes) -> bool:
+    """Whether `value`, which has the same length in all processes, is the same in all of them; a collective."""
+    if jax.process_count() == 1:
+        return True
+    values = multihost_utils.process_allgather(np.frombuffer(value, np.uint8))
+    return bool(np.all(values == values[0]))
 
 
 def publish(key: str, value: str, *, seconds: float = 5.0) -> None:
