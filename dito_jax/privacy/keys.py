@@ -21,6 +21,7 @@ import secrets
 import socket
 import stat
 import time
+import uuid
 from pathlib import Path
 from typing import Literal
 
@@ -107,7 +108,7 @@ def shared_secret(run: str, *, seconds: float = 10.0) -> bytes:
 
 
 def _create(path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(SECRET_BYTES))

@@ -7,8 +7,9 @@ import pytest
 from dito_jax.data import DigitsData
 from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import epsilon
+from dito_jax.privacy.budget import Budget
 from dito_jax.privacy.card import card, markdown
-from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.run import PrivateRun
 from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.telemetry.run_directory import RunDirectory

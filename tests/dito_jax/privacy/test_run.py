@@ -12,7 +12,8 @@ from dito_jax.data import DigitsData
 from dito_jax.errors import UserError
 from dito_jax.privacy import run as run_module
 from dito_jax.privacy.accounting import Release, epsilon
-from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.privacy.budget import Budget
+from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.run import PLAN, PrivateRun, check_history, make_plan
 from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.telemetry.run_directory import RunDirectory
