@@ -29,7 +29,8 @@ class Recording:
         self.client = client
     def __getattr__(self, name):
         if name.startswith("key_value_set"):
-            return lambda key, value, **more: written.append((key, value)) or getattr(self.client, name)(key, value, **more)
+            written.append(name)
+            return lambda *entry, **more: written.append(entry) or getattr(self.client, name)(*entry, **more)
         return getattr(self.client, name)
 state.client = Recording(state.client)
 run = (RunDirectory if distributed.index() == 0 else FollowedDirectory)(Path(sys.argv[1]))
