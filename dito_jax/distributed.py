@@ -2,7 +2,8 @@
 
 The key-value store is kept by process 0. Each process can publish texts in it and read all of them, also while devices
 are blocked in a collective. A single process uses a local dict instead. The store has no authentication: any program
-that reaches its port can read and write it, so nothing secret belongs there.
+that reaches its port can read and write it, so nothing secret belongs there. It listens on all interfaces, or on the
+loopback interface only if JAX_COORDINATOR_ADDRESS is a loopback address.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from dito_jax.errors import UserError
 
 
 GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 DETECTED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # Slurm and Open MPI; JAX reads their other variables itself
 HEARTBEAT_SECONDS = 30  # without a heartbeat for so long, JAX treats a process as dead and ends the others
 
@@ -40,7 +42,11 @@ def join() -> None:
     if any(name in os.environ for name in GIVEN):
         address, count, index = _given(os.environ)
         if count > 1:
-            jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+            here = address.rpartition(":")[0] in LOOPBACK  # then other hosts cannot reach the key-value store
+            jax.distributed.initialize(
+                address, count, index,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS, coordinator_bind_address=address if here else None,
+            )  # fmt: skip
     elif any(os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1 for name in DETECTED):
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
