@@ -16,8 +16,9 @@ import jax
 from dito_jax import distributed
 from dito_jax.data import DigitsData
 from dito_jax.privacy.canaries import planted
+from dito_jax.privacy import run as run_module
 from dito_jax.privacy.run import PrivateRun
-from dito_jax.privacy.settings import PrivacyConfig
+from dito_jax.privacy.settings import PrivacyConfig, StepPlan
 from dito_jax.telemetry.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.training.program import LoopConfig
 distributed.join()
@@ -35,7 +36,8 @@ class Recording:
 state.client = Recording(state.client)
 run = (RunDirectory if distributed.index() == 0 else FollowedDirectory)(Path(sys.argv[1]))
 source = planted(DigitsData().open("train"), 8, run)
-privacy = PrivacyConfig(epsilon=3.0, delta=1e-4, dataset="digits", max_batch=2000)
+run_module.make_plan = lambda *_: StepPlan(4.0, 0.02, len(source), len(source))  # its calibration takes long
+privacy = PrivacyConfig(epsilon=9.0, delta=1e-4, dataset="digits")
 private = PrivateRun(privacy, LoopConfig(steps=6, batch_size=64), source, run, multiple=8)
 (batch,) = itertools.islice(private.batches_after(0, distributed.index(), 2), 1)
 distributed.agree(True)
