@@ -108,7 +108,10 @@ class Ledger:
         """A sentence if `steps` steps of a run do not fit together with those that other runs still plan, else None."""
         with self._locked():
             found = self._spending.shortage(run, release, steps, self._budget)
-        return found and f"{self.path}: {found}. A step that would exceed the budget ends its run."
+        return found and (
+            f"{self.path}: {found}. A step that would exceed the budget ends its run: raise the budget (dito privacy "
+            "ledger DATASET --budget EPSILON) or start after those runs; ignore this if they will not go on."
+        )
 
     def charge(self, run: str, restart: int, step: int, release: Release) -> None:
         """Charges one step, on disk when it returns; take the step only after that.
