@@ -1,7 +1,9 @@
 """Multi-process (multi-host) runs: jax.distributed initialization, barriers, and a shared key-value store.
 
 The key-value store is kept by process 0. Each process can publish texts in it and read all of them, also while devices
-are blocked in a collective. A single process uses a local dict instead.
+are blocked in a collective. A single process uses a local dict instead. The store has no authentication: any program
+that reaches its port can read and write it, so nothing secret belongs there. It listens on all interfaces, or on the
+loopback interface only if JAX_COORDINATOR_ADDRESS is a loopback address.
 """
 
 import contextlib
@@ -21,6 +23,7 @@ from dito_jax.errors import UserError
 
 
 GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 DETECTED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # Slurm and Open MPI; JAX reads their other variables itself
 HEARTBEAT_SECONDS = 30  # without a heartbeat for so long, JAX treats a process as dead and ends the others
 
@@ -39,7 +42,11 @@ def join() -> None:
     if any(name in os.environ for name in GIVEN):
         address, count, index = _given(os.environ)
         if count > 1:
-            jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+            here = address.rpartition(":")[0] in LOOPBACK  # then other hosts cannot reach the key-value store
+            jax.distributed.initialize(
+                address, count, index,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS, coordinator_bind_address=address if here else None,
+            )  # fmt: skip
     elif any(os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1 for name in DETECTED):
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
@@ -59,6 +66,14 @@ def agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+def same(value: bytes) -> bool:
+    """Whether `value`, which has the same length in all processes, is the same in all of them; a collective."""
+    if jax.process_count() == 1:
+        return True
+    values = multihost_utils.process_allgather(np.frombuffer(value, np.uint8))
+    return bool(np.all(values == values[0]))
 
 
 def publish(key: str, value: str, *, seconds: float = 5.0) -> None:

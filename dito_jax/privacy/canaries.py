@@ -45,8 +45,8 @@ from jax_privacy.auditing import CanaryScoreAuditor
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from dito_jax.data import Example, Source, class_names
-from dito_jax.distributed import agree, index, publish, published
 from dito_jax.errors import UserError
+from dito_jax.privacy.agreement import agreed
 from dito_jax.privacy.keys import run_secret, secret_path
 from dito_jax.telemetry.run_directory import RunDirectory
 
@@ -138,18 +138,14 @@ def planted(source: Source, num: int, run: RunDirectory) -> CanarySource:
     Raises:
       UserError: the run was started with another number of canaries, or their secret is missing.
     """
-    refused: UserError | None = None
-    if index() == 0:
-        try:
-            publish("canaries/secret", _kept_secret(run, num).hex())
-        except UserError as error:
-            refused = error
-    if not agree(refused is None):
-        raise refused or UserError("the canaries of this run cannot be used; process 0 prints the reason.")
-    return CanarySource(source, num, secret=bytes.fromhex(published("canaries")["secret"]))
+    _, secret = agreed(
+        "canaries", "planted", lambda: {"secret_of": _kept_secret(run, num)}, "the canaries of this run cannot be used"
+    )
+    return CanarySource(source, num, secret=secret)
 
 
-def _kept_secret(run: RunDirectory, num: int) -> bytes:
+def _kept_secret(run: RunDirectory, num: int) -> str:
+    """The name of the secret of the canaries, which is the one that was used before."""
     path = run.path / PLANTED
     kept = json.loads(path.read_text()) if path.exists() else {"secret": f"canaries-{uuid.uuid4().hex}", "num": num}
     if kept["num"] != num:
@@ -162,7 +158,7 @@ def _kept_secret(run: RunDirectory, num: int) -> bytes:
     if kept.setdefault("sha256", digest) != digest:
         raise UserError(f"{held}: not the secret of this run's canaries; restore it from a copy.")
     run.write_json(PLANTED, kept)
-    return secret
+    return kept["secret"]
 
 
 def epsilon_bounds(

@@ -4,6 +4,8 @@ Guarantees
   - Every value is read from the ledger or the run's own files, or computed from them.
   - epsilon is that of all charged steps, including steps repeated after a crash and charged steps that were not taken,
     plus those of the private runs on the same data set that the run was warm-started from.
+  - There is no card if the ledger lacks an entry that the run has recorded, or has entries that differ from the plan of
+    the run: a ledger that was rewritten, truncated or exchanged (ledger_head.py).
   - A card says "not audited" without RUN/audit.json.
 """
 
@@ -17,8 +19,9 @@ from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import adjacency, epsilon, merged
 from dito_jax.privacy.audit import FOR_THE_CARD
 from dito_jax.privacy.ledger import Ledger, ledger_path
-from dito_jax.privacy.run import PLAN
-from dito_jax.privacy.settings import PrivacyConfig
+from dito_jax.privacy.ledger_head import check_ledger
+from dito_jax.privacy.run import PLAN, release_of
+from dito_jax.privacy.settings import PrivacyConfig, StepPlan
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.trainable import Names
 
@@ -52,7 +55,7 @@ def card(
     """The privacy card of a run as a dict for JSON; the arguments are fields of the run's config.
 
     Raises:
-      UserError: the run is not private, its ledger is missing, or the ledger lacks steps of the run.
+      UserError: the run is not private, its ledger is missing, or the ledger is not the one that was charged.
     """
     if privacy.epsilon is None or privacy.dataset is None or not (run.path / PLAN).exists():
         raise UserError(f"{run.path}: not a private run (no {PLAN}), so there is no privacy card.")
@@ -61,6 +64,7 @@ def card(
         raise UserError(f"{path}: the ledger of this run is missing; copy it here, or set DITO_LEDGERS.")
     kept, ledger = json.loads((run.path / PLAN).read_text()), Ledger(path)
     plan, audit = kept["plan"], run.path / "audit.json"
+    check_ledger(ledger, run, kept, release_of(StepPlan(**plan)))
     _check_charges(run, sum(ledger.spent(kept["run"]).values()), path)
     assert ledger.budget is not None
     return {

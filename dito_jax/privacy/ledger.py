@@ -5,14 +5,15 @@ Guarantees
     crash prevented, but never lacks one that was taken. A repeated step is charged again.
   - Entries form a SHA-256 hash chain: a changed, missing or moved line is an error that names the line. An incomplete
     last line after a crash belongs to a charge that never returned; it is removed, and an entry records that.
-  - One process at a time writes the file, over all runs; each run reads the charges of the others before its own.
-  - Not covered: users with write access can replace the file. Entries removed at the end are detected only by a run
-    that has recorded an entry (`remembers`), or by a copy. Steps taken by other programs are not charged.
+  - One `Ledger` object at a time writes the file, over all threads, processes and runs; each reads the charges of the
+    others before its own. A file that was truncated or exchanged in the meantime is an error.
+  - An entry with a schema version, kind or field that this version does not know is an error (ledger_file.py).
+  - Not covered: users with write access can rewrite the file with a new chain. Only a run that has recorded an entry
+    (`remembers`), or a copy, shows that. Steps taken by other programs are not charged.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -23,20 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from dito_jax.errors import UserError
-from dito_jax.privacy.accounting import Release, merged, remaining_steps
+from dito_jax.privacy.accounting import Release
+from dito_jax.privacy.budget import Budget, Plan, Spending
+from dito_jax.privacy.ledger_file import SCHEMA, append_line, check_schema, content, exclusive
 
 
 FIRST = "0" * 64
-AHEAD = 64  # steps of each other release that a cached number of remaining steps allows for
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """The privacy budget of a data set."""
-
-    epsilon: float
-    delta: float
-    unit: str  # "example" or "user"
 
 
 def ledger_path(dataset: str) -> Path:
@@ -49,14 +42,6 @@ def ledger_path(dataset: str) -> Path:
     )
 
 
-@dataclasses.dataclass
-class Room:
-    """Cache: `left` more steps of one release fit, even after the given numbers of steps of `others`."""
-
-    left: int
-    others: dict[Release, int]
-
-
 class Ledger:
     """The ledger of one data set."""
 
@@ -65,10 +50,8 @@ class Ledger:
         self.entries: list[dict[str, Any]] = []  # all entries except charges
         self.head = FIRST  # hash of the last entry
         self.number = 0  # number of entries
-        self._offset = 0
-        self._spent: dict[Release, int] = {}
-        self._by_run: dict[str, dict[Release, int]] = {}
-        self._room: dict[Release, Room] = {}
+        self._offset, self._last = 0, b""  # end of the last entry in the file, and its line
+        self._spending = Spending()
         if path.exists():
             with self._locked():
                 pass
@@ -81,15 +64,23 @@ class Ledger:
 
     def spent(self, run: str | None = None) -> Mapping[Release, int]:
         """Number of charged steps by release, of all runs or of one run."""
-        return dict(self._spent if run is None else self._by_run.get(run, {}))
+        return dict(self._spending.total if run is None else self._spending.by_run.get(run, {}))
 
     def runs(self) -> list[str]:
         """Names of all started runs, in order."""
         return list(dict.fromkeys(entry["run"] for entry in self.entries if entry["kind"] == "start"))
 
+    def starts(self, run: str) -> list[Release]:
+        """The planned release of each start of a run."""
+        return [
+            Release(**entry["payload"]["release"])
+            for entry in self.entries
+            if entry["kind"] == "start" and entry["run"] == run
+        ]
+
     def restarts(self, run: str) -> int:
         """Number of starts of a run."""
-        return sum(entry["kind"] == "start" and entry["run"] == run for entry in self.entries)
+        return len(self.starts(run))
 
     def set_budget(self, budget: Budget) -> None:
         """Sets or changes the budget; earlier budgets stay in the ledger."""
@@ -100,29 +91,36 @@ class Ledger:
         """Records the start of a run that plans `steps` steps; returns the index of this start of the run, from 0.
 
         Raises:
-          UserError: these steps would exceed the budget; the message says how many steps remain.
+          UserError: these steps would exceed the budget; the message says how many steps remain, and the budget that
+            all of them need.
         """
         with self._locked() as append:
-            left = self._steps_left(release)
-            if steps > left:
+            if excess := self._spending.excess(release, steps, self._budget):
                 raise UserError(
-                    f"{self.path}: {steps} steps at noise {release.noise_multiplier:g} would exceed epsilon "
-                    f"{self._budget.epsilon:g} at delta {self._budget.delta:g}: {left} remain. Train "
-                    "fewer (train.steps), with more noise (a lower privacy.epsilon), or raise the budget: "
-                    "dito privacy ledger DATASET --budget EPSILON."
+                    f"{self.path}: {excess}. Train fewer (train.steps), with more noise (a lower privacy.epsilon), or "
+                    "raise the budget: dito privacy ledger DATASET --budget EPSILON."
                 )
             restart = self.restarts(run)
             append("start", run, {"restart": restart, "steps": steps, "release": dataclasses.asdict(release)} | notes)
             return restart
 
+    def shortage(self, run: str, release: Release, steps: int) -> str | None:
+        """A sentence if `steps` steps of a run do not fit together with those that other runs still plan, else None."""
+        with self._locked():
+            found = self._spending.shortage(run, release, steps, self._budget)
+        return found and (
+            f"{self.path}: {found}. A step that would exceed the budget ends its run: raise the budget (dito privacy "
+            "ledger DATASET --budget EPSILON) or start after those runs; ignore this if they will not go on."
+        )
+
     def charge(self, run: str, restart: int, step: int, release: Release) -> None:
         """Charges one step, on disk when it returns; take the step only after that.
 
         Raises:
-          UserError: the step would exceed the budget; nothing is charged.
+          UserError: the step would exceed the budget, or the disk is full; nothing is charged.
         """
         with self._locked() as append:
-            if self._steps_left(release) < 1:
+            if self._spending.steps_left(release, self._budget) < 1:
                 raise UserError(
                     f"{self.path}: step {step} would exceed epsilon {self._budget.epsilon:g} at delta "
                     f"{self._budget.delta:g}: 0 steps remain at noise {release.noise_multiplier:g}. The training "
@@ -139,43 +137,20 @@ class Ledger:
         assert self.budget is not None, "a ledger has a budget before it has runs"
         return self.budget
 
-    def _steps_left(self, release: Release) -> int:
-        """Number of further steps that fit; cached, because the computation is slow."""
-        room = self._room.get(release)
-        if room is None or min(room.left, *room.others.values(), 0) < 0:
-            room = self._computed_room(release, AHEAD)
-        if room.left < 1:
-            room = self._computed_room(release, 0)
-        self._room[release] = room
-        return room.left
-
-    def _computed_room(self, release: Release, ahead: int) -> Room:
-        others = {other: ahead for other in self._spent if other != release}
-        budget = self._budget
-        return Room(remaining_steps(merged(self._spent, others), release, budget.epsilon, budget.delta), others)
-
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Any]:
         """Locks the file and reads new entries; yields the function that appends an entry."""
-        if new := not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            if new:
-                _sync_directory(self.path.parent)
-            fcntl.lockf(file, fcntl.LOCK_EX)
+        with exclusive(self.path) as file:
             torn = self._read(file)
 
             def append(kind: str, run: str, payload: dict[str, Any]) -> None:
                 entry = {
-                    "number": self.number + 1, "time": time.time(), "kind": kind, "run": run, "payload": payload,
-                    "previous": self.head,
+                    "schema": SCHEMA, "number": self.number + 1, "time": time.time(), "kind": kind, "run": run,
+                    "payload": payload, "previous": self.head,
                 }  # fmt: skip
                 line = _canonical(entry | {"hash": _hash(entry)}) + b"\n"
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-                self._take(json.loads(line))
-                self._offset += len(line)
+                append_line(file, self.path, line)
+                self._take(line)
 
             if torn is not None:
                 file.truncate(self._offset)
@@ -184,40 +159,48 @@ class Ledger:
 
     def _read(self, file) -> str | None:
         """Reads the entries appended since the last call; returns an incomplete last line, if there is one."""
-        file.seek(self._offset)
-        *lines, torn = file.read().split(b"\n")
+        file.seek(self._offset - len(self._last))
+        before, text = file.read(len(self._last)), file.read()
+        if before != self._last:
+            raise UserError(
+                f"{self.path}: entry {self.number} is not the one that this process has read before: the file was "
+                "truncated, rewritten or exchanged. The spent privacy is unknown: restore the file from a copy."
+            )
+        *lines, torn = text.split(b"\n")
         for line in lines:
-            try:
-                entry = json.loads(line)
-                stated = entry.pop("hash")
-                good = stated == _hash(entry) and entry["previous"] == self.head and entry["number"] == self.number + 1
-                entry["hash"] = stated
-            except (ValueError, KeyError, AttributeError, TypeError):
-                good = False
-            if not good:
-                raise UserError(
-                    f"{self.path}: line {self.number + 1} was changed, or lines before it are missing. The spent "
-                    "privacy is unknown: restore the file from a copy."
-                )
-            self._take(entry)
-            self._offset += len(line) + 1
+            self._take(line + b"\n")
         return torn.decode(errors="replace") if torn else None
 
-    def _take(self, entry: dict[str, Any]) -> None:
+    def _take(self, line: bytes) -> None:
+        """Adds the next line of the file, if it is the continuation of the chain."""
+        entry, found = self._verified(line)
         self.number, self.head = entry["number"], entry["hash"]
-        if entry["kind"] != "step":
-            self.entries.append(entry)
-            if entry["kind"] == "budget":
-                self._room.clear()
+        self._offset, self._last = self._offset + len(line), line
+        if isinstance(found, Release):
+            self._spending.charge(entry["run"], entry["payload"]["restart"], found)
             return
-        release = Release(**entry["payload"]["release"])
-        for of_release, room in self._room.items():
-            if of_release == release:
-                room.left -= 1
-            else:
-                room.others[release] = room.others.get(release, 0) - 1
-        self._spent = merged(self._spent, {release: 1})
-        self._by_run[entry["run"]] = merged(self._by_run.get(entry["run"], {}), {release: 1})
+        self.entries.append(entry)
+        if isinstance(found, Budget):
+            self._spending.new_budget()
+        elif isinstance(found, Plan):
+            self._spending.start(entry["run"], found)
+
+    def _verified(self, line: bytes) -> tuple[dict[str, Any], Budget | Plan | Release | str]:
+        try:
+            entry = json.loads(line)
+            check_schema(entry)  # first, because a later version may compute the hash differently
+            unhashed = {name: value for name, value in entry.items() if name != "hash"}
+            good = entry["hash"] == _hash(unhashed)
+            if good and entry["previous"] == self.head and entry["number"] == self.number + 1:
+                return entry, content(entry)
+        except UserError as error:
+            raise UserError(f"{self.path}: line {self.number + 1} cannot be used: {error}") from error
+        except (ValueError, KeyError, AttributeError, TypeError):
+            pass
+        raise UserError(
+            f"{self.path}: line {self.number + 1} was changed, or lines before it are missing. The spent "
+            "privacy is unknown: restore the file from a copy."
+        )
 
     def _hash_of(self, number: int) -> str | None:
         with self.path.open("rb") as file:
@@ -251,11 +234,3 @@ def _canonical(entry: Mapping[str, Any]) -> bytes:
 
 def _hash(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(entry)).hexdigest()
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,11 +5,12 @@ Guarantees
     exceed the budget, the run ends with a one-line error.
   - The plan is made once and stored in the run directory: a resumed run continues with the same plan, or fails and
     names the changed settings. A run directory is private from its first step, or never.
-  - The run fails if the ledger lacks an entry that this run has recorded, or a step that it has taken, and if another
-    ledger already has runs on the same data under another name.
+  - The run fails if the ledger lacks an entry that this run has recorded, or a step that it has taken, if its entries
+    differ from the plan, and if another ledger already has runs on the same data under another name.
+  - A run that fits the budget, but not together with what other runs have planned and not taken, is told so.
   - Repeated steps, also within one process, have new keys and are charged again.
-  - Of several processes, process 0 writes the ledger and holds the secret; it sends the secret to the others through
-    the key-value store of jax.distributed, over the network of the run.
+  - Of several processes, process 0 writes the ledger and creates the secret. The others read the secret from its file;
+    it is not sent over the network (agreement.py).
 """
 
 import concurrent.futures
@@ -23,13 +24,17 @@ from typing import Any
 import numpy as np
 
 from dito_jax.data import Source
-from dito_jax.distributed import agree, index, publish, published
+from dito_jax.distributed import agree
 from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import Release, noise_multiplier, truncation
-from dito_jax.privacy.keys import StepKeys, run_secret
-from dito_jax.privacy.ledger import Budget, Ledger, charged_elsewhere, ledger_path
+from dito_jax.privacy.agreement import agreed
+from dito_jax.privacy.budget import Budget
+from dito_jax.privacy.keys import StepKeys
+from dito_jax.privacy.ledger import Ledger, charged_elsewhere, ledger_path
+from dito_jax.privacy.ledger_head import check_ledger, write_head
 from dito_jax.privacy.sampling import PoissonBatches, Units
 from dito_jax.privacy.settings import PrivacyConfig, StepPlan
+from dito_jax.telemetry.events import Events
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import LoopConfig
 
@@ -86,14 +91,13 @@ class PrivateRun:
         Raises:
           UserError: the planned steps exceed the budget; the iterator raises it if the next step does.
         """
-        start = self._begin(step)
-        keys = StepKeys(bytes.fromhex(start["secret"]), start["run"], start["restart"])
+        keys = self._begin(step)
         images = self._privacy.images_per_user or 1
         batches = PoissonBatches(
             self._source, self.units, self.plan, keys,
             rows=self._rows, images_per_unit=images, share=share, shares=shares,
         )  # fmt: skip
-        return self._charged(batches, step, start["restart"])
+        return self._charged(batches, step, keys.restart)
 
     def _charged(self, batches: PoissonBatches, step: int, restart: int) -> Iterator[dict[str, np.ndarray]]:
         with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="next-private-batch") as ahead:
@@ -104,20 +108,15 @@ class PrivateRun:
                 ready, batch = batch.result(), ahead.submit(batches.batch, step + 1)
                 yield ready
 
-    def _begin(self, step: int) -> dict[str, Any]:
-        """Records a start in the ledger and publishes it to all processes."""
+    def _begin(self, step: int) -> StepKeys:
+        """Records a start in the ledger; returns its keys, which are the same in all processes."""
         self._starts += 1
-        refused: UserError | None = None
-        if index() == 0:
-            try:
-                self._publish_start(step)
-            except UserError as error:
-                refused = error
-        if not agree(refused is None):
-            raise refused or UserError("the privacy ledger refused this run; see the message of process 0.")
-        return json.loads(published("private")[str(self._starts)])
+        start, secret = agreed(
+            "private", str(self._starts), lambda: self._record_start(step), "the privacy ledger refused this run"
+        )
+        return StepKeys(secret, start["secret_of"], start["restart"])
 
-    def _publish_start(self, step: int) -> None:
+    def _record_start(self, step: int) -> dict[str, Any]:
         privacy = self._privacy
         assert privacy.epsilon is not None and privacy.dataset is not None
         path = ledger_path(privacy.dataset)
@@ -137,38 +136,24 @@ class PrivateRun:
                 f"{ledger.path}: its budget is for a delta of {budget.delta:g} and the unit {budget.unit!r}, the run "
                 f"has {privacy.delta:g} and {unit!r}: set privacy.delta and privacy.images_per_user accordingly."
             )
-        self._check_ledger(ledger, step)
+        check_ledger(ledger, self._run, self._kept, self.release, steps=step)
         libraries = {name: version(name) for name in ("dp-accounting", "jax-privacy")}
         notes = {"versions": libraries, "after": step, "data": self._data}
-        restart = ledger.start(self.name, self.release, self._loop.steps - step, **notes)
-        self._kept["ledger"] = {"number": ledger.number, "head": ledger.head}
+        steps = self._loop.steps - step
+        shortage = ledger.shortage(self.name, self.release, steps) if self._starts == 1 else None
+        restart = ledger.start(self.name, self.release, steps, **notes)
+        self._kept["ledger"] = write_head(self._run, ledger)
         self._run.write_json(PLAN, self._kept)  # from here on the run is private
-        start = {"run": self.name, "restart": restart, "secret": run_secret(self.name).hex()}
-        publish(f"private/{self._starts}", json.dumps(start))
-
-    def _check_ledger(self, ledger: Ledger, step: int) -> None:
-        noted, charged = self._kept.get("ledger"), sum(ledger.spent(self.name).values())
-        if noted is not None and not ledger.remembers(noted["number"], noted["head"]):
-            raise UserError(
-                f"{ledger.path}: entry {noted['number']} differs from the one that this run recorded: another file, or "
-                "entries are missing. The spent privacy is unknown: restore the ledger from a copy."
-            )
-        if lost := [name for name in self._kept.get("starts_from", []) if not ledger.restarts(name)]:
-            raise UserError(
-                f"{ledger.path}: it lacks run {lost[0][:8]}, which this run starts from and which used these data: "
-                "use the ledger that has it (DITO_LEDGERS)."
-            )
-        if charged < step:
-            raise UserError(
-                f"{ledger.path}: {charged} steps of this run are charged, but it has taken {step}: entries are "
-                "missing at the end. Restore the ledger from a copy."
-            )
+        if shortage is not None:
+            Events(self._run).record("budget", shortage)
+        return {"secret_of": self.name, "restart": restart}
 
     def _charge(self, restart: int, step: int) -> None:
         refused: UserError | None = None
         if self._ledger is not None:
             try:
                 self._ledger.charge(self.name, restart, step, self.release)
+                write_head(self._run, self._ledger)
             except UserError as error:
                 refused = error
         if not agree(refused is None):

@@ -42,7 +42,8 @@ def run[Arguments](
         _end(INTERRUPTED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            print(f"{program()}: {error.filename}: {error.strerror}.", file=sys.stderr)
+            where = f"{error.filename}: " if error.filename is not None else ""  # a write names no file
+            print(f"{program()}: {where}{error.strerror}.", file=sys.stderr)
             _end(USER_MISTAKE)
         if not _several_processes():
             raise

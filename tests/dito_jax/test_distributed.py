@@ -25,6 +25,25 @@ def test_two_processes_read_each_other_and_agree(start, finish):
         assert finish(process, 0)[0].splitlines()[-1] == "2 {'0': 'step 0', '1': 'step 1'} {} False"
 
 
+LISTENING = """
+import os
+from pathlib import Path
+from dito_jax import distributed
+distributed.join()
+port = f"{int(os.environ['JAX_COORDINATOR_ADDRESS'].rpartition(':')[2]):04X}"
+sockets = [line.split() for file in ("tcp", "tcp6") for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]]
+print("listens on", *{row[1].rpartition(":")[0] for row in sockets if row[1].endswith(f":{port}") and row[3] == "0A"})
+distributed.agree(True)
+"""
+
+
+def test_the_store_of_processes_on_one_host_is_not_reached_from_others(start, finish):
+    """127.0.0.1 in hexadecimal, little-endian, perhaps as an IPv6 address; JAX's default is all interfaces, zeros."""
+    for process in start(LISTENING, count=2):
+        said = next(line for line in finish(process, 0)[0].splitlines() if line.startswith("listens"))
+        assert said in ("listens on 0100007F", "listens on 0000000000000000FFFF00000100007F")
+
+
 def test_two_tasks_of_slurm_find_each_other(start, finish):
     """By the variables that srun sets, as docs/multi-gpu.md lists them."""
     job = {"SLURM_JOB_ID": str(random.randrange(4096)), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}

@@ -3,7 +3,8 @@
 import pytest
 
 from dito_jax.privacy.accounting import noise_multiplier
-from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.privacy.budget import Budget
+from dito_jax.privacy.ledger import Ledger, ledger_path
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 import hmac
 import itertools
 import os
+import secrets
+import stat
 
 import jax
 import numpy as np
 import pytest
 
 from dito_jax.errors import UserError
-from dito_jax.privacy.keys import StepKeys, run_secret, secret_path
+from dito_jax.privacy.keys import StepKeys, run_secret, secret_path, shared_secret
 
 
 SECRET = bytes(range(32))
@@ -72,3 +74,63 @@ def test_a_secret_is_made_once_apart_from_the_run_and_is_its_owners(tmp_path, mo
 
 def test_no_text_has_the_secret():
     assert SECRET.hex() not in repr(StepKeys(SECRET, "run", 0)) and "\\x01" not in repr(StepKeys(SECRET, "run", 0))
+
+
+@pytest.fixture
+def own_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("DITO_SECRETS", str(tmp_path / "secrets"))
+    return tmp_path / "secrets"
+
+
+def test_a_secret_is_its_owners_from_its_creation_on(own_secrets, monkeypatch):
+    """With a umask that takes nothing away; looked at before the first byte is written, and before it has its name."""
+    seen, made = [], secrets.token_bytes
+
+    def looking(size):
+        (only,) = own_secrets.iterdir()
+        seen.append((stat.S_IMODE(only.stat().st_mode), only.stat().st_size))
+        return made(size)
+
+    monkeypatch.setattr(secrets, "token_bytes", looking)
+    before = os.umask(0)
+    try:
+        run_secret("a")
+    finally:
+        os.umask(before)
+    assert seen == [(0o600, 0)] and stat.S_IMODE(own_secrets.stat().st_mode) == 0o700
+    assert stat.S_IMODE(secret_path("a").stat().st_mode) == 0o600
+
+
+def test_the_secret_of_another_user_is_refused(own_secrets, monkeypatch):
+    run_secret("a")
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    for read in (run_secret, shared_secret):
+        with pytest.raises(
+            UserError, match=f"secrets/a: it belongs to user {me}, and this process runs as user {me + 1}"
+        ):
+            read("a")
+
+
+def test_what_is_no_file_of_a_secret_is_refused(own_secrets):
+    os.makedirs(own_secrets / "folder")
+    os.mkfifo(own_secrets / "pipe", 0o600)
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match=f"secrets/{name}: not a regular file"):
+            run_secret(name)
+    for name in ("../a", "a/b", "", "."):
+        with pytest.raises(UserError, match="names no secret of a run"):
+            secret_path(name)
+
+
+def test_a_secret_that_is_not_seen_is_not_made(own_secrets):
+    with pytest.raises(UserError, match="secrets/a: process 0, on .* does not see .* set DITO_SECRETS to a folder"):
+        shared_secret("a", seconds=0.2)
+    assert not own_secrets.exists()
+    assert run_secret("a") == shared_secret("a")
+
+
+def test_a_full_disk_names_the_secret_and_leaves_nothing(own_secrets, files_at_most):
+    with files_at_most(10), pytest.raises(UserError, match="secrets/a: File too large: free some space"):
+        run_secret("a")
+    assert list(own_secrets.iterdir()) == []

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 
 from dito_jax.errors import UserError
 from dito_jax.privacy.accounting import Release, epsilon, merged
-from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.privacy.budget import Budget
+from dito_jax.privacy.ledger import Ledger, _canonical, _hash, ledger_path
+from dito_jax.privacy.ledger_file import exclusive
 
 
 ROOT = Path(__file__).parents[3]
@@ -185,3 +188,159 @@ def test_names_that_are_spelt_alike_have_ledgers_of_their_own(tmp_path, monkeypa
     assert ledger_path("digits") == tmp_path / "digits.jsonl"
     assert len({ledger_path(name) for name in ("a/b", "a_b", "a b", "../a b")}) == 4
     assert all(ledger_path(name).parent == tmp_path for name in ("../x", "/etc/passwd"))
+
+
+def test_ledgers_of_several_threads_append_one_chain(ledger):
+    """Each thread has an object of its own, as two runs in one process have; POSIX locks do not exclude threads."""
+    begin = threading.Barrier(3)
+
+    def charge(run):
+        own = Ledger(ledger.path)
+        begin.wait()
+        for step in range(20):
+            own.charge(run, 0, step, RELEASE)
+
+    threads = [threading.Thread(target=charge, args=(run,)) for run in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    again = Ledger(ledger.path)
+    assert again.spent() == {RELEASE: 60} and again.number == 61 and again.spent("b") == {RELEASE: 20}
+
+
+OTHER = """
+import fcntl
+import sys
+with open(sys.argv[1], "ab+") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+"""
+
+
+def test_a_lock_is_kept_when_the_process_reads_the_file_elsewhere(ledger):
+    """A POSIX lock is lost when any file object of the process is closed; earlier versions wait for the same lock."""
+    other = lambda: subprocess.run([sys.executable, "-c", OTHER, ledger.path], capture_output=True, text=True)
+    with exclusive(ledger.path):
+        ledger.path.read_bytes()
+        assert "BlockingIOError" in other().stderr
+    assert other().returncode == 0
+
+
+def add(path, **changes):
+    """Appends an entry with a good hash, as another version of the program does; None removes a field."""
+    lines = path.read_bytes().splitlines()
+    previous = json.loads(lines[-1])["hash"] if lines else "0" * 64
+    entry = {"number": len(lines) + 1, "time": 0.5, "kind": "step", "run": "a", "previous": previous} | changes
+    with path.open("ab") as file:
+        file.write(_canonical(entry | {"hash": _hash(entry)}) + b"\n")
+
+
+STEP = {"restart": 0, "step": 1, "release": {"sampling_prob": 0.02, "noise_multiplier": 4.0}}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(kind="refund", payload={}), "it is of kind 'refund', known are budget, start, step, torn"),
+        (dict(schema=2, payload=STEP), "it has schema version 2, known is 1"),
+        (dict(schema="1", payload=STEP), "it has schema version 1, known is 1"),
+        (dict(weight=2, payload=STEP), "it has the field 'weight', known are hash, kind, number"),
+        (dict(payload=STEP | {"times": 5000}), "a step with an unknown or invalid field: 'times', known are restart"),
+        (dict(payload=STEP | {"release": {"rounds": 9}}), "a step .* 'rounds', known are sampling_prob, noise_mul"),
+        (dict(payload={"restart": 0}), "a step with an unknown or invalid field: .*'release'"),
+        (dict(payload=STEP | {"release": {"sampling_prob": 0.02, "noise_multiplier": "4"}}), "a step with an unknown"),
+        (dict(kind="budget", payload={"epsilon": 3.0, "delta": 2.0, "unit": "example"}), "a budget with an unknown"),
+    ],
+)
+def test_an_entry_that_is_not_understood_is_refused(ledger, changes, said):
+    """Skipped, a kind of entry that spends would be missing from epsilon; an unknown field was a traceback."""
+    ledger.charge("a", 0, 0, RELEASE)
+    add(ledger.path, **changes)
+    for ask in (lambda: Ledger(ledger.path), lambda: ledger.charge("a", 0, 1, RELEASE)):
+        with pytest.raises(UserError, match=f"digits.jsonl: line 3 cannot be used: .*{said}") as refusal:
+            ask()
+        assert "use the version that wrote the file" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_ledger_without_schema_versions_still_opens_and_goes_on_with_them(tmp_path):
+    """The entries that dito_jax 0.2 wrote."""
+    path = tmp_path / "old.jsonl"
+    path.touch()
+    whole = STEP["release"] | {"max_batch": None, "num_examples": None}
+    add(path, kind="budget", run="", payload={"epsilon": 10.0, "delta": 1e-4, "unit": "example"})
+    add(path, kind="start", payload={"restart": 0, "steps": 5, "release": whole, "versions": {}, "after": 0})
+    add(path, payload=STEP | {"release": whole})
+    add(path, kind="torn", run="", payload={"text": "{"})
+    old = Ledger(path)
+    assert old.spent("a") == {RELEASE: 1} and old.budget == Budget(10.0, 1e-4, "example") and old.restarts("a") == 1
+    old.charge("a", 0, 2, RELEASE)
+    assert Ledger(path).spent() == {RELEASE: 2}
+    schemas = [json.loads(line).get("schema") for line in path.read_text().splitlines()]
+    assert schemas == [None] * 4 + [1] and json.loads(ledger_text(tmp_path).splitlines()[0])["schema"] == 1
+
+
+def ledger_text(folder):
+    made = Ledger(folder / "new.jsonl")
+    made.set_budget(Budget(10.0, 1e-4, "example"))
+    return made.path.read_text()
+
+
+def test_a_full_disk_names_the_ledger_and_charges_nothing(ledger, files_at_most):
+    ledger.charge("a", 0, 0, RELEASE)
+    before = ledger.path.read_bytes()
+    with files_at_most(len(before) + 100), pytest.raises(UserError) as refusal:  # a part of the line has room
+        ledger.charge("a", 0, 1, RELEASE)
+    assert str(refusal.value).startswith(f"{ledger.path}: File too large: free some space")
+    assert ledger.path.read_bytes() == before
+    ledger.charge("a", 0, 1, RELEASE)
+    assert Ledger(ledger.path).spent() == {RELEASE: 2} and Ledger(ledger.path).number == 3
+
+
+@pytest.mark.parametrize("change", ["truncated", "exchanged"])
+def test_a_file_that_is_changed_between_two_charges_is_noticed(ledger, tmp_path, change):
+    for step in range(3):
+        ledger.charge("a", 0, step, RELEASE)
+    if change == "truncated":
+        ledger.path.write_bytes(b"".join(ledger.path.read_bytes().splitlines(keepends=True)[:-1]))
+    else:
+        other = Ledger(tmp_path / "other.jsonl")
+        other.set_budget(Budget(10.0, 1e-4, "example"))
+        for step in range(9):
+            other.charge("a", 0, step, RELEASE)
+        other.path.replace(ledger.path)
+    before = ledger.path.read_bytes()
+    with pytest.raises(UserError, match="entry 4 is not the one that this process has read before"):
+        ledger.charge("a", 0, 3, RELEASE)
+    assert ledger.path.read_bytes() == before
+
+
+def needed(text):
+    return float(text.split("need a budget of epsilon ")[1].split()[0].rstrip("."))
+
+
+def test_a_run_that_does_not_fit_is_told_the_budget_that_it_needs(ledger):
+    ledger.set_budget(Budget(0.3, 1e-4, "example"))
+    ledger.charge("a", 0, 0, RELEASE)
+    with pytest.raises(UserError, match=r"because epsilon 0\.\d+ is spent; all 2000 steps need a budget") as refusal:
+        ledger.start("b", RELEASE, 2000)
+    wanted = needed(str(refusal.value))
+    assert wanted == pytest.approx(epsilon({RELEASE: 2001}, 1e-4), rel=1e-3)
+    ledger.set_budget(Budget(wanted, 1e-4, "example"))
+    assert ledger.start("b", RELEASE, 2000) == 0
+
+
+def test_a_second_run_is_told_if_both_do_not_fit(ledger):
+    """Each fits alone; what is left is what remains after all that the first has planned."""
+    budget = epsilon({RELEASE: 1500}, 1e-4)
+    ledger.set_budget(Budget(budget, 1e-4, "example"))
+    ledger.start("a", RELEASE, 1000)
+    assert ledger.shortage("a", RELEASE, 1000) is None  # a restart replaces its own plan
+    assert ledger.shortage("b", RELEASE, 400) is None
+    ledger.charge("a", 0, 1, RELEASE)
+    said = ledger.shortage("b", RELEASE, 1000)
+    assert "(run a: 999 steps): 500 remain if those are taken" in said and "\n" not in said
+    assert needed(said) == pytest.approx(epsilon({RELEASE: 2000}, 1e-4), rel=1e-3)
+    assert ledger.start("b", RELEASE, 1000) == 0
+    assert "(run b: 1000 steps): 499 remain" in ledger.shortage("a", RELEASE, 999)
+    ledger.set_budget(Budget(needed(said), 1e-4, "example"))
+    assert ledger.shortage("b", RELEASE, 1000) is None

@@ -10,9 +10,10 @@ import pytest
 from dito_jax import distributed
 from dito_jax.data import DigitsData
 from dito_jax.errors import UserError
-from dito_jax.privacy import run as run_module
-from dito_jax.privacy.accounting import Release, epsilon
-from dito_jax.privacy.ledger import Budget, Ledger, ledger_path
+from dito_jax.privacy import agreement
+from dito_jax.privacy.accounting import Release, epsilon, remaining_steps
+from dito_jax.privacy.budget import Budget, rounded_up
+from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.run import PLAN, PrivateRun, check_history, make_plan
 from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -101,8 +102,8 @@ def test_other_processes_draw_by_the_name_that_the_first_has_given_the_run(begun
     first = taken(begun("a"), 1)[0]
     told = distributed.published("private")["1"]
     elsewhere = begun("b")  # which saw no privacy.json when it began, and made up a name
-    monkeypatch.setattr(run_module, "index", lambda: 1)
-    monkeypatch.setattr(run_module, "published", lambda prefix: {"1": told})
+    monkeypatch.setattr(agreement, "index", lambda: 1)
+    monkeypatch.setattr(agreement, "published", lambda prefix: {"1": told})
     same = taken(elsewhere, 1)[0]
     for name, value in first.items():
         np.testing.assert_array_equal(same[name], value)
@@ -211,6 +212,25 @@ def test_a_second_run_on_the_data_finds_what_the_first_has_left(begun):
     taken(begun(), 6)
     with pytest.raises(UserError, match="would exceed epsilon 3 .*: 0 remain"):
         begun("b").batches_after(0, 0, 1)
+
+
+def test_a_second_run_is_told_at_its_start_that_both_do_not_fit(begun, tmp_path, capsys):
+    """Each fits alone. The first has taken one of its six steps when the second starts."""
+    Ledger(ledger_path("digits")).set_budget(Budget(3.5, 1e-4, "example"))
+    first = begun("first")
+    taken(first, 1)
+    assert capsys.readouterr().err == ""
+    second = begun("second")
+    batches = second.batches_after(0, 0, 1)
+    said = capsys.readouterr().err
+    left = remaining_steps({first.release: 6}, second.release, 3.5, 1e-4)
+    assert f"(run {first.name[:8]}: 5 steps): {left} remain if those are taken" in said and said.count("\n") == 1
+    whole = epsilon({first.release: 12}, 1e-4)
+    assert f"need a budget of epsilon {rounded_up(whole)}" in said and 0 <= float(rounded_up(whole)) - whole < 0.01
+    assert said.strip() in (tmp_path / "second" / "events.jsonl").read_text()
+    next(batches)
+    second.batches_after(1, 0, 1)  # after a rollback it is not said again
+    assert capsys.readouterr().err == ""
 
 
 def test_settings_that_the_noise_was_chosen_for_cannot_change_on_the_way(begun):
