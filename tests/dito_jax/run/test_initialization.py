@@ -54,7 +54,7 @@ def test_a_run_begins_with_the_average_of_another(tmp_path):
             "0.9": jax.tree.map(lambda a: a + 2, trained.params),
         }
         checkpoints = Checkpoints(tmp_path / "old/checkpoints", CONFIG.checkpoint)
-        checkpoints.save(4, dataclasses.replace(trained, ema=ema), metadata={})
+        checkpoints.save(4, dataclasses.replace(trained, ema=ema, step=trained.step + 4), metadata={})
         checkpoints.close()
         config = dataclasses.replace(
             CONFIG, init_from=path, privacy=PRIVATE, data=DigitsData(),
