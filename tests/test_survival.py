@@ -183,14 +183,7 @@ def test_a_false_step_is_refused_and_a_rollback_that_was_killed_is_finished(trai
     (checkpoints / "50").rename(checkpoints / "28")
     (tmp_path / "first").rename(tmp_path / "moved")
     run, checkpoints = tmp_path / "moved" / "run", tmp_path / "moved" / "run" / "checkpoints"
-    begun = {
-        "event": "rollback_begun",
-        "said": None,
-        "step": 31,
-        "to": 28,
-        "batches": 3,
-        "because": "because of a test",
-    }
+    begun = {"event": "rollback_begun", "said": None, "step": 31, "to": 28, "batches": 3, "because": "a test"}
     with (run / "events.jsonl").open("a") as log:
         log.write(json.dumps({"time": time.time(), "process": 0} | begun) + "\n")
     train(run, *SHORT).ends(0)

@@ -52,6 +52,7 @@ def roll_back_to(
     A collective. A run that is killed during it takes the same steps and batches when it starts again.
     """
     events.record("rollback_begun", step=number, to=target, batches=batches, because=because)
+    agree(True)  # barrier: process 0 has written the event before any process reads it
     finish_rollback(run, checkpoints, events)
 
 
