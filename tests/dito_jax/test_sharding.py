@@ -1,5 +1,7 @@
 """Sharding: the rules, kernels on a mesh, and a training run that comes out the same on one device and on eight."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from dito_jax.models.dit import DiTConfig
 from dito_jax.sharding import MeshConfig, make_mesh, on_mesh, spec
 from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig, make_program
+from dito_jax.training.step import cut
 
 
 pytestmark = pytest.mark.recorded
@@ -115,3 +118,12 @@ def test_eight_devices_train_to_the_losses_of_one(sizes, losses_on_one_device):
 
 def test_accumulation_changes_memory_and_not_the_result(losses_on_one_device):
     np.testing.assert_allclose(losses(1, data=1, gradient_accumulation_steps=4), losses_on_one_device, rtol=1e-5)
+
+
+def test_parts_of_a_batch_stay_on_their_devices():
+    devices = mesh(data=8)
+    of_batch, of_parts = (jax.NamedSharding(devices, jax.P(*dims)) for dims in (("data",), (None, "data")))
+    batch = jax.device_put(jnp.arange(32), of_batch)
+    parts = jax.jit(lambda batch: cut(batch, 2), out_shardings=of_parts)
+    np.testing.assert_array_equal(np.sort(parts(batch), axis=None), batch)
+    assert not re.search(r"all-|collective-", parts.lower(batch).compile().as_text())

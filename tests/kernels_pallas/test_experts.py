@@ -221,6 +221,15 @@ def test_rows_of_few_experts_are_shared_between_programs():
     assert triton._splits(programs=8 * 9 * 36, rows=2048) == 1
 
 
+def test_what_programs_add_up_of_one_weight_gradient_is_float32():
+    """Their own dtype would round each part before the sum."""
+    arrays = [jax.ShapeDtypeStruct((2100, size), jnp.bfloat16) for size in (24, 40)]
+    make = jax.make_jaxpr(functools.partial(triton.weight_gradient, kernel="dw"))
+    with backend.interpret_mode():
+        text = str(make(*arrays, jax.ShapeDtypeStruct((2,), jnp.int32)))
+    assert "f32[2,2,24,40]" in text and "bf16[2,2,24,40]" not in text
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("capacity", [9, 40])
 def test_rows_in_slots_give_what_they_give_side_by_side(implementation, capacity):

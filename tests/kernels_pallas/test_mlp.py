@@ -1,12 +1,14 @@
 """What is particular to the MLPs: the definitions against the formulas, any leading dims, one-line errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 
-from kernels_pallas import dense_mlp, gated_mlp
+from kernels_pallas import backend, dense_mlp, gated_mlp
 from kernels_pallas.mlp.activations import ACTIVATIONS, value_and_derivative
 
 
@@ -56,6 +58,20 @@ def test_gelu_tanh_is_close_to_gelu():
     x = np.linspace(-4, 4, 101)
     value, _ = value_and_derivative(jnp.asarray(x, jnp.float32), "gelu_tanh")
     np.testing.assert_allclose(value, x * scipy.special.ndtr(x), atol=5e-4)
+
+
+def test_half_of_the_last_column_tile_may_be_empty():
+    """96 columns in tiles of 64: halves of 32 divide them, and yet the last half lies past the end."""
+    given = arrays((5, 16), (16, 2, 96), (96, 16))
+
+    def both_ways(implementation, *given):
+        out, vjp = jax.vjp(functools.partial(gated_mlp, implementation=implementation), *given)
+        return [out, *vjp(jnp.cos(out))]
+
+    with backend.interpret_mode():
+        got, want = (jax.jit(functools.partial(both_ways, name))(*given) for name in ("triton", "xla"))
+    for mine, wanted in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_leading_dims_are_rows():

@@ -141,6 +141,21 @@ def test_last_steps_stay_and_a_saved_step_is_left_alone(tmp_path):
     assert digest(checkpoints.restore(11, like(make_state(11)))) == digest(make_state(11))
 
 
+def test_a_step_that_is_being_deleted_has_its_name_no_more(tmp_path, monkeypatch):
+    """A kill in the middle of it would leave half a step."""
+    checkpoints, rmtree, deleted = Checkpoints(tmp_path, CheckpointConfig(keep=1)), shutil.rmtree, []
+
+    def noted(path, *rest, **options):
+        deleted.append((Path(path).name, checkpoints.steps()))
+        rmtree(path, *rest, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step), metadata={})
+    checkpoints.close()
+    assert deleted == [(f"1{UNFINISHED}", [2])]
+
+
 def test_reading_changes_nothing_on_the_disk(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "none").latest() is None
     assert not (tmp_path / "none").exists()

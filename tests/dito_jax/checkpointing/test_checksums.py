@@ -42,11 +42,15 @@ def test_positions_and_signs_of_zero_and_nan_change_the_checksum():
     assert len({array_checksums({"x": y})["x"] for y in odd}) == len(odd)
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
-def test_sharding_does_not_count_and_nothing_is_gathered(shape):
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [((8, 1), ("a", "b")), ((2, 4), ("a", "b")), ((1, 8), ("a", "b")), ((2, 4), (("a", "b"),)), ((2, 4), (None, "b"))],
+    ids=str,
+)
+def test_sharding_does_not_count_and_nothing_is_gathered(shape, cut):
     x = jax.random.normal(jax.random.key(0), (16, 24))
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), ("a", "b"))
-    sharded = {"x": jax.device_put(x, jax.NamedSharding(mesh, jax.P("a", "b")))}
+    sharded = {"x": jax.device_put(x, jax.NamedSharding(mesh, jax.P(*cut)))}
     assert array_checksums(sharded) == array_checksums({"x": x})
     text = checksums._digester(x.shape, sharded["x"].sharding).lower(sharded["x"]).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text

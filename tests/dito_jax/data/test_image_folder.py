@@ -79,6 +79,14 @@ def test_split_without_folders_is_complete_and_never_changes_sides(tmp_path):
     assert train < images("train") and validation <= images("validation")
 
 
+def test_classes_whose_files_have_the_same_names_are_split_each_for_itself(tmp_path):
+    for name in ("ant", "bee"):
+        write_images(tmp_path / name, 60, seed=1)
+    held_out = arrays(ImageFolderData(str(tmp_path), 8).open("validation"))
+    ants, bees = ({image.tobytes() for image in held_out["image"][held_out["label"] == label]} for label in (0, 1))
+    assert ants and bees and ants != bees
+
+
 def test_only_training_images_are_flipped(tmp_path):
     write_images(tmp_path / "train" / "ant", 1)
     write_images(tmp_path / "validation" / "ant", 1)

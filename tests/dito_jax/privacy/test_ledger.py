@@ -1,6 +1,7 @@
 """The privacy ledger: no step without a charge, and no undetected change of an entry."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -171,16 +172,24 @@ def test_killed_at_any_moment_the_ledger_has_every_step_that_was_taken(ledger, t
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
         assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
-        with ledger.path.open("rb") as file:
-            charged = {
-                (entry["run"], entry["payload"]["restart"], entry["payload"]["step"])
-                for entry in map(json.loads, file.read().splitlines()[: Ledger(ledger.path).number])
-                if entry["kind"] == "step"
-            }
+        number = Ledger(ledger.path).number  # which cuts off a line that was half written, and notes that
+        charged = {
+            (entry["run"], entry["payload"]["restart"], entry["payload"]["step"])
+            for entry in map(json.loads, ledger.path.read_bytes().splitlines()[:number])
+            if entry["kind"] == "step"
+        }
         for run, file in zip(("a", "b"), done, strict=True):
             taken = {(run, *map(int, line.split())) for line in file.read_text().splitlines() if line.count(" ") == 1}
             assert taken and taken <= charged
     assert Ledger(ledger.path).restarts("a") == 4
+
+
+def test_a_charge_is_synced_before_it_returns(ledger, monkeypatch):
+    """A kill keeps what the kernel has, a power cut does not."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(ledger.path.read_bytes()))
+    ledger.charge("a", 0, 0, RELEASE)
+    assert synced == [ledger.path.read_bytes()]
 
 
 def test_names_that_are_spelt_alike_have_ledgers_of_their_own(tmp_path, monkeypatch):

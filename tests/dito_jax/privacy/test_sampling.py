@@ -1,10 +1,12 @@
 """Batches of private training: Poisson subsampling."""
 
 import numpy as np
+import pytest
 from jax_privacy.batch_selection import CyclicPoissonSampling
 from scipy import stats
 
 from dito_jax.data import DigitsData
+from dito_jax.data.digits import Digits
 from dito_jax.privacy.keys import StepKeys
 from dito_jax.privacy.sampling import PoissonBatches, Units
 from dito_jax.privacy.settings import StepPlan
@@ -69,7 +71,13 @@ def test_shapes_never_change_and_an_empty_batch_is_a_batch():
     assert one["image"].shape == (8, 1, 8, 8, 1)
 
 
-def test_processes_share_one_batch():
+def shifted(example, rng):
+    return {"image": example["image"] + np.float32(rng.random()), "label": example["label"]}
+
+
+@pytest.mark.parametrize("augment", [None, staticmethod(shifted)], ids=["as they are", "augmented"])
+def test_processes_share_one_batch(augment, monkeypatch):
+    monkeypatch.setattr(Digits, "augment", augment)
     whole = batches(room=24).batch(7)
     parts = [batches(room=24, share=i, shares=3).batch(7) for i in range(3)]
     for name in ("image", "label", "padding"):

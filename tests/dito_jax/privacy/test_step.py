@@ -176,6 +176,17 @@ def test_noise_draws_are_averaged_inside_the_unit(modern):
     assert 0.5 < size(many) / size(few) < 1.5
 
 
+def test_a_unit_is_the_mean_of_the_images_that_it_has(modern):
+    def alone(*images):
+        padding = jnp.ones((UNITS, IMAGES), bool).at[0, list(images)].set(False)
+        options = dict(noise_multiplier=1e-12, clip_norm=1e6, noise_multiplicity=1)
+        return published(modern, batch_of() | {"padding": padding}, **options)[0]
+
+    both, first, second = alone(0, 1), alone(0), alone(1)
+    mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    assert difference(both, mean) < 1e-3 * norm(both) < 1e-2 * difference(first, second)
+
+
 @pytest.mark.parametrize("backend", ["bookkeeping", "microbatch"])
 def test_parts_of_a_batch_are_clipped_one_by_one_and_get_noise_once(modern, backend):
     whole, _ = published(modern, batch_of(absent=(3,)), backend=backend)

@@ -12,6 +12,7 @@ from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.training.ema import update_ema
 from dito_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from dito_jax.training.program import LoopConfig, make_program
+from dito_jax.training.step import draw
 from dito_jax.training.trainable import divided, num_trained
 
 
@@ -53,6 +54,13 @@ def test_a_step_is_a_function_of_state_and_batch_and_each_step_draws_anew():
     one, metrics_one = frozen.step(frozen.init(), BATCH)
     _, metrics_two = frozen.step(one, BATCH)
     assert metrics_one["loss"] != metrics_two["loss"]
+
+
+def test_times_noise_and_dropped_classes_know_nothing_of_each_other():
+    batch = {"image": jnp.zeros((4096, 1, 1, 1)), "label": jnp.zeros(4096, jnp.int32)}
+    drawn = draw(jax.random.key(0), batch, LossConfig(class_dropout_prob=0.5), null_label=3)
+    columns = [drawn["t"], drawn["noise"].ravel(), drawn["label"] == 3]
+    np.testing.assert_allclose(np.corrcoef(np.stack(columns).astype(float)), np.eye(3), atol=0.07)
 
 
 def test_the_seed_decides_the_parameters():
