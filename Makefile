@@ -9,12 +9,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEVICELESS = $(shell $(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['deviceless']))")
 
-.PHONY: help train test test-all lint format docs gpu tune wheel wheelhouse clean
+.PHONY: help train test test-all record lint format docs gpu tune wheel wheelhouse clean
 
 help:
 	@echo "make train    install, train on handwritten digits, sample, evaluate: runs/digits/"
-	@echo "make test     install, all tests that need no GPU; kernels whose source changed are compiled for H200 and A100 too"
-	@echo "make test-all the same, and every kernel is compiled again, recorded or not"
+	@echo "make test     install, the tests that need no GPU, but those recorded as passed with the same code"
+	@echo "make test-all all tests that need no GPU; every kernel is compiled for H200 and A100 again; writes tests/recorded.json"
+	@echo "make record   the recorded tests whose code changed; writes tests/recorded.json"
 	@echo "make lint     formatting, lint, types"
 	@echo "make format   write the formatting"
 	@echo "make docs     install, regenerate docs/architecture.md and docs/results.md, build the site: build/site/"
@@ -30,11 +31,14 @@ train: .venv/installed
 
 test: .venv/installed-dev
 	-$(BIN)/python -m kernels_pallas.build  # custom calls, with nvcc also CUDA's: minutes, once; without, their tests are skipped
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=10
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=10 --skip-recorded
 
 test-all: .venv/installed-dev
 	-$(BIN)/python -m kernels_pallas.build
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=10 --everything
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=10 --everything --record
+
+record: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "recorded and not gpu" --skip-recorded --record
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -3,14 +3,12 @@
 import gc
 import importlib.util
 import os
-import resource
-import time
 from pathlib import Path
 
 import jaxtyping
 import pytest
 
-from tests import recorded
+from tests import recorded, report
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU host says JAX_PLATFORMS=cuda, as `make gpu` does
@@ -45,6 +43,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(recorded.Recorded(config))
+    config.pluginmanager.register(report.Report())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,43 +51,6 @@ def pytest_runtest_setup(item):
     """Before any fixture, as those of a module compile too."""
     full = any(item.get_closest_marker(name) for name in FULLY_OPTIMIZED)
     jax.config.update("jax_disable_most_optimizations", not full)
-
-
-# What the whole suite may take on two cores with nothing cached, and one test without a reason for more.
-SUITE_SECONDS, TEST_CPU_SECONDS = 1_200, 20
-WHOLE_SUITE = 2_000  # tests; fewer are a part that somebody chose
-started = time.monotonic()
-spent = 0.0
-
-
-def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item):
-    """Gives each report its CPU time, which another process on the machine changes little."""
-    global spent
-    report = yield
-    report.cpu_seconds, spent = cpu_seconds() - spent, cpu_seconds()
-    return report
-
-
-def pytest_terminal_summary(terminalreporter):
-    """The total against what the suite may take, and the tests that take long and do not say why."""
-    reports = [report for each in terminalreporter.stats.values() for report in each if hasattr(report, "cpu_seconds")]
-    by_test: dict[str, float] = {}
-    for report in reports:
-        by_test[report.nodeid] = by_test.get(report.nodeid, 0) + report.cpu_seconds
-    reasoned = {report.nodeid for report in reports if "slow" in report.keywords}
-    for test, seconds in sorted(by_test.items(), key=lambda each: -each[1]):
-        if seconds > TEST_CPU_SECONDS and test not in reasoned:
-            terminalreporter.write_line(f"{seconds:.0f} s of CPU time, not marked slow(reason): {test}", yellow=True)
-    if len(by_test) > WHOLE_SUITE:
-        total = time.monotonic() - started
-        terminalreporter.write_line(f"{total:,.0f} s of the {SUITE_SECONDS:,} s that the suite may take")
 
 
 # Linux allows a process 65,530 memory mappings, and a program compiled for the CPU takes several: past them XLA dies.
