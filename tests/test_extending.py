@@ -25,14 +25,8 @@ def copy(tmp_path_factory):
     shutil.copytree(ROOT / "kernels_pallas", root / "kernels_pallas", ignore=shutil.ignore_patterns("__pycache__"))
     tests = root / "tests" / "kernels_pallas"
     tests.mkdir(parents=True)
-    for file in (
-        "conftest.py",
-        "recorded.py",
-        "dependencies.py",
-        "report.py",
-        "kernels_pallas/test_ops.py",
-        "../pyproject.toml",
-    ):
+    plugins = ("conftest.py", "recorded.py", "dependencies.py", "report.py")
+    for file in (*plugins, "kernels_pallas/test_ops.py", "../pyproject.toml"):
         shutil.copy(ROOT / "tests" / file, root / "tests" / file)
     for path, text in FILES.items():
         (root / path).parent.mkdir(exist_ok=True)
