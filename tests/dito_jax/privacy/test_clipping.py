@@ -38,16 +38,16 @@ MESHES = {
 
 def by_definition(problem, clip_norm=20.0):
     """Each example's gradient by jax.grad of its own loss, clipped and summed in float64."""
+    made = ClippedSum(problem.graph, losses, clip_norm)
 
     def loss(params, example):
         rows = {name: value[None] for name, value in example.items()}
-        made = ClippedSum(problem.graph, losses, clip_norm)
         return made.example_losses(nnx.merge(problem.graph, params), rows)[0]
 
     gradients = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(problem.params, problem.examples)
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)]
     norm = np.sqrt(sum(np.sum(leaf.reshape(EXAMPLES, -1) ** 2, axis=1) for leaf in leaves))
-    factor = np.where(np.asarray(problem.padding), 0, np.minimum(1, clip_norm / norm))
+    factor = np.where(np.asarray(problem.padding), 0, np.minimum(1, made.threshold(EXAMPLES) / norm))
     return [np.tensordot(factor, leaf, axes=1) for leaf in leaves], norm
 
 
@@ -222,6 +222,16 @@ def test_a_routers_bias_has_no_gradient(problem):
     total, _ = jax.jit(of.clipped_sum("bookkeeping"))(of.params, of.examples, of.padding)
     assert jax.tree.structure(total) == jax.tree.structure(of.params)
     assert not np.any(total["blocks"]["moe"]["mlp"]["bias"][...])
+
+
+def test_the_threshold_leaves_room_for_rounding(problem):
+    """2^-24 for each example of the whole batch, though a call may get a part of it."""
+    whole = problem("modern").clipped_sum("vmap", 1.0)
+    assert whole.threshold(4096) == 1 - 2**-12
+    part = dataclasses.replace(whole, batch=4096)
+    assert part.threshold(1024) == 1 - 2**-12
+    narrow = dataclasses.replace(part, backend="ghost", narrow=True)
+    assert narrow.threshold(1024) == pytest.approx(0.98 - 2**-12)
 
 
 ALIGNED = 1000
