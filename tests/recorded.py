@@ -97,6 +97,7 @@ class Recorded:
     def __init__(self, config):
         self.config, self.records = config, read()
         self.sizes: dict[str, int] = {}
+        self.digests: dict[str, str] = {}  # of the code that is imported, not of what it may be changed to meanwhile
         self.outcomes: dict[str, dict[str, str]] = {}
         self.problems: dict[str, str] = {}
         self.left_out = 0
@@ -104,6 +105,8 @@ class Recorded:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
         self.sizes = Counter(name for item in items if (name := group(item)))
+        if config.option.skip_recorded or config.option.record:
+            self.digests = {name: current(name) for name in self.sizes}
         if config.option.skip_recorded:
             out = [item for item in items if self.proven(item)]
             config.hook.pytest_deselected(items=out)
@@ -112,7 +115,11 @@ class Recorded:
 
     def proven(self, item) -> bool:
         record = self.records.get(group(item) or "")
-        return record is not None and record["digest"] == current(group(item)) and item.nodeid not in record["skipped"]
+        return (
+            record is not None
+            and record["digest"] == self.digests[group(item)]
+            and item.nodeid not in record["skipped"]
+        )
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
@@ -127,14 +134,15 @@ class Recorded:
         report = yield
         if name := group(item):
             covered = {str(file.relative_to(ROOT)) for file in files(name) | RUNNER}
-            report.recorded = name, self.sizes[name], sorted(item.executed_files - covered)
+            uncovered = sorted(item.executed_files - covered)
+            report.recorded = name, self.sizes[name], self.digests.get(name), uncovered
         return report
 
     def pytest_runtest_logreport(self, report):
         """In the main process, of each phase of each test."""
         if not self.config.option.record or not hasattr(report, "recorded"):
             return
-        name, self.sizes[name], uncovered = report.recorded
+        name, self.sizes[name], self.digests[name], uncovered = report.recorded
         if uncovered:
             self.problems[name] = f"{report.nodeid} executes {', '.join(uncovered)}, which the digest does not cover"
         outcomes = self.outcomes.setdefault(name, {})
@@ -147,7 +155,7 @@ class Recorded:
             if len(outcomes) == self.sizes[name] and "failed" not in outcomes.values():
                 skipped = sorted(test for test, outcome in outcomes.items() if outcome == "skipped")
                 passed = len(outcomes) - len(skipped)
-                self.records[name] = {"digest": current(name), "passed": passed, "skipped": skipped}
+                self.records[name] = {"digest": self.digests[name], "passed": passed, "skipped": skipped}
         kept = {name: record for name, record in self.records.items() if (ROOT / name.split()[0]).is_file()}
         lines = [f"{json.dumps(name)}: {json.dumps(record)}" for name, record in sorted(kept.items())]
         PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -110,6 +110,15 @@ def test_a_group_is_recorded_only_if_each_of_its_tests_ran_and_passed(project):
     assert run("--skip-recorded", code=1)[2] == 2
 
 
+def test_code_that_changes_during_the_run_is_not_recorded(project):
+    folder, run = project
+    test = folder / "tests/test_part.py"
+    change = f"open({str(folder / 'configs/below.py')!r}, 'w').write('ONE = 2')"
+    test.write_text(test.read_text().replace("def test_absent():", f"def test_absent():\n    {change}"))
+    run("--record")
+    assert run("--skip-recorded", code=1)[2] == 2
+
+
 def test_code_that_the_digest_does_not_cover_is_told(project):
     folder, run = project
     assert run("--record", file="tests/test_other.py", code=1) == [2, 0, 0]

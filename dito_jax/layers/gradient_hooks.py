@@ -101,12 +101,14 @@ def with_hook(
     dims = tuple(getattr(module, name).get_metadata()["dims"].split())
     expert, dims = (dims[:0], dims) if groups is None else (dims[:1], dims[1:])
     num_in = (len(dims) - (y.ndim - x.ndim)) // 2
-    about = hook.get_metadata()
-    product = _Product(about["examples"], about["returns"], expert, dims, num_in, about["bias"])
+    about, value = hook.get_metadata(), hook.get_value()
+    sums = (value.gradient, value.bias) if about["returns"] == "sum" else ()
+    shapes = tuple(None if a is None else a.shape for a in sums)
+    product = _Product(about["examples"], about["returns"], expert, dims, num_in, about["bias"], shapes)
     if product.returns == "uses":
         y = severed(lax.stop_gradient(y), x if through is None else through)
         _record(hook, lambda: product.hooked(x, y, groups, jnp.zeros(product.examples)))
-    return _apply_hook(product, y, lax.stop_gradient(x), groups, hook.get_value())
+    return _apply_hook(product, y, lax.stop_gradient(x), groups, value)
 
 
 def with_weight_hooks(
@@ -168,6 +170,7 @@ class _Product:
     dims: tuple[str, ...]  # dimension letters of the matrix
     num_in: int  # how many of `dims` are input dimensions
     bias: bool  # include the gradient of the bias
+    shapes: tuple  # of the parameter and of the bias that is trained with it, for the sum
 
     def hooked(self, x, g, groups, norm_sq) -> HookedGradients:
         """All fields, from the inputs, the output gradients, the expert indices and the norms."""
@@ -176,18 +179,18 @@ class _Product:
             norm_sq, by_example(x), by_example(g), None if groups is None else by_example(groups.astype(jnp.float32))
         )
 
-    def cotangent(self, x, g, groups, hook) -> Any:
-        """What `returns` says, from the inputs, the output gradients, the expert indices and the hook."""
+    def cotangent(self, x, g, groups, factor) -> Any:
+        """What `returns` says, from the inputs, the output gradients, the expert indices and the clipping factors."""
         if self.returns == "uses":
             return jnp.ones((), jnp.float32)
         if self.returns != "sum":
             hooked = self.hooked(x, g, groups, self.norm_sq(x, g, groups))
             return hooked if self.returns == "factors" else HookedGradients(hooked.norm_sq)
-        hooked, shape = self.hooked(x, g, groups, None), hook.gradient.shape
+        hooked, (shape, of_bias) = self.hooked(x, g, groups, None), self.shapes
         dims, num_experts = (*self.expert, *self.dims), shape[0] if self.expert else 0
-        gradient = product_gradient(hooked, hook.factor, dims, num_experts).reshape(shape)
-        bias = None if hook.bias is None else bias_gradient(hooked, hook.factor, hook.bias.shape)
-        return ClippedGradient(jnp.zeros_like(hook.factor), gradient, bias)
+        gradient = product_gradient(hooked, factor, dims, num_experts).reshape(shape)
+        bias = None if of_bias is None else bias_gradient(hooked, factor, of_bias)
+        return ClippedGradient(jnp.zeros_like(factor), gradient, bias)
 
     def norm_sq(self, x, g, groups) -> Float[Array, " B"]:
         """Squared per-example gradient norms; partial norms of inputs or outputs split over "tensor" are summed."""
@@ -219,13 +222,13 @@ def _apply_hook(product: _Product, y, x, groups, hook):
 
 
 def _apply_hook_forward(product, y, x, groups, hook):
-    del product
-    return y, (x, groups, hook)
+    # Of the hook only the factors are kept: a scan over layers would keep its zeros for every layer.
+    return y, (x, groups, hook.factor if product.returns == "sum" else None)
 
 
 def _apply_hook_backward(product, residuals, d_y):
-    x, groups, hook = residuals
-    return d_y, jnp.zeros_like(x), None, product.cotangent(x, d_y, groups, hook)
+    x, groups, factor = residuals
+    return d_y, jnp.zeros_like(x), None, product.cotangent(x, d_y, groups, factor)
 
 
 _apply_hook.defvjp(_apply_hook_forward, _apply_hook_backward)
@@ -238,19 +241,19 @@ def _weight_hooks(how, out, arrays, hooks):
 
 
 def _weight_hooks_forward(how, out, arrays, hooks):
-    del how
-    return out, (arrays, hooks)
+    _, returns, _ = how
+    return out, (arrays, [hook.factor if returns == "sum" else None for hook in hooks])
 
 
 def _weight_hooks_backward(how, residuals, d_out):
-    (gradients, returns, examples), (arrays, hooks), found = how, residuals, []
-    for hook, gradient in zip(hooks, gradients(arrays, d_out), strict=True):
+    (gradients, returns, examples), (arrays, factors), found = how, residuals, []
+    for factor, gradient in zip(factors, gradients(arrays, d_out), strict=True):
         # Sum the rows of an example first: the norm is that of the whole per-example gradient.
         by_example = gradient.astype(jnp.float32).reshape(examples, -1, *gradient.shape[1:]).sum(axis=1)
         if returns == "uses":
             found.append(jnp.ones((), jnp.float32))
         elif returns == "sum":
-            found.append(ClippedGradient(jnp.zeros_like(hook.factor), weighted_sum(by_example, hook.factor)))
+            found.append(ClippedGradient(jnp.zeros_like(factor), weighted_sum(by_example, factor)))
         else:
             norm_sq = jnp.sum(jnp.square(by_example), axis=tuple(range(1, by_example.ndim)))
             found.append(HookedGradients(norm_sq, gradient=by_example if returns == "factors" else None))
