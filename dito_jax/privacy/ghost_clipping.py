@@ -8,6 +8,7 @@ Guarantees
     here: `coupling.py` refuses configs that do.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import partial_eval
 from jaxtyping import Array, Float
 
@@ -28,6 +29,8 @@ from dito_jax.layers.moe import RouterBias
 Path = tuple[Any, ...]
 Trainable = Callable[[Path, nnx.Variable], bool]
 Losses = Callable[[nnx.Module, Any], Array]  # (network, examples) -> the loss of each example
+OPAQUE = Primitive("opaque")
+OPAQUE.multiple_results = True
 CURE = "Set privacy.backend to 'microbatch', freeze the parameter, or set model.kernels.mlp to None."
 
 
@@ -172,22 +175,27 @@ def _constant(program, place: int) -> np.ndarray | None:
     part, used, *_ = partial_eval.dce_jaxpr(program.jaxpr, wanted)
     if any(used):
         return None
-    with jax.ensure_compile_time_eval():
-        return np.asarray(jaxpr_as_fun(ClosedJaxpr(part, program.consts))()[0])
+    # In a thread of its own: it has neither the trace of the caller nor its mesh, whose devices need not exist.
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        return other.submit(lambda: np.asarray(jaxpr_as_fun(ClosedJaxpr(part, program.consts))()[0])).result()
 
 
 def _without_effects(program: Any) -> Any:
-    """A program without its callbacks, which are no part of its outputs; other values as they are."""
+    """A program whose callbacks and kernels may be left out where nothing uses their outputs; other values as they are.
+
+    JAX's dead code elimination keeps every Pallas call. Here it is an operation like others.
+    """
     if isinstance(program, Jaxpr):
-        equations = [
-            each.replace(params={name: _without_effects(of) for name, of in each.params.items()}, effects=set())
-            for each in program.eqns
-            if each.outvars
-        ]
-        return program.replace(eqns=equations, effects=set())
+        return program.replace(eqns=[_pure(each) for each in program.eqns if each.outvars], effects=set())
     if isinstance(program, tuple) and all(isinstance(branch, Jaxpr) for branch in program):
         return tuple(map(_without_effects, program))
     return program
+
+
+def _pure(equation: Any) -> Any:
+    params = {name: _without_effects(value) for name, value in equation.params.items()}
+    kept = {"primitive": OPAQUE} if equation.primitive.name in ("pallas_call", "mpmd_map") else {"params": params}
+    return equation.replace(effects=set(), **kept)
 
 
 def _misused(path: Path, how: str) -> str:
