@@ -22,4 +22,4 @@ def test_verify_checks_every_value_whatever_the_run_checks(dito, tmp_path):
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
     code, out, err = dito("checkpoint", "verify", str(tmp_path))
-    assert code == 2 and "damaged (checksum mismatch of x)" in out and "1 of 1 checkpoints are damaged" in err
+    assert code == 2 and "damaged (checksum mismatch of x)" in out and "1 of 1 checkpoints are not good" in err
