@@ -13,7 +13,8 @@ CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 def test_the_version_is_the_same_everywhere():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    assert next(line for line in CHANGELOG.splitlines() if line.startswith("## ")) == f"## {version}"
+    headings = [line for line in CHANGELOG.splitlines() if line.startswith("## ") and line != "## Unreleased"]
+    assert headings[0] == f"## {version}"
 
 
 def test_the_changelog_has_every_renamed_field():
