@@ -6,9 +6,9 @@
 
 `dito train CONFIG` runs the same main from an installed package. A CONFIG is a file, or the name of a built-in config.
 
-The run directory (default runs/<config name>) holds config.json, classes.json, run.json, metrics.jsonl, events.jsonl,
-goodput.jsonl, tensorboard/, checkpoints/, samples/, and at the end eval.json and report.md. A run directory that holds
-a checkpoint is resumed from it, bit for bit; changed options apply from there on.
+The run directory (default runs/<config name>) holds config.json, classes.json, data.json, run.json, metrics.jsonl,
+events.jsonl, goodput.jsonl, tensorboard/, checkpoints/, samples/, and at the end eval.json and report.md. A run
+directory that holds a checkpoint is resumed from it, bit for bit; changed options apply from there on.
 
 Several processes train one run where the environment says so (dito_jax/distributed.py); `dito supervise` starts them.
 Exit code 0: done. 2: the user's mistake, in one line. 75: asked to stop (SIGTERM, SIGUSR1, SIGINT) and saved. 86: hung.
@@ -16,6 +16,7 @@ Anything else is a bug.
 """
 
 import sys
+from pathlib import Path
 
 import jax
 
@@ -29,6 +30,7 @@ from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.final_evaluation import final_evaluation
 from dito_jax.evaluation.sample import make_sampler
+from dito_jax.resilience.data_position import EXAMPLES, DataPosition
 from dito_jax.resilience.guard import Guard, step_back
 from dito_jax.resilience.services import Services, run_services
 from dito_jax.resilience.skips import finish_rollback
@@ -37,6 +39,7 @@ from dito_jax.run.arguments import train_arguments
 from dito_jax.run.initialization import initial_state
 from dito_jax.run.loaded_run import CLASSES
 from dito_jax.run.recipe import Recipe, make_recipe
+from dito_jax.run.resume import check_first_step, compare_data, recorder
 from dito_jax.run.saved_run import sampled_ema
 from dito_jax.sharding import make_mesh
 from dito_jax.telemetry.logger import MetricsLogger
@@ -63,18 +66,11 @@ def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
 
 
 def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Services) -> TrainState:
-    program, source, batches_after = recipe.program, recipe.source, recipe.batches_after
+    program, source, batches_from = recipe.program, recipe.source, recipe.batches_from
     ledger, events, faults = services.ledger, services.events, services.faults
 
     # ----------------------------------------------------------------------------------------------- state, or restore
-    def tell(line: str) -> None:
-        events.record("checkpoint", line)
-
-    owner = owner_of(run, to_json(config), tell=tell)
-    checkpoints = Checkpoints(
-        run.checkpoints, config.checkpoint, owner=owner, tell=tell,
-        on_disk=faults.after_save, on_change=lambda line: events.record("config_changed", change=line),
-    )  # fmt: skip
+    checkpoints = open_checkpoints(config, run, services)
 
     def quarantine(step: int, error: DamagedCheckpoint) -> None:
         aside = checkpoints.set_aside(step, "corrupt")
@@ -86,12 +82,16 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
         restored = checkpoints.restore_newest(program.state, lambda *each: damaged.append(each))
         for each in damaged:  # only now: if no step is intact, none is set aside
             quarantine(*each)
-    mesh = jax.sharding.get_mesh()
-    first, state = restored or (0, initial_state(config, program, mesh))
+        check_first_step(run, restored[0] if restored else None, config.train.steps)
+    first, state = restored or (0, initial_state(config, program, jax.sharding.get_mesh()))
+    position = DataPosition(run, config.train.batch_size)
+    if restored:
+        position.restore(first, checkpoints.metadata(first))
     ledger.resumed(first)
-    stream = batches_after(first)  # if a private run's ledger refuses it, nothing of it is written
+    stream = batches_from(position)  # if a private run's ledger refuses it, nothing of it is written
+    compare_data(run, source, events)
     events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
-    keep(owner, run)
+    keep(checkpoints.owner, run)
     run.write_text("config.json", to_json(config))
     run.write_json(CLASSES, class_names(source))
     command_line.say(
@@ -143,7 +143,8 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
             if clock.due(number) or last or stop:
                 with ledger.phase("save"):
                     faults.before_save(number)
-                    checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": logger.released})
+                    about = {"config": to_json(config), "metrics": logger.released, EXAMPLES: position.after(number)}
+                    checkpoints.save(number, state, metadata=about)
                 clock.saved()
                 ledger.flush()
             if stop and not last:
@@ -152,13 +153,29 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
             if guard.burst():
                 del state  # before another takes its place
                 with ledger.phase("restore"):
-                    number, state = guard.roll_back(number, checkpoints, program.state, quarantine)
+                    number, state = guard.roll_back(number, checkpoints, program.state, quarantine, position)
                 ledger.resumed(number)
                 logger.rewind(number)
-                stream = batches_after(number)
+                stream = batches_from(position)
         with ledger.phase("save"):
             checkpoints.close()
     return state
+
+
+def open_checkpoints(config: TrainConfig, run: RunDirectory, services: Services) -> Checkpoints:
+    events, record_first = services.events, recorder(run, services.events)
+
+    def tell(line: str) -> None:
+        events.record("checkpoint", line)
+
+    def on_disk(step: int, path: Path) -> None:
+        services.faults.after_save(step, path)
+        record_first(step)
+
+    return Checkpoints(
+        run.checkpoints, config.checkpoint, owner=owner_of(run, to_json(config), tell=tell), tell=tell,
+        on_disk=on_disk, on_change=lambda line: events.record("config_changed", line),
+    )  # fmt: skip
 
 
 def finish(config: TrainConfig, run: RunDirectory, recipe: Recipe, state: TrainState) -> None:

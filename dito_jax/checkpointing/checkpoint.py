@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ class Checkpoints:
         tell: Tell = lambda line: None,
     ):
         self.directory = Path(directory).absolute()
-        self._config, self._owner = config, owner
+        self._config, self.owner = config, owner
         self._on_disk, self._on_change, self._tell = on_disk, on_change, tell
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -96,7 +97,7 @@ class Checkpoints:
         check_best_metric(self._config, metadata.get("metrics"))
         leaves = _by_path(state)
         self._saving = step, sum(leaf.nbytes for leaf in leaves.values())
-        record = Record(leaves, metadata | {"time": time.time()}, identity=self._owner.identity(step))
+        record = Record(leaves, metadata | {"time": time.time()}, identity=self.owner.identity(step))
         # Directories created asynchronously would keep a process from exiting after a failed save.
         in_turn = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         with self._explained(), ocp.Context(async_options=in_turn):
@@ -136,8 +137,8 @@ class Checkpoints:
         wanted = _by_path(like)
         self._find(step)
         with self._damage_explained(step):
-            record, state = read_state(self.path(step), wanted, self._config.verify, self._owner, self._tell)
-        if change := config_change(self.path(step), record, self._owner):
+            record, state = read_state(self.path(step), wanted, self._config.verify, self.owner, self._tell)
+        if change := config_change(self.path(step), record, self.owner):
             self._on_change(change)
         return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in wanted])
 
@@ -251,6 +252,13 @@ class Checkpoints:
             earlier = max((s for s in self.steps() if s < step), default=None)
             cure = "use another --run-dir" if earlier is None else f"move it away to continue from step {earlier}"
             raise DamagedCheckpoint(f"{self.path(step)}: damaged ({damage}): {cure}.") from damage
+
+
+def set_aside_steps(directory: Path) -> list[Path]:
+    """The directories of all steps that `set_aside` has renamed, by step."""
+    names = re.compile(r"(\d+)\.(corrupt|abandoned)(-\d+)?")
+    found = [path for path in directory.iterdir() if names.fullmatch(path.name)] if directory.is_dir() else []
+    return sorted(found, key=lambda path: (int(path.name.split(".")[0]), path.name))
 
 
 def digest(tree: Any) -> str:

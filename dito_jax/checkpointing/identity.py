@@ -85,13 +85,17 @@ def check_identity(path: Path, record: Mapping[str, Any], owner: Owner) -> str |
 
 
 def config_change(path: Path, record: Mapping[str, Any], owner: Owner) -> str | None:
-    """A line that names the fields of the config that have other values in this start of the run; None if none has."""
+    """A line with the fields of the config that have other values in this start of the run; None if none has."""
     its = (record.get("identity") or {}).get("config")
     if None in (its, owner.config) or its == config_digest(owner.config):
         return None
     before, now = (_fields(json.loads(config)) for config in (record["metadata"]["config"], owner.config or "{}"))
-    changed = [name for name in before | now if before.get(name) != now.get(name)]
-    return f"{path}: saved with other values of {', '.join(changed)}; those of this start apply."
+    changed = [
+        f"{name} {_short(before.get(name))} -> {_short(now.get(name))}"
+        for name in before | now
+        if before.get(name) != now.get(name)
+    ]
+    return f"resumed with other options than {path} was saved with: {', '.join(changed)}."
 
 
 def check_own_step(path: Path, state: Mapping[str, Any]) -> None:
@@ -135,6 +139,11 @@ def _recorded(checkpoints: Path, tell: Tell) -> str | None:
         if its is not None and its["run"]:
             return its["run"]
     return None
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _fields(config: Any, name: str = "") -> dict[str, Any]:

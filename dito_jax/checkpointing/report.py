@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dito_jax.checkpointing.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from dito_jax.checkpointing.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, set_aside_steps
 from dito_jax.checkpointing.retention import CheckpointConfig
 
 
@@ -29,7 +29,9 @@ def listing(checkpoints: Checkpoints) -> str:
         except DamagedCheckpoint:
             saved, metrics = "", "damaged"
         lines.append(COLUMNS.format(step, _megabytes(checkpoints.path(step)), saved, metrics).rstrip())
-    lines += [COLUMNS.format(path.name, _megabytes(path), "", "set aside") for path in _aside(checkpoints)]
+    lines += [
+        COLUMNS.format(path.name, _megabytes(path), "", "set aside") for path in set_aside_steps(checkpoints.directory)
+    ]
     return "\n".join(lines)
 
 
@@ -96,13 +98,6 @@ def _reader() -> jax.Device:
         return jax.devices("cpu")[0]  # it has the most memory
     except RuntimeError:  # JAX_PLATFORMS=cuda
         return jax.devices()[0]
-
-
-def _aside(checkpoints: Checkpoints) -> list[Path]:
-    if not checkpoints.directory.is_dir():
-        return []
-    names = re.compile(r"\d+\.(corrupt|abandoned)(-\d+)?")
-    return sorted(path for path in checkpoints.directory.iterdir() if names.fullmatch(path.name))
 
 
 def _megabytes(path: Path) -> str:

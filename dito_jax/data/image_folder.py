@@ -9,6 +9,7 @@ Classes are numbered in alphabetical order; names that start with a dot are igno
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,11 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def contents(self) -> Iterator[bytes]:
+        """Class number and name of each file, for the fingerprint of the data set."""
+        for path, label in self._files:
+            yield os.fsencode(f"{label}/{os.path.basename(path)}")
 
     def __getitem__(self, index: int) -> Example:
         """Reads one example; raises DataError if the file is not an image or cannot be read."""

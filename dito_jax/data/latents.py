@@ -5,6 +5,7 @@ import glob
 import os
 import struct
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float
@@ -69,6 +70,12 @@ class Latents:
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def contents(self) -> Iterator[bytes]:
+        """Shape and numbers of the latents, and the labels of an .npz file, for the fingerprint of the data set."""
+        yield repr((self.image_shape, str(self._stored.dtype), len(self._stored))).encode()
+        if isinstance(self._stored, Npz):
+            yield self._stored.labels.tobytes()
 
     def __getitem__(self, index: int) -> Example:
         """Reads one example; raises DataError if it cannot be read or its label is out of range."""

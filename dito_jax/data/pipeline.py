@@ -1,8 +1,9 @@
 """The input pipeline: shuffled, augmented batches from a source; deterministic and resumable.
 
-The batches are a pure function of (seed, step). Example j of step i is draw number k = i * batch_size + j. Epoch k // n
-shuffles the n examples with its own key, and random augmentation depends on (seed, k) only. The number of processes
-and threads, and stopping and resuming a run, do not change the batches.
+The examples are drawn in an order that is a pure function of the seed. Draw k lies in epoch k // n, which shuffles the
+n examples with its own key, and random augmentation depends on (seed, k) only. Example j of batch i is draw
+first_example + i * batch_size + j. The number of processes and threads, and stopping and resuming a run, do not change
+the batches; another batch size takes the same draws in other portions.
 """
 
 from typing import TYPE_CHECKING
@@ -22,17 +23,17 @@ def batches(
     *,
     batch_size: int,
     seed: int,
-    start: int = 0,
+    first_example: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
 ) -> "grain.DatasetIterator":
-    """An endless iterator of training `Batch`es from step `start` on.
+    """An endless iterator of training `Batch`es, from draw `first_example` on.
 
     `batch_size` is the global batch size. Each process gets batch_size / process_count contiguous rows, and the rows of
     all processes in order are the batch of a single process. `source.augment` is applied to each draw. Each of
-    `threads` prefetches one batch; 0 reads in the calling thread. The state of the iterator is the step only, so it
-    does not depend on the number of processes.
+    `threads` prefetches one batch; 0 reads in the calling thread. The state of the iterator is the number of the next
+    batch only, so it does not depend on the number of processes.
 
     Raises:
       UserError: the batch size is not a multiple of the number of processes. The iterator raises the source's errors.
@@ -49,7 +50,8 @@ def batches(
     draws = grain.MapDataset.source(source).shuffle(seed=shuffle_key).repeat()
     if source.augment is not None:
         draws = draws.random_map(source.augment, seed=augment_key)
-    shares = draws.batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
+    start, beside = divmod(first_example, batch_size)
+    shares = draws[beside:].batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
     iterator = iter(shares.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
     grain.experimental.set_next_index(iterator, start)
     return iterator

@@ -2,7 +2,7 @@
 
 The device decides whether a step is bad and skips its update (training/health.py). The host reads the result two steps
 later, so that the device always has a step queued. A rollback restores the last checkpoint from before the bad steps
-and skips the batches since then (skips.py).
+and skips the examples since then (skips.py).
 """
 
 import collections
@@ -15,8 +15,9 @@ import numpy as np
 from dito_jax.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
 from dito_jax.distributed import agree
 from dito_jax.errors import UserError
+from dito_jax.resilience.data_position import DataPosition
 from dito_jax.resilience.replicas import differing, odd_devices
-from dito_jax.resilience.skips import position, roll_back_to, skips
+from dito_jax.resilience.skips import roll_back_to, skips
 from dito_jax.telemetry.events import Events
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.health import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, GuardConfig
@@ -87,9 +88,16 @@ class Guard:
         self._diverged = True
 
     def roll_back[Tree](
-        self, number: int, checkpoints: Checkpoints, like: Tree, on_damage: Callable[[int, DamagedCheckpoint], None]
+        self,
+        number: int,
+        checkpoints: Checkpoints,
+        like: Tree,
+        on_damage: Callable[[int, DamagedCheckpoint], None],
+        position: DataPosition,
     ) -> tuple[int, Tree]:
         """Rolls back to the last checkpoint before the bad steps up to `number`; returns its step and state.
+
+        `position` goes past the data of the steps since.
 
         Raises:
           UserError: there is no such checkpoint, or the run was rolled back to it `guard.rollbacks` times already.
@@ -114,15 +122,17 @@ class Guard:
                 f"{trouble}, after {before} rollbacks to step {target}: {cure}, or increase guard.rollbacks; "
                 f"the checkpoint of step {target} is intact."
             )
-        batches = position(self._run, number) - position(self._run, target)
+        metadata = checkpoints.metadata(target)
+        examples = position.beyond(number, target, metadata)
         said = (
-            f"{trouble}: rolled back to step {target}, skipping the {batches} batches since "
+            f"{trouble}: rolled back to step {target}, skipping the {examples:,} examples since "
             f"(rollback {before + 1} of {self.config.rollbacks} to this step)."
         )
         agree(True)  # barrier: all processes have read skips.json before one writes it
         roll_back_to(
-            self._run, checkpoints, self._events, number=number, target=target, batches=batches, because=said
+            self._run, checkpoints, self._events, number=number, target=target, examples=examples, because=said
         )  # fmt: skip
+        position.restore(target, metadata)
         self._bad.clear()
         self._last_equal, self._diverged = target, False
         return target, state

@@ -1,13 +1,12 @@
-"""skips.json: the batches that rollbacks skip, which batches follow a step, and rollbacks that were interrupted.
+"""skips.json: the examples that rollbacks skip, and rollbacks that were interrupted.
 
-A rollback to step T is the event "rollback_begun", then an entry {"after": T, "batches": number, "because": reason} in
+A rollback to step T is the event "rollback_begun", then an entry {"after": T, "examples": number, "because": reason} in
 skips.json, then the renaming of the checkpoints after T, and at last the event "rollback". A run that is killed in
 between finishes the rollback when it starts again. A skips.json that cannot be parsed is rebuilt from the events.
+Version 0.2.0 counted "batches" instead of "examples".
 """
 
-import itertools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from dito_jax.checkpointing.checkpoint import Checkpoints
@@ -18,7 +17,7 @@ from dito_jax.telemetry.run_directory import RunDirectory
 
 
 def skips(run: RunDirectory) -> list[dict[str, Any]]:
-    """The skipped batches of a run: [{"after": step, "batches": number, "because": reason}].
+    """The skipped examples of a run: [{"after": step, "examples": number, "because": reason}].
 
     Raises:
       UserError: the file cannot be parsed, and the event log is missing, so that it cannot be rebuilt.
@@ -27,31 +26,22 @@ def skips(run: RunDirectory) -> list[dict[str, Any]]:
     return _of_events(run) if found is None else found
 
 
-def position(run: RunDirectory, step: int) -> int:
-    """Index of the next batch after `step` steps: the number of steps plus the number of skipped batches."""
-    return step + sum(skip["batches"] for skip in skips(run) if skip["after"] <= step)
-
-
-def stretches(run: RunDirectory, step: int) -> Iterator[tuple[int, int | None]]:
-    """The batches of the steps after `step`: (index of the first, number), with None for all further ones.
-
-    There are several stretches if the run was rolled back to a later step than `step`, whose checkpoint is lost.
-    """
-    later = sorted({skip["after"] for skip in skips(run) if skip["after"] > step})
-    for begin, end in itertools.pairwise([step, *later, None]):
-        assert begin is not None
-        yield position(run, begin), None if end is None else end - begin
-
-
 def roll_back_to(
-    run: RunDirectory, checkpoints: Checkpoints, events: Events, *, number: int, target: int, batches: int, because: str
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    events: Events,
+    *,
+    number: int,
+    target: int,
+    examples: int,
+    because: str,
 ) -> None:
-    """Records that the run goes back from step `number` to `target`, past so many batches that it took since; sets the
+    """Records that the run goes back from step `number` to `target`, past so many examples that it took since; sets the
     checkpoints after `target` aside.
 
-    A collective. A run that is killed during it takes the same steps and batches when it starts again.
+    A collective. A run that is killed during it takes the same steps and examples when it starts again.
     """
-    events.record("rollback_begun", step=number, to=target, batches=batches, because=because)
+    events.record("rollback_begun", step=number, to=target, examples=examples, because=because)
     agree(True)  # barrier: process 0 has written the event before any process reads it
     finish_rollback(run, checkpoints, events)
 
@@ -69,7 +59,7 @@ def finish_rollback(run: RunDirectory, checkpoints: Checkpoints, events: Events)
             f"{run.skips}: missing or torn: rebuilt from {run.events.name} ({len(entries)} rollbacks).",
         )
     if begun is not None:
-        entry = {"after": begun["to"], "batches": begun["batches"], "because": begun["because"]}
+        entry = {"after": begun["to"]} | _amount(begun) | {"because": begun["because"]}
         entries = entries if entry in entries else _added(entries, entry)
     if torn or begun is not None:
         run.write_json(run.skips.name, entries)
@@ -77,7 +67,7 @@ def finish_rollback(run: RunDirectory, checkpoints: Checkpoints, events: Events)
     if begun is not None:
         for step in [step for step in checkpoints.steps() if step > begun["to"]]:
             checkpoints.set_aside(step, "abandoned")
-        events.record("rollback", begun["because"], **{name: begun[name] for name in ("step", "to", "batches")})
+        events.record("rollback", begun["because"], step=begun["step"], to=begun["to"], **_amount(begun))
         agree(True)  # barrier: the event is written before any process reads it
 
 
@@ -100,7 +90,12 @@ def _parsed(run: RunDirectory) -> list[dict[str, Any]] | None:
 
 
 def _whole(entry: dict[str, Any]) -> bool:
-    return all(isinstance(entry.get(name), int) for name in ("after", "batches"))
+    return isinstance(entry.get("after"), int) and len(_amount(entry)) > 0
+
+
+def _amount(row: dict[str, Any]) -> dict[str, int]:
+    """How much was skipped: {"examples": number}, or {"batches": number} in a row of version 0.2.0."""
+    return {name: row[name] for name in ("examples", "batches") if isinstance(row.get(name), int)}
 
 
 def _of_events(run: RunDirectory) -> list[dict[str, Any]]:
@@ -112,7 +107,7 @@ def _of_events(run: RunDirectory) -> list[dict[str, Any]]:
         )
     entries: list[dict[str, Any]] = []
     for row in read_events(run, "rollback"):
-        entries = _added(entries, {"after": row["to"], "batches": row["batches"], "because": row["said"]})
+        entries = _added(entries, {"after": row["to"]} | _amount(row) | {"because": row["said"]})
     return entries
 
 

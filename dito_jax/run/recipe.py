@@ -16,7 +16,7 @@ from dito_jax.privacy.gradient_check import check_gradients
 from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.run import PLAN, PrivateRun, check_history, trained
 from dito_jax.privacy.settings import StepPlan
-from dito_jax.resilience.skips import stretches
+from dito_jax.resilience.data_position import DataPosition
 from dito_jax.run.initialization import ancestors, place
 from dito_jax.sharding import batch_pieces
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -25,7 +25,7 @@ from dito_jax.training.program import Program, make_program
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """`batches_after(step)` yields this process's rows of the batches of the steps after `step`.
+    """`batches_from(position)` yields this process's rows of the batches from a position in the data on.
 
     `validation` is None where the config asks for no evaluation.
     """
@@ -33,7 +33,7 @@ class Recipe:
     source: Source
     validation: Source | None
     program: Program
-    batches_after: Callable[[int], Iterator[Any]]
+    batches_from: Callable[[DataPosition], Iterator[Any]]
 
 
 def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh) -> Recipe:
@@ -57,24 +57,26 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
         )  # fmt: skip
         program = make_private_program(*common, config.privacy, private.plan)
         check_gradients(config.model, config.loss, config.train, mesh, config.privacy)
-        return Recipe(source, validation, program, lambda step: private.batches_after(step, *program.share()))
+        return Recipe(
+            source, validation, program, lambda position: private.batches_after(position.step, *program.share())
+        )
     program = make_program(*common)
     share, shares = program.share()
 
-    def batches_from(start: int, number: int | None) -> Iterator[Any]:
+    def stretch(first_example: int, number: int | None) -> Iterator[Any]:
         stream = batches(
-            source, batch_size=config.train.batch_size, seed=config.train.seed, start=start,
+            source, batch_size=config.train.batch_size, seed=config.train.seed, first_example=first_example,
             process_index=share, process_count=shares,
         )  # fmt: skip
         return stream if number is None else itertools.islice(stream, number)
 
-    def batches_after(step: int) -> Iterator[Any]:
-        first, *later = stretches(run, step)
-        opened = batches_from(*first)
-        further = itertools.chain.from_iterable(batches_from(*stretch) for stretch in later)
+    def batches_from(position: DataPosition) -> Iterator[Any]:
+        first, *later = position.stretches()
+        opened = stretch(*first)
+        further = itertools.chain.from_iterable(stretch(*each) for each in later)
         return itertools.chain(opened, further) if later else opened
 
-    return Recipe(source, validation, program, batches_after)
+    return Recipe(source, validation, program, batches_from)
 
 
 def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:

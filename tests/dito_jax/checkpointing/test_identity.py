@@ -170,8 +170,8 @@ def test_a_changed_config_is_told_and_loads(tmp_path):
     longer = json.loads(CONFIG)
     longer["train"]["steps"], longer["mesh"]["data"] = 60, 2
     assert newest(opened(run, told, json.dumps(longer))) == (7, 7)
-    line = "/7: saved with other values of train.steps, mesh.data; those of this start apply."
-    assert told == [f"{run.checkpoints}{line}"]
+    changed = "train.steps 40 -> 60, mesh.data 1 -> 2"
+    assert told == [f"resumed with other options than {run.checkpoints}/7 was saved with: {changed}."]
     assert newest(opened(run, told, None)) == (7, 7) and len(told) == 1, "a reader compares no config"
 
 

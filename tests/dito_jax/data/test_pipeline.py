@@ -107,7 +107,21 @@ def test_state_and_start_resume_at_the_same_batch():
     take(resumed, 2)
     resumed.set_state(state)
     assert_same(wanted, take(resumed, 5))
-    assert_same(wanted, take(batches(Numbered(50), **WHOLE, start=7), 5))
+    assert_same(wanted, take(batches(Numbered(50), **WHOLE, first_example=7 * 12), 5))
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_another_batch_size_goes_on_with_the_next_example(process_count):
+    """Example 84 is the first after seven batches of 12; batches of 20 begin within an epoch and within none of 12."""
+    wanted = take(batches(Numbered(50), batch_size=1, seed=3, threads=0), 84 + 60)
+    shares = [
+        batches(Numbered(50), batch_size=20, seed=3, first_example=84, process_index=index, process_count=process_count)
+        for index in range(process_count)
+    ]
+    for number in range(3):
+        taken = [take(share, 1) for share in shares]
+        rows = slice(84 + 20 * number, 84 + 20 * (number + 1))
+        assert_same([field[rows] for field in wanted], [np.concatenate(field) for field in zip(*taken, strict=True)])
 
 
 def test_state_of_one_process_resumes_two():

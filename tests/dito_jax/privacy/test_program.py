@@ -16,6 +16,7 @@ from dito_jax.privacy.keys import StepKeys
 from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.settings import PrivacyConfig, StepPlan
+from dito_jax.resilience.data_position import DataPosition
 from dito_jax.run.recipe import make_recipe
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -97,8 +98,8 @@ def test_a_runs_noise_is_that_which_its_ledger_was_charged_for(mesh, tmp_path, m
     monkeypatch.setenv("DITO_SECRETS", str(tmp_path / "secrets"))
     privacy = PrivacyConfig(epsilon=1.0, delta=1e-2, dataset="few", max_batch=20, clip_norm=0.7)
     config = TrainConfig(MODEL, StrokesData(num=20, size=4), LOOP, privacy=privacy)
-    recipe = make_recipe(config, RunDirectory(tmp_path), mesh)
-    batch = next(recipe.batches_after(0))
+    recipe = make_recipe(config, run := RunDirectory(tmp_path), mesh)
+    batch = next(recipe.batches_from(DataPosition(run, LOOP.batch_size)))
     (charged,) = Ledger(ledger_path("few")).spent()
     assert charged.sampling_prob * 20 == LOOP.batch_size
     # Drawn anew by every run: 5 standard errors are passed by one in two million.

@@ -8,7 +8,8 @@ import pytest
 
 from dito_jax.checkpointing.checkpoint import Checkpoints
 from dito_jax.errors import UserError
-from dito_jax.resilience.guard import LAG, Guard, position, skips
+from dito_jax.resilience.data_position import DataPosition
+from dito_jax.resilience.guard import LAG, Guard, skips
 from dito_jax.telemetry.events import Events, read_events
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.health import FINE, GRADIENT_SPIKE, NOT_FINITE, GuardConfig
@@ -75,13 +76,14 @@ def test_repeated_bad_steps_roll_back_and_skip_their_data(run):
     guard, checkpoints = guard_of(run), saved(run, 10, 18, 20)
     for number in (18, 21, 22, 23):
         guard.watch(number, measured(NOT_FINITE if number != 22 else FINE))
-    target, state = guard.roll_back(24, checkpoints, LIKE, unheard)
+    target, state = guard.roll_back(24, checkpoints, LIKE, unheard, DataPosition(run, 10))
     assert (target, float(state["x"]), checkpoints.steps()) == (10, 10.0, [10])
     assert all((run.checkpoints / f"{step}.abandoned").is_dir() for step in (18, 20))
-    assert [position(run, step) for step in (9, 10, 11, 30)] == [9, 24, 25, 44]
+    position = DataPosition(run, 10)
+    assert [position.after(step) for step in (9, 10, 11, 30)] == [90, 100, 250, 440]
     (row,) = read_events(run, "rollback")
     assert "3 of the steps 18 to 24 were bad" in row["said"]
-    assert "rolled back to step 10, skipping the 14 batches since (rollback 1 of 2 to this step)" in row["said"]
+    assert "rolled back to step 10, skipping the 140 examples since (rollback 1 of 2 to this step)" in row["said"]
     assert skips(run)[0]["because"] == row["said"] and not guard.burst()
 
 
@@ -91,13 +93,13 @@ def test_after_so_many_rollbacks_to_one_step_the_run_ends(run):
         guard = guard_of(run)  # as after a restart
         for bad in range(12, 15):
             guard.watch(bad, measured(NOT_FINITE))
-        guard.roll_back(number, checkpoints, LIKE, unheard)
-    assert position(run, 10) == 10 + 5 + 6
+        guard.roll_back(number, checkpoints, LIKE, unheard, DataPosition(run, 10))
+    assert DataPosition(run, 10).after(11) == 100 + 50 + 60 + 10
     guard = guard_of(run)
     for bad in range(12, 15):
         guard.watch(bad, measured(NOT_FINITE))
     with pytest.raises(UserError, match="after 2 rollbacks to step 10: .*step 10 is intact"):
-        guard.roll_back(14, checkpoints, LIKE, unheard)
+        guard.roll_back(14, checkpoints, LIKE, unheard, DataPosition(run, 10))
     assert checkpoints.steps() == [10] and len(skips(run)) == 2
 
 
@@ -106,7 +108,7 @@ def test_before_the_first_checkpoint_there_is_no_way_back(run):
     for number in (9, 11, 12):
         guard.watch(number, measured(NOT_FINITE))
     with pytest.raises(UserError, match="3 of the steps 9 to 12 were bad .*before the first checkpoint"):
-        guard.roll_back(12, checkpoints, LIKE, unheard)
+        guard.roll_back(12, checkpoints, LIKE, unheard, DataPosition(run, 10))
     assert not run.skips.exists() and checkpoints.steps() == [10]
 
 
@@ -120,8 +122,8 @@ def test_the_skip_is_on_the_disk_before_anything_is_set_aside(run):
 
     checkpoints.set_aside = killed
     with pytest.raises(KeyboardInterrupt):
-        guard.roll_back(24, checkpoints, LIKE, unheard)
-    assert json.loads(run.skips.read_text())[0] | {"because": ""} == {"after": 10, "batches": 14, "because": ""}
+        guard.roll_back(24, checkpoints, LIKE, unheard, DataPosition(run, 10))
+    assert json.loads(run.skips.read_text())[0] | {"because": ""} == {"after": 10, "examples": 140, "because": ""}
 
 
 @pytest.mark.parametrize(("again", "event"), [(FINE, "transient"), (NOT_FINITE, "reproduced")])
