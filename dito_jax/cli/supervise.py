@@ -21,7 +21,8 @@ def main(options: argparse.Namespace) -> None:
     where = make_workers(options.processes, options.hosts)
 
     def shrink(left: int) -> tuple[int, list[str]]:
-        started = [row for row in read_events(run, "start") if row["processes"] == len(where)]
+        starts = read_events(run, "start", processes=int, devices=int)
+        started = [row for row in starts if row["processes"] == len(where)]
         if not started:
             raise UserError(
                 f"{run.path}: no start of it has recorded how many devices a process has; it cannot go on with fewer."

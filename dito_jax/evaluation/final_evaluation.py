@@ -44,7 +44,7 @@ def final_evaluation(
     if not run.writes:  # all processes compute, process 0 writes
         return None
     image_grid(visible(images[: evaluation.grid]), run.samples / "final.png")
-    history = [row for row in read_metrics(run) if "loss" in row]
+    history = [row for row in read_metrics(run) if isinstance(row.get("loss"), int | float)]
     loss_curve([row["step"] for row in history], [row["loss"] for row in history], run.path / "loss.png")
     if validation is None:
         return None

@@ -97,7 +97,7 @@ class Faults:
         self._faults = [f for f in parsed if f.process == (worker if f.kind == "dead" else process)]
         self._path = run.path / "faults.jsonl"
         self._run, self._process = run, process
-        self._injected = [row["fault"] for row in json_lines(self._path)]
+        self._injected = [row["fault"] for row in json_lines(self._path, fault=str)]
         self._poisoning: tuple[int, list[Fault]] = (0, [])  # the last step passed to `poisoned`, and its faults
 
     def begin(self) -> None:

@@ -9,6 +9,7 @@ import jax
 from dito_jax.resilience.faults import Faults, FaultsConfig
 from dito_jax.resilience.preemption import Preemption
 from dito_jax.resilience.watchdog import Watchdog, WatchdogConfig
+from dito_jax.telemetry.clock import run_clock
 from dito_jax.telemetry.events import Events, write_incidents
 from dito_jax.telemetry.goodput import Ledger, Phases
 from dito_jax.telemetry.heartbeat import Heartbeat, read_beat
@@ -33,8 +34,9 @@ def run_services(run: RunDirectory, watchdog: WatchdogConfig, faults: FaultsConf
     path = run.heartbeats / str(process)
     previous = read_beat(path)
     injected = Faults(faults, own, process=process)
-    heartbeat = Heartbeat(path)
-    ledger = Ledger(run, heartbeat, previous=previous) if run.writes else Phases(heartbeat)
+    clock = run_clock(own)
+    heartbeat = Heartbeat(path, clock=clock)
+    ledger = Ledger(run, heartbeat, previous=previous, clock=clock) if run.writes else Phases(heartbeat)
     with contextlib.ExitStack() as stack:
         stack.callback(heartbeat.close)
         stack.callback(write_incidents, run)

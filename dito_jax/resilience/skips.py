@@ -73,8 +73,8 @@ def finish_rollback(run: RunDirectory, checkpoints: Checkpoints, events: Events)
 
 def _begun(run: RunDirectory) -> dict[str, Any] | None:
     """The event of a rollback that has begun and is not finished."""
-    last = read_events(run, "rollback_begun", "rollback")[-1:]
-    return last[0] if last and last[0]["event"] == "rollback_begun" else None
+    last = read_events(run, "rollback_begun", "rollback", step=int, to=int)[-1:]
+    return last[0] if last and last[0]["event"] == "rollback_begun" and "because" in last[0] else None
 
 
 def _parsed(run: RunDirectory) -> list[dict[str, Any]] | None:
@@ -106,7 +106,7 @@ def _of_events(run: RunDirectory) -> list[dict[str, Any]]:
             "restore one of them from a copy, or use another --run-dir."
         )
     entries: list[dict[str, Any]] = []
-    for row in read_events(run, "rollback"):
+    for row in read_events(run, "rollback", to=int):
         entries = _added(entries, {"after": row["to"]} | _amount(row) | {"because": row["said"]})
     return entries
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from dito_jax.errors import DONE, HUNG, PREEMPTED, USER_MISTAKE, UserError
 from dito_jax.resilience.attempt import Attempt, End, Worker
+from dito_jax.telemetry.clock import run_clock
 from dito_jax.telemetry.events import Events
 from dito_jax.telemetry.heartbeat import Beat, read_beat
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -83,7 +84,7 @@ class Supervisor:
         with self._forwarding():
             while not self._stop_requested:
                 number += 1
-                began = time.time()
+                began = run_clock(self._run)()
                 ends = self._start([*self._command, *added], used, number).wait()
                 self._attempt = None
                 failed = [end for end in ends if end.code]

@@ -40,7 +40,7 @@ def _lost(run: RunDirectory) -> str | None:
         return f"it is a link to {run.checkpoints.readlink()}, which is not there"
     if aside := set_aside_steps(run.checkpoints):
         return f"{aside[-1].name} was set aside (rename it to {int(aside[-1].name.split('.')[0])} to try it again)"
-    if read_events(run, SAVED) or any(row.get("step") for row in read_events(run, "start")):
+    if read_events(run, SAVED) or any(row["step"] for row in read_events(run, "start", step=int)):
         return f"{run.events.name} tells of one"
     return None
 

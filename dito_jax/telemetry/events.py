@@ -35,14 +35,18 @@ class Events:
 
 def write_incidents(run: RunDirectory) -> None:
     """Writes incidents.md: the sentences of all events, with their times; nothing if no event has one."""
-    rows = [row for row in read_events(run) if row["said"]]
+    rows = [row for row in read_events(run) if isinstance(row["said"], str) and row["said"]]
     if rows:
         when = lambda row: time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"]))
         lines = [f"- {when(row)} {row['said']}" for row in rows]
         run.write_text("incidents.md", f"# What happened to {run.path.name} (UTC)\n\n" + "\n".join(lines) + "\n")
 
 
-def read_events(run: RunDirectory, *kinds: str) -> list[dict[str, Any]]:
-    """All events in order, or only those of `kinds`; names of earlier versions are replaced by the current ones."""
-    rows = [row | {"event": RENAMED.get(row["event"], row["event"])} for row in json_lines(run.events)]
+def read_events(run: RunDirectory, *kinds: str, **fields: type) -> list[dict[str, Any]]:
+    """All events in order, or only those of `kinds`; names of earlier versions are replaced by the current ones.
+
+    Rows without `fields` of these types are left out.
+    """
+    rows = json_lines(run.events, event=str, time=float, **fields)
+    rows = [{"said": None} | row | {"event": RENAMED.get(row["event"], row["event"])} for row in rows]
     return [row for row in rows if not kinds or row["event"] in kinds]

@@ -5,6 +5,7 @@ counts as lost if the process is killed, so call `flush` at log intervals.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dito_jax.telemetry.clock import SINCE_BOOT, RunClock
 from dito_jax.telemetry.heartbeat import PHASES, Beat, Heartbeat
 from dito_jax.telemetry.run_directory import RunDirectory, explained, json_lines
 
@@ -77,9 +79,9 @@ class Ledger(Phases):
 
     Fields of a row: `attempt`, the number of the start, from 1; `from` and `to`, seconds since 1970 (`to` of one row is
     `from` of the next); `steps`, the first and last step worked on, or null; `seconds` by kind, whose sum is `to` -
-    `from`. The first row of an attempt also has its `pid` and `host`, and `died` and `reached`: time and step at which
-    the previous attempt was last alive, or null. `resumed` means that the state at the end of the row is that after
-    step `resumed`; `closed` means that the attempt ended with this row.
+    `from`. The first row of an attempt also has its `pid` and `host`, the `boot` and `offset` of its clock, and `died`
+    and `reached`: time and step at which the previous attempt was last alive, or null. `resumed` means that the state
+    at the end of the row is that after step `resumed`; `closed` means that the attempt ended with this row.
     """
 
     def __init__(
@@ -88,12 +90,13 @@ class Ledger(Phases):
         heartbeat: Heartbeat,
         *,
         previous: Beat | None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
         born: float | None = None,
     ):
         """Starts an attempt; the time since `born`, the start of this process (default: from /proc), is "init".
 
-        `previous` is the last heartbeat of the previous attempt; read it before Heartbeat overwrites the file.
+        `previous` is the last heartbeat of the previous attempt; read it before Heartbeat overwrites the file. `clock`
+        is that of the run (clock.py), also for the heartbeat.
         """
         super().__init__(heartbeat)
         self._run, self._clock = run, clock
@@ -101,7 +104,7 @@ class Ledger(Phases):
         self._steps: tuple[int, int] | None = None
         self._at_step = False
         self._attempt, died, reached = 1, None, None
-        if rows := json_lines(run.goodput):
+        if rows := read_rows(run):
             self._attempt, died = rows[-1]["attempt"] + 1, rows[-1]["to"]
             if previous is not None and "closed" not in rows[-1]:
                 died, reached = max(died, previous.alive), previous.step
@@ -112,7 +115,8 @@ class Ledger(Phases):
         self._since = born if died is None else max(died, min(born, clock()))
         self._from = self._since
         self._tally()
-        self._write(died=died, reached=reached, pid=os.getpid(), host=socket.gethostname())
+        here = dataclasses.asdict(clock) if isinstance(clock, RunClock) else {}
+        self._write(died=died, reached=reached, pid=os.getpid(), host=socket.gethostname(), **here)
 
     def step(self, number: int) -> None:
         super().step(number)
@@ -149,6 +153,20 @@ class Ledger(Phases):
         self._from, self._steps, self._seconds = self._since, None, {}
 
 
+def read_rows(run: RunDirectory) -> list[dict[str, Any]]:
+    """The rows of goodput.jsonl; what is no row of it is skipped."""
+    rows = json_lines(run.goodput, **{"attempt": int, "from": float, "to": float, "seconds": dict})
+    return [row for row in rows if _whole(row)]
+
+
+def _whole(row: dict[str, Any]) -> bool:
+    """Whether the entries of a row that are not in every row are what they should be."""
+    steps, marks = row.get("steps"), [row.get(name) or 0 for name in ("died", "reached", "resumed", "offset")]
+    numbers = [*row["seconds"].values(), *marks]
+    pair = steps is None or isinstance(steps, list) and len(steps) == 2 and all(isinstance(n, int) for n in steps)
+    return pair and set(row["seconds"]) <= set(WORK) and all(isinstance(number, int | float) for number in numbers)
+
+
 def process_age(pid: int | str) -> float | None:
     """Age of a process in seconds, to a hundredth, including the start of Python; None if it has ended.
 
@@ -160,4 +178,4 @@ def process_age(pid: int | str) -> float | None:
         return None
     if state == "Z":  # a zombie: ended, but not yet waited for
         return None
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[18]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(SINCE_BOOT) - int(fields[18]) / os.sysconf("SC_CLK_TCK")

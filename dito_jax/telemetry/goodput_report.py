@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from dito_jax.telemetry.goodput import IDLE, KINDS, LOST, process_age
+from dito_jax.telemetry.clock import RunClock, boot_id
+from dito_jax.telemetry.goodput import IDLE, KINDS, LOST, process_age, read_rows
 from dito_jax.telemetry.heartbeat import read_beat
-from dito_jax.telemetry.run_directory import RunDirectory, atomic_path, json_lines
+from dito_jax.telemetry.run_directory import RunDirectory, atomic_path
 
 
 REDONE = ("data", "step", "eval", "save")  # kinds of work that count as lost after going back to an earlier step
@@ -102,11 +103,11 @@ def account(rows: Sequence[Mapping[str, Any]], end: float) -> Accounts:
 
     for row in rows:
         if row["attempt"] != attempt:
-            until(row["died"], LOST)
+            until(row.get("died") or now, LOST)
             until(row["from"], IDLE)
-            attempt, reached = row["attempt"], max(reached, row["reached"] or 0)
+            attempt, reached = row["attempt"], max(reached, row.get("reached") or 0)
         until(row["from"], LOST)
-        steps = tuple(row["steps"]) if row["steps"] else None
+        steps = tuple(row["steps"]) if row.get("steps") else None
         pieces.append(_Piece(attempt, row["from"], row["to"], row["seconds"], steps))
         now, reached = row["to"], max(reached, steps[1] if steps else 0)
         if "resumed" in row:
@@ -120,7 +121,7 @@ def account(rows: Sequence[Mapping[str, Any]], end: float) -> Accounts:
 
 def read_accounts(run: RunDirectory) -> Accounts | None:
     """The goodput of a run, up to its last row if it still runs on this host; None without goodput.jsonl."""
-    rows = json_lines(run.goodput)
+    rows = read_rows(run)
     if not rows:
         return None
     began = next(row for row in rows if row["attempt"] == rows[-1]["attempt"])
@@ -192,5 +193,9 @@ def _spans(pieces: Sequence[_Piece]) -> tuple[Span, ...]:
 
 def _runs(began: Mapping[str, Any]) -> bool:
     """Whether the process of an attempt's first row still runs on this host; its pid may have been reused since."""
-    age = process_age(began["pid"]) if began.get("host") == socket.gethostname() else None
-    return age is not None and time.time() - age <= began["to"]
+    age = process_age(began.get("pid", "")) if began.get("host") == socket.gethostname() else None
+    boot = began.get("boot")
+    if age is None or boot not in (None, boot_id()):
+        return False
+    clock = time.time if boot is None else RunClock(boot, began["offset"])  # version 0.2.0 had the time of day
+    return clock() - age <= began["to"]

@@ -82,5 +82,5 @@ class NoMetrics(MetricsWriter):
 
 
 def read_metrics(run: RunDirectory) -> list[dict]:
-    """All complete lines of metrics.jsonl, in order."""
-    return json_lines(run.metrics)
+    """All rows of metrics.jsonl that have a step, in order."""
+    return json_lines(run.metrics, step=int)

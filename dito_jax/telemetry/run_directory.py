@@ -117,16 +117,31 @@ class FollowedDirectory(RunDirectory):
         """Does nothing."""
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; a line that a killed process left incomplete is skipped."""
-    if not path.exists():
+def json_lines(path: Path, **fields: type) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file: its complete lines that are JSON objects and have `fields` of these types.
+
+    All other lines are skipped: a killed process, a full disk or an editor may leave anything. An int is also a float.
+    """
+    try:
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    rows = []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    for line in whole.splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    rows = (_parsed(line) for line in whole.splitlines())
+    return [row for row in rows if row is not None and all(_is(row.get(name), kind) for name, kind in fields.items())]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def sync_directory(path: Path) -> None:

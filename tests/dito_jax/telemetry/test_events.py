@@ -1,5 +1,7 @@
 """Events and heartbeats survive a kill of the process that wrote them."""
 
+import os
+import struct
 import subprocess
 import sys
 
@@ -75,11 +77,45 @@ def test_alive_is_no_progress(tmp_path):
     assert beat == heart.last and beat is not None and (beat.step, beat.since, beat.alive) == (5, 2.0, 7.0)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"short"])
+BROKEN = [None, b"", b"short", struct.pack("<qqdd", 1, 99, 1.0, 1.0), struct.pack("<qqdd", 1, -1, 1.0, 1.0),
+          struct.pack("<qqdd", -1, 1, 1.0, 1.0), struct.pack("<qqdd", 1, 1, 1.0, float("nan"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_where_nothing_beats_there_is_none(tmp_path, content):
     if content is not None:
         (tmp_path / "0").write_bytes(content)
     assert read_beat(tmp_path / "0") is None
+
+
+def test_a_file_that_is_truncated_or_deleted_does_not_end_the_process(tmp_path):
+    heart = Heartbeat(tmp_path / "0", clock=lambda: 3.0)
+    os.truncate(tmp_path / "0", 0)
+    heart.alive()
+    heart.beat(7, "step")
+    beat = read_beat(tmp_path / "0")
+    assert beat is not None and beat.step == 7
+    (tmp_path / "0").unlink()
+    heart.beat(8, "step")
+    heart.close()
+    heart.beat(9, "step")
+    assert heart.last.step == 9 and read_beat(tmp_path / "0") is None
+
+
+ODD = [b"[1]", b"3", b"{}", b'{"event": 3, "time": 1}', b'{"event": "start"}', b"[" * 100_000, b"\xff", b"\0" * 50]
+
+
+def test_odd_lines_are_no_events(tmp_path):
+    run = RunDirectory(tmp_path)
+    events = Events(run, clock=lambda: 0.0)
+    events.record("start", step=0)
+    with run.events.open("ab") as log:
+        log.write(b"".join(line + b"\n" for line in ODD) + b'{"event": "start", "time": 1, "step": "a"}\n')
+    events.record("rollback", "back", step=5)
+    assert [row["event"] for row in read_events(run)] == ["start", "start", "rollback"]
+    assert [row["step"] for row in read_events(run, "start", step=int)] == [0]
+    write_incidents(run)
+    assert (tmp_path / "incidents.md").read_text().count("\n- ") == 1
 
 
 def test_alive_undoes_no_beat_of_another_thread(tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import math
 import random
 import signal
@@ -14,6 +15,8 @@ import pytest
 from PIL import Image
 
 from dito_jax.cli import main as cli
+from dito_jax.telemetry import clock as clocks
+from dito_jax.telemetry.clock import run_clock
 from dito_jax.telemetry.goodput import KINDS, Ledger, Phases, process_age
 from dito_jax.telemetry.goodput_report import COLORS, account, read_accounts, table, timeline
 from dito_jax.telemetry.heartbeat import Beat, Heartbeat, read_beat
@@ -221,14 +224,16 @@ def test_a_run_of_kills_rollbacks_and_restarts_adds_up(tmp_path, seed):
 
 WORKER = """
 import os, signal, sys, threading, time
+from dito_jax.telemetry.clock import run_clock
 from dito_jax.telemetry.goodput import Ledger
 from dito_jax.telemetry.heartbeat import Heartbeat, read_beat
 from dito_jax.telemetry.run_directory import RunDirectory
 
 run, state, dies = RunDirectory(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 previous = read_beat(run.heartbeats / "0")
-heartbeat = Heartbeat(run.heartbeats / "0")
-ledger = Ledger(run, heartbeat, previous=previous)
+clock = run_clock(run)
+heartbeat = Heartbeat(run.heartbeats / "0", clock=clock)
+ledger = Ledger(run, heartbeat, previous=previous, clock=clock)
 
 def live():
     while True:
@@ -289,6 +294,57 @@ def test_a_running_process_has_lost_nothing_yet_and_a_dead_one_has(tmp_path):
         dead = read_accounts(run)
     assert running is not None and running.seconds["lost"] == 0 and running.seconds["step"] > 0.3
     assert dead is not None and dead.seconds["lost"] > 0.15
+
+
+def test_a_run_has_one_clock_in_all_its_starts_though_the_time_of_day_is_set(tmp_path, monkeypatch):
+    """An hour is added between two starts, and two are taken back before a third; a new boot has another clock."""
+    run, day = RunDirectory(tmp_path), [1e9]
+    monkeypatch.setattr(time, "time", lambda: day[0])
+    for change in (0, 3600, -7200):
+        day[0] += change
+        clock = run_clock(run)
+        heartbeat = Heartbeat(run.heartbeats / "0", clock=clock)
+        Ledger(run, heartbeat, previous=None, clock=clock, born=clock()).close()
+        heartbeat.close()
+    accounts = read_accounts(run)
+    assert accounts is not None and accounts.attempts == 3 and accounts.total < 10
+    assert abs(run_clock(run)() - 1e9) < 10
+    monkeypatch.setattr(clocks, "boot_id", lambda: "another boot")
+    assert abs(run_clock(run)() - day[0]) < 10
+
+
+def test_a_process_that_runs_is_known_though_the_time_of_day_is_set(tmp_path, monkeypatch):
+    run, clock = RunDirectory(tmp_path), run_clock(RunDirectory(tmp_path))
+    heartbeat = Heartbeat(run.heartbeats / "0", clock=clock)
+    Ledger(run, heartbeat, previous=None, clock=clock)
+    time.sleep(0.05)
+    heartbeat.alive()
+    for day in (time.time() - 7200, time.time() + 7200):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda now=day: now)
+            accounts = read_accounts(run)
+        assert accounts is not None and accounts.seconds["lost"] == 0, "of a dead process the last 0.05 s are lost"
+
+
+ODD = [
+    b"[1]", b"3", b"null", b'"x"', b"{}", b"[" * 100_000, b"\xff\xfe", b'{"attempt": 1}',
+    b'{"attempt": true, "from": 0, "to": 1, "seconds": {}}', b'{"attempt": 1, "from": "a", "to": 1, "seconds": {}}',
+    b'{"attempt": 1, "from": 0, "to": 1, "seconds": {"step": "a"}}',
+    b'{"attempt": 1, "from": 0, "to": 1, "seconds": {"nap": 1}}',
+    b'{"attempt": 1, "from": 0, "to": 1, "seconds": {}, "steps": [1]}',
+    b'{"attempt": 1, "from": 0, "to": 1, "seconds": {}, "resumed": "a"}',
+]  # fmt: skip
+
+
+def test_odd_lines_change_no_figure(tmp_path):
+    run = RunDirectory(tmp_path)
+    whole = account(ROWS, 200)
+    for line in ODD:
+        run.goodput.write_bytes(b"".join(json.dumps(each).encode() + b"\n" + line + b"\n" for each in ROWS))
+        assert read_accounts(run) == whole, line[:100]
+        ledger, _ = begin(run, Clock(300.0), born=300.0)
+        ledger.close()
+        assert json_lines(run.goodput)[-1]["attempt"] == 3
 
 
 ROWS = [

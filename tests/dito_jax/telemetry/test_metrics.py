@@ -67,7 +67,7 @@ def test_each_step_is_logged_once_after_kills_and_resumes(tmp_path):
         assert read_metrics(run)[-1]["step"] >= first + 100
         first = restored + 1
     with run.metrics.open("a") as torn:
-        torn.write('{"step": 95, "lo')
+        torn.write('[3]\nnull\n{"step": "a"}\n{"loss": 1.0}\n' + "[" * 100_000 + '\n{"step": 95, "lo')
     with MetricsWriter(run, after=90) as metrics:
         metrics.write(91, {"loss": 0.0})
     assert [row["step"] for row in read_metrics(run)] == list(range(92))
