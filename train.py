@@ -142,6 +142,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 logger.log(number)
             if clock.due(number) or last or stop:
                 with ledger.phase("save"):
+                    run.check_in_place()
                     faults.before_save(number)
                     about = {"config": to_json(config), "metrics": logger.released, EXAMPLES: position.after(number)}
                     checkpoints.save(number, state, metadata=about)

@@ -117,7 +117,7 @@ class Checkpoints:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            with self._explained():
+            with self._explained(begun=True):
                 pending.result()
 
     def close(self) -> None:
@@ -223,17 +223,26 @@ class Checkpoints:
             shutil.rmtree(path)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Removes the files of a failed save; raises a CheckpointError if the disk was full or not writable."""
+    def _explained(self, *, begun: bool = False) -> Iterator[None]:
+        """Removes the files of a failed save; raises a CheckpointError if the disk was full or not writable, or if the
+        files of a save that had begun were removed by another program.
+        """
         try:
             yield
         except CheckpointError:
             raise
         except Exception as error:
+            step = self._saving[0]
+            lost = begun and not any(self.directory.glob(f"{step}{UNFINISHED}")) and not self.path(step).exists()
             with contextlib.suppress(OSError):
                 self._remove_unfinished()
             if reason := refusal(error):
                 raise self._refused(reason) from error
+            if lost:
+                raise CheckpointError(
+                    f"{self.directory}: the files of the checkpoint of step {step} were removed or renamed while they "
+                    "were written: stop what does that, then run the same command again."
+                ) from error
             raise
 
     def _refused(self, reason: str) -> CheckpointError:

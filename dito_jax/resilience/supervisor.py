@@ -189,9 +189,10 @@ class Supervisor:
             self._log(f"supervisor: {said}")
 
     def _log(self, line: str) -> None:
-        self._run.path.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError), self._run.supervision.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        with contextlib.suppress(OSError):
+            self._run.path.mkdir(parents=True, exist_ok=True)
+            with self._run.supervision.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     @contextlib.contextmanager
     def _forwarding(self) -> Iterator[None]:

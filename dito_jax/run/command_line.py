@@ -12,6 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dito_jax.errors import CRASHED, INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
+from dito_jax.run.standard_streams import make_lenient
+
+
+# Errors of the file system that a path which the user gave, or another program, causes.
+OF_PATHS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES,
+    errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENXIO, errno.EBUSY,
+)  # fmt: skip
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run[Arguments](
@@ -20,11 +29,12 @@ def run[Arguments](
     *,
     computes: Callable[[Arguments], bool] = lambda _: True,
 ) -> None:
-    """Runs a command; a UserError, or a full disk, ends it with one line and exit code 2.
+    """Runs a command; a UserError, or an error of the file system, ends it with one line and exit code 2.
 
     A mistake in the arguments is reported before anything is printed about devices. A command that does not compute
     prints nothing about devices.
     """
+    make_lenient()
     try:
         arguments = parse()
         if computes(arguments):
@@ -41,14 +51,25 @@ def run[Arguments](
     except KeyboardInterrupt:
         _end(INTERRUPTED)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            where = f"{error.filename}: " if error.filename is not None else ""  # a write names no file
-            print(f"{program()}: {where}{error.strerror}.", file=sys.stderr)
+        if (line := _of_file_system(error)) is not None:
+            print(f"{program()}: {line}", file=sys.stderr)
             _end(USER_MISTAKE)
         if not _several_processes():
             raise
         traceback.print_exc()
         _end(CRASHED)
+
+
+def _of_file_system(error: Exception) -> str | None:
+    """The line for an error of the file system; None for all others."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in NO_ROOM or error.errno in (errno.EACCES, errno.EROFS):
+        where = f"{error.filename}: " if error.filename is not None else ""  # a write names no file
+        return f"{where}{error.strerror}."
+    if error.errno in OF_PATHS and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}: check this path, then run the same command again."
+    return None
 
 
 def program() -> str:

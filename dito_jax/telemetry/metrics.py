@@ -33,8 +33,9 @@ class MetricsWriter:
         """Writes one line to metrics.jsonl, and one TensorBoard scalar for each number in it.
 
         Raises:
-          UserError: the disk is full.
+          UserError: the disk is full, or the run directory was removed or renamed.
         """
+        self._run.check_in_place()
         with explained(self._path):
             self._lines.write(json.dumps({"step": step, **values}) + "\n")
             self._lines.flush()

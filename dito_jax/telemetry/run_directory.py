@@ -14,12 +14,21 @@ from dito_jax.errors import UserError
 
 
 class RunDirectory:
-    """A run directory, runs/<name>; it is created by the first write, and reading needs no lock."""
+    """A run directory, runs/<name>; it is created by the first write, and reading needs no lock.
+
+    Raises:
+      UserError: its path is not UTF-8; the libraries that write checkpoints accept no other.
+    """
 
     writes = True
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        try:
+            os.path.abspath(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path!r}: not UTF-8: rename this directory, or use another --run-dir.") from None
+        self._held: int | None = None  # a descriptor of the directory while it is locked
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -40,7 +49,11 @@ class RunDirectory:
         Raises:
           UserError: another process holds the lock; the message names its pid and host.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            what = f"a link to {self.path.readlink()}, which is not there" if self.path.is_symlink() else "a file"
+            raise UserError(f"{self.path}: {what}; a run needs a directory: use another --run-dir.") from error
         with (self.path / ".lock").open("a+") as file:
             # A POSIX record lock, unlike flock, is not inherited by a forked data worker, which may outlive a killed
             # training process.
@@ -55,7 +68,33 @@ class RunDirectory:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            yield
+            self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                yield
+            finally:
+                held, self._held = self._held, None
+                os.close(held)
+
+    def check_in_place(self) -> None:
+        """Checks that a directory that is held was not removed or renamed; every write of the run does it first.
+
+        Raises:
+          UserError: it was. A write would make another directory, with a part of the run.
+        """
+        if self._held is None:
+            return
+        try:
+            here, held = os.stat(self.path), os.fstat(self._held)
+            if (here.st_dev, here.st_ino) == (held.st_dev, held.st_ino):
+                return
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # a file system that does not answer
+            return
+        now = os.readlink(f"/proc/self/fd/{self._held}") if Path("/proc/self/fd").is_dir() else ""
+        moved = now and not now.endswith(" (deleted)")
+        cure = f"continue with --run-dir {now}" if moved else "its checkpoints went with it"
+        raise UserError(f"{self.path}: {'renamed' if moved else 'removed'} while this run was training in it; {cure}.")
 
     def write_text(self, name: str, text: str) -> Path:
         """Writes a file of the run atomically: a reader sees the old content or the new content.
@@ -65,12 +104,13 @@ class RunDirectory:
         Raises:
           UserError: the disk is full; the old file is intact.
         """
+        self.check_in_place()
         path = self.path / name
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with unfinished.open("w", encoding="utf-8") as file:
+                with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(text)
                     file.flush()
                     os.fsync(file.fileno())
@@ -85,6 +125,7 @@ class RunDirectory:
 
         If a killed process left an incomplete last line, a newline is added first.
         """
+        self.check_in_place()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":

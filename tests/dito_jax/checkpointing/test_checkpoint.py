@@ -450,6 +450,17 @@ def test_a_step_set_aside_stays_so_after_a_power_loss(tmp_path, synced):
     assert synced == {str(tmp_path)}
 
 
+def test_a_directory_removed_while_a_step_is_written_is_one_line(tmp_path, monkeypatch):
+    checkpoints, held = Checkpoints(tmp_path / "checkpoints"), HeldBack(monkeypatch)
+    checkpoints.save(7, make_big(), metadata={})
+    assert held.started.wait(20)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    held.release.set()
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.close()
+    assert "the files of the checkpoint of step 7 were removed or renamed while they were written" in one_line(error)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of its own, four million bytes large."""

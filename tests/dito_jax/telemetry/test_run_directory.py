@@ -1,6 +1,9 @@
 """The run directory: a lock for one training process, and atomic writes."""
 
+import errno
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dito_jax.errors import UserError
+from dito_jax.run import command_line
+from dito_jax.telemetry.metrics import MetricsWriter
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
@@ -116,3 +122,67 @@ def test_reader_sees_a_whole_file_while_it_is_rewritten(tmp_path):
         child.kill()
         child.communicate()
     assert len(seen) >= 3, "it was rewritten meanwhile"
+
+
+def test_a_directory_that_is_renamed_or_removed_meanwhile_is_not_made_again(tmp_path):
+    run, other = RunDirectory(tmp_path / "run"), tmp_path / "other"
+    writes = (
+        lambda: run.write_text("report.md", ""),
+        lambda: run.append(run.events, "{}\n"),
+        lambda: metrics.write(5, {"loss": 1.0}),
+        run.check_in_place,
+    )
+    with run.hold(), MetricsWriter(run) as metrics:
+        metrics.write(4, {"loss": 1.0})
+        run.path.rename(other)
+        for write in writes:
+            with pytest.raises(UserError, match=f"run: renamed while .*; continue with --run-dir {other}\\.$"):
+                write()
+        assert [path.name for path in tmp_path.iterdir()] == ["other"]
+        other.rename(run.path)
+        for write in writes:
+            write()
+        shutil.rmtree(run.path)
+        run.path.mkdir()
+        for write in writes:
+            with pytest.raises(UserError, match="run: removed while this run was training in it; its checkpoints went"):
+                write()
+        assert not list(run.path.iterdir())
+    run.write_text("report.md", "")  # no longer held
+
+
+def test_a_path_that_is_no_directory_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("/not/there")
+    for name, why in (("file", "file: a file;"), ("dangling", "dangling: a link to /not/there, which is not there;")):
+        held = RunDirectory(tmp_path / name).hold()
+        with pytest.raises(UserError, match=f"{why} a run needs a directory: use another --run-dir"), held:
+            pass
+    with pytest.raises(UserError, match=r"'caf\\udce9': not UTF-8: rename this directory"):
+        RunDirectory(os.fsdecode(b"caf\xe9"))
+
+
+@pytest.mark.parametrize("path", ["/proc/run", "/proc/1/run", "/dev/null/run", "/" + 300 * "x"])
+def test_an_error_of_the_file_system_is_one_line_and_exit_code_two(path, capsys):
+    def hold(_: None) -> None:
+        with RunDirectory(path).hold():
+            pass
+
+    with pytest.raises(SystemExit) as end:
+        command_line.run(lambda: None, hold, computes=lambda _: False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and path[:20] in line and "check this path" in line
+
+
+def test_other_errors_keep_their_traceback():
+    for error in (OSError("without a number"), BrokenPipeError(errno.EPIPE, "a pipe"), KeyError("x")):
+
+        def fail(_: None, error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            command_line.run(lambda: None, fail, computes=lambda _: False)
+
+
+def test_a_text_with_the_name_of_a_file_that_is_not_utf_8_is_written(tmp_path):
+    assert RunDirectory(tmp_path).write_text("report.md", "caf\udce9").read_text() == "caf\\udce9"
