@@ -45,7 +45,8 @@ from dito_jax.sharding import make_mesh
 from dito_jax.telemetry.logger import MetricsLogger
 from dito_jax.telemetry.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.telemetry.throughput import Throughput
-from dito_jax.training.compiling import compile_step, enable_compilation_cache
+from dito_jax.training.compilation_cache import enable_compilation_cache
+from dito_jax.training.compiling import compile_step
 from dito_jax.training.optimizer import learning_rate
 from dito_jax.training.state import TrainState
 

@@ -10,6 +10,7 @@ from dito_jax.config import to_json
 from dito_jax.errors import UserError
 from dito_jax.interop import artifact
 from dito_jax.interop.export import exported_denoiser, exported_sampler, exported_train_step
+from dito_jax.interop.manifest import check_replaceable
 from dito_jax.run import saved_run
 
 
@@ -34,8 +35,7 @@ def main(options: argparse.Namespace) -> None:
             "Its sampler and denoiser can be exported."
         )
     out = Path(options.out or run.path / "export" / options.what)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"export: -o {out} is a file; give a directory.")
+    check_replaceable(out)
     program, state, step = saved_run.restored_here(run, config)
     average, graph = saved_run.sampled_ema(state, config), program.graph
     if options.what == "denoiser":

@@ -12,10 +12,9 @@ Only JAX, NumPy and safetensors are needed to run an artifact; this file does no
 """
 
 import argparse
-import hashlib
-import json
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from safetensors.numpy import load_file, save_file
 
 from dito_jax.errors import USER_MISTAKE, UserError
 from dito_jax.interop import host
+from dito_jax.interop.manifest import CHECK, FUNCTION, MANIFEST, WEIGHTS, check_replaceable, checked, sealed, sha256
+from dito_jax.interop.replacing import replaced
 
 
-FUNCTION, WEIGHTS, CHECK, MANIFEST = "function.bin", "weights.safetensors", "check.safetensors", "manifest.json"
 FAR = 0.05  # tolerance for other hardware, as a share of the largest absolute output
-CHANGED = "checksum mismatch: the file is damaged or was changed. Export the run again."
 Arrays = dict[str, np.ndarray]
 
 
@@ -43,44 +42,49 @@ def write(
     static: Sequence[export.Exported],
     about: dict[str, Any],
 ) -> None:
-    """Writes all files of an artifact, the manifest last; a directory without a manifest is not an artifact.
+    """Writes an artifact, in place of an earlier one: killed at any moment it leaves the earlier one or the new one.
 
     `static` has the function for each single platform, with the shapes of `inputs`.
+
+    Raises:
+      UserError: the directory has files that no artifact has.
     """
+    check_replaceable(directory)
     serialized, outputs = exported.serialize(), jax.tree.leaves(jax.jit(exported.call)(weights, *inputs))
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)
-    (directory / FUNCTION).write_bytes(serialized)
-    save_file(_plain(weights), directory / WEIGHTS)
     named = {f"input{i}": x for i, x in enumerate(inputs)} | {
         f"output{i}": np.asarray(x) for i, x in enumerate(outputs)
     }
-    save_file(_plain(named), directory / CHECK)
-    of_host = host.write(directory, static, directory / WEIGHTS, directory / CHECK)
-    manifest = about | {
-        "platforms": list(exported.platforms),
-        "inputs": [str(aval) for aval in exported.in_avals[len(weights) :]],
-        "outputs": [str(aval) for aval in exported.out_avals],
-        "weights": {name: f"{array.dtype}{list(array.shape)}" for name, array in weights.items()},
-        "checked_on": jax.default_backend(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "safetensors")},
-        "files": {name: _sha256(directory / name) for name in (FUNCTION, WEIGHTS, CHECK, *of_host)},
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
+    with replaced(directory) as new:
+        (new / FUNCTION).write_bytes(serialized)
+        save_file(_plain(weights), new / WEIGHTS)
+        save_file(_plain(named), new / CHECK)
+        of_host = host.write(new, static, new / WEIGHTS, new / CHECK)
+        manifest = about | {
+            "platforms": list(exported.platforms),
+            "inputs": [str(aval) for aval in exported.in_avals[len(weights) :]],
+            "outputs": [str(aval) for aval in exported.out_avals],
+            "weights": _kinds(weights),
+            "checked_on": jax.default_backend(),
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "safetensors")},
+            "files": {name: sha256(new / name) for name in (FUNCTION, WEIGHTS, CHECK, *of_host)},
+        }
+        (new / MANIFEST).write_text(sealed(manifest))
 
 
 def load(directory: Path) -> tuple[export.Exported, Arrays, dict[str, Any]]:
     """Loads (function, weights, manifest); call `function.call(weights, *inputs)`.
 
     Raises:
-      UserError: the directory is not an artifact, or the checksum of a file is wrong.
+      UserError: the directory is not an artifact; a checksum is wrong; a file cannot be read, or it holds other arrays
+        than the manifest says.
     """
-    manifest = _manifest(directory)
-    for name, digest in manifest["files"].items():
-        path = directory / name
-        if not path.is_file() or _sha256(path) != digest:
-            raise UserError(f"{path}: {CHANGED}")
-    return export.deserialize(bytearray((directory / FUNCTION).read_bytes())), load_file(directory / WEIGHTS), manifest
+    manifest = checked(directory)
+    with _one_line(directory / FUNCTION, "cannot be read as a function"):
+        function = export.deserialize(bytearray((directory / FUNCTION).read_bytes()))
+    weights = _arrays(directory / WEIGHTS)
+    if _kinds(weights) != manifest["weights"]:
+        raise UserError(f"{directory / WEIGHTS}: holds other arrays than the {MANIFEST} says. Export the run again.")
+    return function, weights, manifest
 
 
 def verify(directory: Path) -> str:
@@ -94,10 +98,15 @@ def verify(directory: Path) -> str:
     here = jax.default_backend().replace("gpu", "cuda")
     if here not in manifest["platforms"]:
         raise UserError(f"{directory}: exported for {', '.join(manifest['platforms'])}, but this machine has {here}.")
-    held = load_file(directory / CHECK)
-    inputs = [held[f"input{i}"] for i in range(sum(name.startswith("input") for name in held))]
-    outputs = [np.asarray(x) for x in jax.tree.leaves(jax.jit(function.call)(weights, *inputs))]
-    wanted = [held[f"output{i}"] for i in range(len(outputs))]
+    held = _arrays(directory / CHECK)
+    names = {part: [f"{part}{i}" for i in range(len(manifest[f"{part}s"]))] for part in ("input", "output")}
+    if set(held) != {*names["input"], *names["output"]}:
+        raise UserError(f"{directory / CHECK}: holds other arrays than the {MANIFEST} says. Export the run again.")
+    inputs, wanted = ([held[name] for name in names[part]] for part in ("input", "output"))
+    with _one_line(directory / FUNCTION, "cannot be run on the inputs of the check"):
+        outputs = [np.asarray(x) for x in jax.tree.leaves(jax.jit(function.call)(weights, *inputs))]
+    if [x.shape for x in outputs] != [x.shape for x in wanted]:
+        raise UserError(f"{directory / CHECK}: holds outputs of other shapes than the function. Export the run again.")
     intact = f"{directory}: {manifest['what']}, {len(weights)} weights: intact"
     if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(outputs, wanted, strict=True)):
         return f"{intact}, results are bit-identical."
@@ -122,32 +131,29 @@ def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
     return furthest / largest if largest else furthest and float("inf")
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def _arrays(path: Path) -> Arrays:
+    with _one_line(path, "cannot be read as safetensors"):
+        return load_file(path)
+
+
+@contextlib.contextmanager
+def _one_line(path: Path, what: str) -> Iterator[None]:
+    """Raises a UserError for whatever a library raises because of the content of a file."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
+        yield
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{directory}: not an artifact ({MANIFEST}: {error}); make one with `dito export RUN -o DIR`."
+            f"{path}: {what} ({why}): it is damaged, or of another version. Export the run again."
         ) from error
-    if not isinstance(manifest, dict) or "sha256" not in manifest:
-        raise UserError(
-            f"{directory / MANIFEST}: no sha256 of the manifest: removed, or an older version. Export the run again."
-        )
-    if manifest.pop("sha256") != _digest(manifest):
-        raise UserError(f"{directory / MANIFEST}: {CHANGED}")
-    return manifest
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _kinds(arrays: Arrays) -> dict[str, str]:
+    return {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
 
 
 def _plain(arrays: Arrays) -> Arrays:
     return {name: np.array(array, order="C") for name, array in arrays.items()}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -31,9 +31,7 @@ def write(directory: Path, static: Sequence[export.Exported], weights: Path, che
     `weights` and `check` are files that are written already.
     """
     folder = directory / FOLDER
-    folder.mkdir(exist_ok=True)
-    for left in folder.glob("*.mlirbc"):  # files of an earlier export for other platforms
-        left.unlink()
+    folder.mkdir()
     for function in static:
         (platform,) = function.platforms
         (folder / f"{platform}.mlirbc").write_bytes(function.mlir_module_serialized)

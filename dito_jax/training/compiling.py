@@ -1,14 +1,12 @@
-"""Compilation of the train step: time of each stage, cache hit or miss, peak memory; the persistent cache."""
+"""Compilation of the train step: time of each stage, cache hit or miss, peak memory."""
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 
 CACHE_ANSWERS = {"/jax/compilation_cache/cache_hits": True, "/jax/compilation_cache/cache_misses": False}
@@ -56,15 +54,6 @@ def compile_step(jitted: Any, *args: Any) -> tuple[jax.stages.Compiled, CompileR
         cache_hit=answers[-1] if answers else None,
         peak_bytes=None if memory is None else memory.peak_memory_in_bytes,
     )
-
-
-def enable_compilation_cache(path: str | os.PathLike) -> None:
-    """Enables JAX's persistent compilation cache in `path`, also for programs that are small or compile quickly."""
-    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # JAX opens the cache at the first compilation and ignores later changes of the setting.
-    compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from dito_jax.errors import UserError
 from dito_jax.evaluation.sample import make_sampler
 from dito_jax.interop import artifact
 from dito_jax.interop.export import exported_denoiser
+from dito_jax.interop.manifest import sealed, sha256
 
 
 pytestmark = [
@@ -122,7 +124,7 @@ def forge(rewritten, sampler, **changed) -> None:
     """A manifest that says otherwise, and is whole."""
     told = json.loads((sampler / artifact.MANIFEST).read_text()) | changed
     told.pop("sha256")
-    rewritten(artifact.MANIFEST, json.dumps(told | {"sha256": artifact._digest(told)}).encode())
+    rewritten(artifact.MANIFEST, sealed({name: part for name, part in told.items() if part is not None}).encode())
 
 
 def test_no_flipped_bit_of_the_manifest_is_believed(sampler, rewritten):
@@ -156,6 +158,88 @@ def test_a_folder_in_place_of_a_file_is_refused(sampler, tmp_path):
         artifact.load(copy)
 
 
+OTHER = {
+    "absolute": {"files": {"/etc/hostname": "0" * 64}},
+    "above": {"files": {"../weights.safetensors": "0" * 64}},
+    "device": {"files": {"/dev/zero": "0" * 64}},
+    "of another name": {"files": {"host/x.py": "0" * 64}},
+    "no checksum": {"files": {artifact.WEIGHTS: 3}},
+    "without weights": {"files": {artifact.FUNCTION: "0" * 64, artifact.CHECK: "0" * 64}},
+    "empty": {"files": {}},
+    "list": {"files": ["a"]},
+    **{f"without {name}": {name: None} for name in ("files", "platforms", "what", "inputs", "versions", "weights")},
+    "numbers": {"platforms": [1]},
+}
+
+
+@pytest.mark.parametrize("changed", OTHER.values(), ids=OTHER)
+def test_a_manifest_that_is_whole_and_says_something_else_is_one_line(sampler, rewritten, changed):
+    """Nothing outside the directory is read, and weights that no checksum covers are not called intact."""
+    files = json.loads((sampler / artifact.MANIFEST).read_text())["files"]
+    if isinstance(changed.get("files"), dict) and set(changed["files"]) - set(files):
+        changed = {"files": files | changed["files"]}
+    forge(rewritten, sampler, **changed)
+    with pytest.raises(UserError, match=rf"{artifact.MANIFEST}: its '.*Export the run again\.$"):
+        artifact.load(sampler)
+
+
+def mended(rewritten, sampler, name: str, content: bytes) -> None:
+    """Another content of a file, with its checksum in a whole manifest."""
+    rewritten(name, content)
+    files = json.loads((sampler / artifact.MANIFEST).read_text())["files"]
+    forge(rewritten, sampler, files=files | {name: sha256(sampler / name)})
+
+
+def lengths(whole: bytes) -> list[bytes]:
+    """A safetensors file whose header has another length than it says."""
+    return [struct.pack("<Q", length) + whole[8:] for length in (0, 1, 2**20, 2**40, 2**63, 2**64 - 1)]
+
+
+def overlapping(whole: bytes) -> bytes:
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    first, second = [name for name in header if name != "__metadata__"][:2]
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + whole[8 + length :]
+
+
+@pytest.mark.parametrize("name", [artifact.WEIGHTS, artifact.CHECK])
+def test_a_safetensors_file_that_lies_is_one_line(sampler, rewritten, name):
+    whole = (sampler / name).read_bytes()
+    for content in (*lengths(whole), overlapping(whole), b"", whole[:-1], save({"x": np.zeros(3)})):
+        mended(rewritten, sampler, name, content)
+        with pytest.raises(UserError, match=rf"{name}: (cannot be read as safetensors|holds other arrays)") as error:
+            artifact.verify(sampler)
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_function_with_its_checksum_is_one_line(sampler, rewritten):
+    whole = (sampler / artifact.FUNCTION).read_bytes()
+    for content in (b"", b"x" * 1000, whole[: len(whole) // 2]):
+        mended(rewritten, sampler, artifact.FUNCTION, content)
+        with pytest.raises(UserError, match=rf"{artifact.FUNCTION}: cannot be (read|run)") as error:
+            artifact.verify(sampler)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["host/evil.mlirbc", "more.txt", "host/deep/x"])
+def test_a_file_that_was_added_is_seen(sampler, tmp_path, name):
+    copy = Path(shutil.copytree(sampler, tmp_path / "copy"))
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("x")
+    with pytest.raises(UserError, match=f"{name}: not in the manifest.json: remove it"):
+        artifact.load(copy)
+
+
+def test_a_link_in_place_of_a_file_is_refused(sampler, tmp_path):
+    copy = Path(shutil.copytree(sampler, tmp_path / "copy"))
+    (copy / artifact.WEIGHTS).rename(tmp_path / "weights")
+    (copy / artifact.WEIGHTS).symlink_to(tmp_path / "weights")
+    with pytest.raises(UserError, match=f"{artifact.WEIGHTS}: checksum mismatch"):
+        artifact.load(copy)
+
+
 def test_what_is_no_artifact_or_not_for_this_machine_is_said(sampler, rewritten, tmp_path):
     with pytest.raises(UserError, match="not an artifact .*make one with `dito export RUN -o DIR`"):
         artifact.load(tmp_path)
@@ -170,7 +254,7 @@ def test_results_of_another_machine_may_be_as_far_as_rounding(sampler, rewritten
     held["output0"] = np.asarray(held["output0"] * np.float32(factor))
     rewritten(artifact.CHECK, save(held))
     files = json.loads((sampler / artifact.MANIFEST).read_text())["files"]
-    forge(rewritten, sampler, files=files | {artifact.CHECK: artifact._sha256(sampler / artifact.CHECK)})
+    forge(rewritten, sampler, files=files | {artifact.CHECK: sha256(sampler / artifact.CHECK)})
     if refused:
         with pytest.raises(UserError, match="intact, but with jaxlib .* tolerance is 0.05"):
             artifact.verify(sampler)
@@ -198,8 +282,8 @@ def test_every_output_is_compared(artifact_of, tmp_path):
     (step / artifact.CHECK).write_bytes(save(held))
     told = json.loads((step / artifact.MANIFEST).read_text())
     told.pop("sha256")
-    told["files"][artifact.CHECK] = artifact._sha256(step / artifact.CHECK)
-    (step / artifact.MANIFEST).write_text(json.dumps(told | {"sha256": artifact._digest(told)}))
+    told["files"][artifact.CHECK] = sha256(step / artifact.CHECK)
+    (step / artifact.MANIFEST).write_text(sealed(told))
     with pytest.raises(UserError, match="the results differ by inf of the largest"):
         artifact.verify(step)
 

@@ -90,11 +90,14 @@ def test_what_an_earlier_export_left_goes(config, trained, tmp_path):
     (left.parent / "mine.txt").write_text("a user's")
     program, state = trained
     made = exported_denoiser(program.graph, state.params, config.model, ("cpu",))
+    with pytest.raises(UserError, match=r"has host/mine\.txt, which is no file of an artifact and would be deleted"):
+        artifact.write(tmp_path, *made, {"what": "denoiser"})
+    assert left.exists()
+    (left.parent / "mine.txt").unlink()
     artifact.write(tmp_path, *made, {"what": "denoiser"})
-    names = ["arguments.txt", "cpu.mlirbc", "mine.txt", "options.pb"]
-    assert sorted(path.name for path in left.parent.iterdir()) == names
+    assert sorted(path.name for path in left.parent.iterdir()) == ["arguments.txt", "cpu.mlirbc", "options.pb"]
     _, _, manifest = artifact.load(tmp_path)
-    assert "host/cpu.mlirbc" in manifest["files"] and "host/mine.txt" not in manifest["files"]
+    assert "host/cpu.mlirbc" in manifest["files"]
 
 
 def test_a_dtype_that_the_host_does_not_know_is_refused():

@@ -1,14 +1,19 @@
 """The compile report matches what happened."""
 
+import os
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from dito_jax.training.compiling import CompileReport, compile_step, enable_compilation_cache
+from dito_jax.errors import UserError
+from dito_jax.training.compilation_cache import enable_compilation_cache
+from dito_jax.training.compiling import CompileReport, compile_step
 
 
 SETTINGS = (
@@ -43,6 +48,50 @@ def test_cache_is_missed_then_hit_and_follows_its_directory(tmp_path, settings):
         hits.append(compile_step(make_step(1.25), X)[1].cache_hit)
     assert hits == [False, True, False]
     assert list((tmp_path / "a").iterdir()) and list((tmp_path / "b").iterdir())
+
+
+def entry_of(cache: Path, number: float) -> Path:
+    """Compiles a program in an empty cache; the file of its entry."""
+    before = set(cache.iterdir()) if cache.exists() else set()
+    enable_compilation_cache(cache)
+    compile_step(make_step(number), X)
+    (entry,) = set(cache.iterdir()) - before
+    return entry
+
+
+def test_an_entry_of_another_program_is_not_run_and_a_damaged_one_is_mended(tmp_path, settings, caplog):
+    first, second = entry_of(tmp_path / "a", 2.25), entry_of(tmp_path / "a", 3.25)
+    whole = first.read_bytes()
+    x = jnp.eye(64) * 0.5
+    for content in (second.read_bytes(), whole[:-1], whole[: len(whole) // 2], b"", whole[:-1] + b"x", whole[32:]):
+        first.write_bytes(content)
+        enable_compilation_cache(tmp_path / "a")
+        compiled, report = compile_step(make_step(2.25), X)
+        assert report.cache_hit is False and "is damaged, or not of this program" in caplog.messages[-1]
+        np.testing.assert_allclose(compiled(x)[0, 0], np.tanh(0.25) * 2.25, rtol=1e-6)
+        enable_compilation_cache(tmp_path / "a")
+        assert compile_step(make_step(2.25), X)[1].cache_hit is True
+    assert len(caplog.messages) == 6
+
+
+def test_a_cache_that_others_can_write_to_is_refused(tmp_path, settings, monkeypatch):
+    before = os.umask(0)
+    try:
+        enable_compilation_cache(tmp_path / "deep" / "made")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "deep" / "made").stat().st_mode & 0o777 == 0o700
+    for mode, fine in ((0o755, True), (0o775, False), (0o707, False), (0o700, True)):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        (tmp_path / "cache").chmod(mode)
+        if fine:
+            enable_compilation_cache(tmp_path / "cache")
+            continue
+        with pytest.raises(UserError, match=rf"others can write to the compilation cache \(mode {mode:o}\)"):
+            enable_compilation_cache(tmp_path / "cache")
+    os.chown(tmp_path / "cache", 12345, -1) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(UserError, match="belongs to another user, who could run code in yours: set DITO_CACHE"):
+        enable_compilation_cache(tmp_path / "cache")
 
 
 def test_no_cache_is_neither_hit_nor_missed(settings):
