@@ -7,6 +7,7 @@ name (overrides.py): `dito train digits --train.steps 200`. Every mistake is one
 import dataclasses
 import importlib.util
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -159,23 +160,51 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> TrainConfig:
-    """The config that `to_json` wrote; raises UserError if it is another version's."""
+    """The config that `to_json` wrote.
+
+    Raises:
+      UserError: the text is not a config, is another version's, or has a value of another type than its field.
+    """
 
     def built(node: Any) -> Any:
         if isinstance(node, list):
-            return tuple(node)
+            return tuple(map(built, node))
         if not isinstance(node, dict):
             return node
-        fields = {name: built(value) for name, value in node.items() if name != "kind"}
-        for old, new in RENAMED.get(node["kind"], {}).items():
+        kind, fields = node["kind"], {name: built(value) for name, value in node.items() if name != "kind"}
+        for old, new in RENAMED.get(kind, {}).items():
             if old in fields:
                 fields[new] = fields.pop(old)
-        return _CLASSES[node["kind"]](**fields)
+        hints = typing.get_type_hints(_CLASSES[kind])
+        for name, value in fields.items():
+            if name in hints and not _fits(value, hints[name]):
+                raise TypeError(f"{kind}.{name} is {value!r}, not of type {hints[name]}")
+        return _CLASSES[kind](**fields)
 
     try:
-        return built(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"config.json is not of this version of dito_jax: {error}.") from error
+        config = built(json.loads(text))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"config.json is not of this version of dito_jax: {str(error)[:200]}.") from error
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"config.json holds {type(config).__name__}, not a TrainConfig: restore it from a copy.")
+    return config
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a field: a class, a union, a literal, or a tuple."""
+    if isinstance(kind, typing.TypeAliasType):
+        return _fits(value, kind.__value__)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value in parts
+    if origin is tuple:
+        kinds = parts[:1] * len(value) if isinstance(value, tuple) and parts[1:] == (...,) else parts
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 # Fields by the names that earlier versions wrote into config.json: class -> {old: new}.

@@ -40,10 +40,14 @@ def ancestors(start: str | None) -> Iterator[tuple[RunDirectory, TrainConfig]]:
     """The runs of a chain of warm starts, nearest first, and their configs.
 
     Raises:
-      UserError: one of them is not there.
+      UserError: one of them is not there, or is its own ancestor.
     """
+    seen = set[Path]()
     while start is not None:
         run, config = opened(start)
+        if (here := run.path.resolve()) in seen:
+            raise UserError(f"init_from {start}: a run that starts from itself (init_from in config.json): correct it.")
+        seen.add(here)
         yield run, config
         start = config.init_from
 

@@ -171,6 +171,26 @@ def test_a_config_of_another_version_is_refused():
             from_json(broken)
 
 
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "", "{}", '{"kind": "os"}', '{"kind": []}', "[" * 100_000])
+def test_what_is_no_config_is_one_line(text):
+    with pytest.raises(UserError, match=r"^config\.json (holds \w+, not|is not of this version)") as error:
+        from_json(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"steps": 1500', '"steps": "abc"'), ('"steps": 1500', '"steps": true'), ('"steps": 1500', '"steps": 1.5'),
+     ('"seed": 0', '"seed": null'), ('"prediction": "x"', '"prediction": "y"'), ('"verify": "full"', '"verify": []'),
+     ('"image_shape": [', '"image_shape": ["a", ')],
+)  # fmt: skip
+def test_a_value_of_another_type_than_its_field_is_one_line(digits, old, new):
+    text = to_json(digits)
+    assert old in text
+    with pytest.raises(UserError, match=r"is not of this version of dito_jax: \w+\.\w+ is .*, not of type"):
+        from_json(text.replace(old, new, 1))
+
+
 def test_data_kinds_survive_json(digits):
     other = dataclasses.replace(digits, data=LatentsData(path="somewhere"))
     assert from_json(to_json(other)).data == LatentsData(path="somewhere")

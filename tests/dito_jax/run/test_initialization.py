@@ -15,7 +15,7 @@ from dito_jax.errors import UserError
 from dito_jax.models.dit import DiTConfig
 from dito_jax.privacy.run import PLAN
 from dito_jax.privacy.settings import PrivacyConfig
-from dito_jax.run.initialization import initial_state, place
+from dito_jax.run.initialization import ancestors, initial_state, place
 from dito_jax.run.recipe import _private_ancestors
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -67,6 +67,13 @@ def test_a_run_begins_with_the_average_of_another(tmp_path):
         assert not np.any(found["blocks"]["attention"]["qkv"]["lora_b"][...])
         assert np.any(found["blocks"]["attention"]["qkv"]["lora_a"][...])
     assert int(state.step) == 0
+
+
+def test_runs_that_start_from_each_other_are_one_line(tmp_path):
+    one = a_run(tmp_path / "one", dataclasses.replace(CONFIG, init_from=str(tmp_path / "other")))
+    a_run(tmp_path / "other", dataclasses.replace(CONFIG, init_from=one))
+    with pytest.raises(UserError, match="one: a run that starts from itself"):
+        list(ancestors(one))
 
 
 @pytest.mark.parametrize("between", [False, True])
