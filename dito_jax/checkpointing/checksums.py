@@ -49,7 +49,7 @@ def begin_checksums(leaves: Leaves) -> Callable[[], dict[str, str]]:
     if jax.process_count() == 1 and all(_on_cpu(leaf) for leaf in leaves.values()):
         # On CPUs the computation runs in the thread that waits, on aliases: a donation of the arrays then copies them.
         aliases = {name: _alias(leaf) for name, leaf in leaves.items()}
-        return lambda: hexadecimal(compute(aliases))
+        return lambda: hexadecimal(compute({name: alias() for name, alias in aliases.items()}))
     sums = compute(leaves)  # queued on the devices before any computation that donates the arrays
     return lambda: hexadecimal(sums)
 
@@ -176,10 +176,16 @@ def _on_cpu(leaf: jax.Array) -> bool:
     return all(device.platform == "cpu" for device in leaf.sharding.device_set)
 
 
-def _alias(leaf: jax.Array) -> jax.Array:
-    """Another array that shares the CPU memory of `leaf`."""
-    shards = [jax.device_put(np.asarray(shard.data), shard.device, may_alias=True) for shard in leaf.addressable_shards]
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+def _alias(leaf: jax.Array) -> Callable[[], jax.Array]:
+    """Makes, when called in any thread, another array that shares the CPU memory of `leaf`, which may be donated."""
+    shape, sharding = leaf.shape, leaf.sharding
+    views = [(np.asarray(shard.data), shard.device) for shard in leaf.addressable_shards]  # each holds the memory
+
+    def array() -> jax.Array:
+        shards = [jax.device_put(view, device, may_alias=True) for view, device in views]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    return array
 
 
 def _digest(leaf: jax.Array) -> jax.Array:

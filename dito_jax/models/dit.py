@@ -124,8 +124,11 @@ class DiTConfig:
 
     def problems(self) -> list[str]:
         """One line for each reason why this config is invalid."""
+        numbers = {name: getattr(self, name) for name in ("patch", "width", "num_heads", "kv_heads")}
+        if small := [f"{name} {number} is not positive" for name, number in numbers.items() if number < 1]:
+            return small
         h, w, _ = self.image_shape
-        head_width = self.width // max(self.num_heads, 1)
+        head_width = self.width // self.num_heads
         rules = {
             f"patch {self.patch} does not divide the image side(s) {h} x {w}": h % self.patch or w % self.patch,
             f"width {self.width} is not a multiple of num_heads {self.num_heads}": self.width % self.num_heads,

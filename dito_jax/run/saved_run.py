@@ -23,12 +23,15 @@ def opened(path: str) -> tuple[RunDirectory, TrainConfig]:
     """A run directory and its config.
 
     Raises:
-      UserError: `path` is no run directory, or its config.json cannot be read.
+      UserError: `path` is no run directory, or its config.json cannot be read or describes no model.
     """
     run = RunDirectory(path)
     if not run.config.is_file():
         raise UserError(f"{path}: no run here (no {run.config.name}); give a directory that train.py made.")
-    return run, configs.from_json(run.config.read_text())
+    config = configs.from_json(run.config.read_text(errors="replace"))
+    if problems := list(config.model.problems()):
+        raise UserError(f"{run.config}: {'; '.join(problems)}: restore it from a copy.")
+    return run, config
 
 
 def checkpoints_of(run: RunDirectory, config: TrainConfig, **changes: Any) -> Checkpoints:

@@ -191,6 +191,13 @@ def test_a_value_of_another_type_than_its_field_is_one_line(digits, old, new):
         from_json(text.replace(old, new, 1))
 
 
+@pytest.mark.parametrize("name", ["patch", "width", "num_heads"])
+def test_numbers_of_a_model_that_are_not_positive_are_one_line(digits, name):
+    for value in ("0", "-1"):
+        with pytest.raises(UserError, match=rf"{name} {value} is not positive"):
+            check(override(digits, [f"--model.{name}", value]), 1)
+
+
 def test_data_kinds_survive_json(digits):
     other = dataclasses.replace(digits, data=LatentsData(path="somewhere"))
     assert from_json(to_json(other)).data == LatentsData(path="somewhere")

@@ -17,6 +17,7 @@ from dito_jax.privacy.run import PLAN
 from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.run.initialization import ancestors, initial_state, place
 from dito_jax.run.recipe import _private_ancestors
+from dito_jax.run.saved_run import opened
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import LoopConfig, make_program
@@ -74,6 +75,15 @@ def test_runs_that_start_from_each_other_are_one_line(tmp_path):
     a_run(tmp_path / "other", dataclasses.replace(CONFIG, init_from=one))
     with pytest.raises(UserError, match="one: a run that starts from itself"):
         list(ancestors(one))
+
+
+def test_a_config_that_describes_no_model_is_one_line(tmp_path):
+    path = a_run(tmp_path / "run", dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, depth=-1)))
+    with pytest.raises(UserError, match=r"config\.json: .*depth.*: restore it from a copy"):
+        opened(path)
+    (tmp_path / "run/config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not of this version"):
+        opened(path)
 
 
 @pytest.mark.parametrize("between", [False, True])
