@@ -33,11 +33,15 @@ def arrays(function: str, *, optional: tuple[str, ...] = (), **named) -> list[An
     found = []
     for name, x in named.items():
         if not (x is None and name in optional or isinstance(x, ARRAYS) or hasattr(x, "__jax_array__")):
-            given = "None" if x is None else f"a {type(x).__name__}"
-            raise ValueError(f"{function}: {name} must be an array, got {given}; convert it with jnp.asarray.")
+            raise ValueError(f"{function}: {name} must be an array, got {kind_of(x)}; convert it with jnp.asarray.")
         host = isinstance(x, np.ndarray | np.generic) or hasattr(x, "__jax_array__")
         found.append(jnp.asarray(x) if host and not _wide(x) else x)
     return found
+
+
+def kind_of(x) -> str:
+    """What an argument is, for an error message: "None", "an array", "a list"."""
+    return "None" if x is None else "an array" if isinstance(x, ARRAYS) else f"a {type(x).__name__}"
 
 
 def floats(function: str, *, optional: tuple[str, ...] = (), **named) -> list[Any]:
@@ -125,7 +129,42 @@ def sizes(function: str, name: str, x, total: int) -> Any:
     return jnp.diff(ends, prepend=jnp.zeros((1,), jnp.int32))
 
 
-def number(function: str, name: str, value, instead: str, *, above: float | None = None, low: float | None = None):
+def shape(function: str, name: str, value) -> tuple[int, ...]:
+    """A shape as a tuple of ints. Raises ValueError if it is anything else."""
+    if not isinstance(value, tuple | list):
+        raise ValueError(f"{function}: {name} must be a tuple of integers, got {_short(value)}.")
+    return tuple(whole_number(function, name, size, 0) for size in value)
+
+
+def start(function: str, x, shard: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Any, Any]:
+    """(start, inside) of a shard in an array of shape `whole`; `inside` says whether it lies inside, None if it does.
+
+    A start that is not known is cut so that the shard lies inside; then `inside` is a boolean array.
+
+    Raises:
+      ValueError: it is not one integer per dim, or a known one lets the shard reach out of the array.
+    """
+    if x is None:
+        return jnp.zeros(len(shard), jnp.int32), None
+    x = integers(function, "start", x)
+    if x.shape != (len(shard),):
+        raise ValueError(f"{function}: start must be one number per dim, ({len(shard)},), got {x.shape}.")
+    room = np.minimum(np.subtract(whole, shard), LARGEST)
+    if known(x):
+        values = np.asarray(x)
+        if np.any((values < 0) | (values > room)):
+            raise ValueError(
+                f"{function}: the shard is not inside the whole array: {shard} at start {values.tolist()} of {whole}."
+            )
+        return jnp.asarray(values.astype(np.int32)), None
+    at = int32(function, "start", x, 0, LARGEST, outside=-1)
+    inside = jnp.all((at >= 0) & (at <= jnp.asarray(room, jnp.int32)))
+    return jnp.clip(at, 0, jnp.asarray(room, jnp.int32)), inside
+
+
+def number(
+    function: str, name: str, value, instead: str, *, above: float | int | None = None, low: float | int | None = None
+):
     """A Python number that is known when the function is traced; arrays of one known number are converted.
 
     Args:

@@ -121,7 +121,7 @@ class Op:
             implementation = self.choose(*arrays, **static)
         if implementation == "xla":
             return self.reference(*arrays, **static)
-        if implementation not in self.kernels:
+        if not isinstance(implementation, str) or implementation not in self.kernels:
             known = ", ".join(["xla", *self.kernels])
             raise ValueError(f"{self.name}: no {implementation=}; choose from {known}.")
         kernel = self.kernels[implementation]

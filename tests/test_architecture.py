@@ -28,7 +28,15 @@ LAYERS = (
     {"dims", "errors", "bundled", "version"},
 )
 DATA = {"mask", "rotation", "routing", "segments"}  # data types that a family's functions take beside arrays
-PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations", "nonfinite"} | DATA  # shared code of a family's kernels
+PARTS = {
+    "tiles",
+    "heads",
+    "programs",
+    "scores",
+    "blocks",
+    "activations",
+    "nonfinite",
+} | DATA  # shared code of a family's kernels
 IMPLEMENTATIONS = {
     "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},
     "mosaic_gpu": {"mosaic_gpu", "mosaic_gpu_backward", "mosaic_gpu_mlp"},

@@ -98,6 +98,7 @@ class AttentionMask:
             numbers are padding tokens, which see no key and are visible to no query.
         """
         documents = _integers("packed", documents=documents, ndim=2)
+        causal = arguments.flag("AttentionMask.packed", "causal", causal)
         _require_runs("packed", documents=documents)
         start, end = _runs(documents)
         end = _own(documents) + 1 if causal else end
@@ -131,7 +132,7 @@ class AttentionMask:
         """
         documents = _integers("unified", documents=documents, ndim=2)
         spans = _integers("unified", spans=spans, ndim=2)
-        noise = jnp.asarray(noise)
+        noise = noise if isinstance(noise, jax.Array) else np.asarray(noise)
         if noise.dtype != bool:
             raise ValueError(f"AttentionMask.unified: noise must be booleans (1 or B, T), got {noise.dtype}.")
         _same_shape("unified", documents=documents, spans=spans, noise=noise)
@@ -192,7 +193,7 @@ def settled(mask: AttentionMask, num_keys: int) -> AttentionMask:
 def misfit(mask: Any, batch: int, num_queries: int, num_keys: int) -> str | None:
     """The reason why a mask does not fit queries (B, T) and keys (B, S), for an error message; None if it fits."""
     if not isinstance(mask, AttentionMask):
-        return f"mask must be an AttentionMask, got a {type(mask).__name__}; make one with a constructor of AttentionMask"
+        return f"mask must be an AttentionMask, got {arguments.kind_of(mask)}; use a constructor of AttentionMask"
     if mask.num_keys != num_keys:
         return f"the mask has num_keys = {mask.num_keys}, but k has S = {num_keys} keys; make the mask for this S"
     for name in ("start", "end", "q_private", "k_private"):
@@ -200,7 +201,7 @@ def misfit(mask: Any, batch: int, num_queries: int, num_keys: int) -> str | None
         if array is None and name.endswith("private"):
             continue
         if not isinstance(array, arguments.ARRAYS):
-            return f"mask.{name} must be an array of integers, got a {type(array).__name__}"
+            return f"mask.{name} must be an array of integers, got {arguments.kind_of(array)}"
         length = num_keys if name == "k_private" else num_queries
         if not jnp.issubdtype(array.dtype, jnp.integer):
             return f"mask.{name} must be integers, got {array.dtype}"
@@ -259,10 +260,8 @@ def _integers(constructor: str, *, ndim: int, **named) -> jax.Array:
     [(name, array)] = named.items()
     array = array if isinstance(array, jax.Array) else np.asarray(array)
     if array.ndim != ndim or not jnp.issubdtype(array.dtype, jnp.integer):
-        shape = "(B,)" if ndim == 1 else "(1 or B, T)"
-        raise ValueError(
-            f"AttentionMask.{constructor}: {name} must be integers {shape}, got {array.dtype} {array.shape}."
-        )
+        shape, given = "(B,)" if ndim == 1 else "(1 or B, T)", jax.dtypes.canonicalize_dtype(array.dtype)
+        raise ValueError(f"AttentionMask.{constructor}: {name} must be integers {shape}, got {given} {array.shape}.")
     if array.size == 0:
         raise ValueError(f"AttentionMask.{constructor}: {name} is {array.shape}; it must not be empty.")
     if known(array) or array.dtype.itemsize < 4:

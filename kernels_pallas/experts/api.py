@@ -117,7 +117,13 @@ def grouped_matmul(
     """
     x, w = arguments.floats("grouped_matmul", x=x, w=w)
     group_sizes = arguments.integers("grouped_matmul", "group_sizes", group_sizes)
-    if x.ndim != 2 or w.ndim != 3 or group_sizes.ndim != 1 or w.shape[:2] != (group_sizes.size, x.shape[1]) or x.dtype != w.dtype:
+    if (
+        x.ndim != 2
+        or w.ndim != 3
+        or group_sizes.ndim != 1
+        or w.shape[:2] != (group_sizes.size, x.shape[1])
+        or x.dtype != w.dtype
+    ):
         raise ValueError(
             f"grouped_matmul: x {x.dtype} {x.shape}, w {w.dtype} {w.shape} and group_sizes {group_sizes.shape} do not "
             "fit; give x as (R, D), w as (E, D, F) of x's dtype, group_sizes as (E,)."
@@ -164,7 +170,7 @@ def expert_mlp(
 
 
 def _settled(function: str, routing: Any, *, tokens: bool, **named) -> tuple[Any, Routing]:
-    """The array and the routing, checked; the array has a row for each token of the routing, or for each of its rows."""
+    """The array and the routing, checked; the array has a row for each token of the routing, or for each row."""
     [(name, _)] = named.items()
     [array] = arguments.floats(function, **named)
     if array.ndim != 2:
@@ -173,7 +179,7 @@ def _settled(function: str, routing: Any, *, tokens: bool, **named) -> tuple[Any
     what, of_routing = ("tokens", routing.token_sizes) if tokens else ("rows", routing.row_index)
     if of_routing.shape != array.shape[:1]:
         raise ValueError(
-            f"{function}: the routing has {of_routing.size} {what}, the array has {array.shape[0]}; route the array's "
-            f"{what}."
+            f"{function}: the routing has {of_routing.size} {what}, the array has {array.shape[0]}; "
+            f"route the array's {what}."
         )
     return array, routing

@@ -16,7 +16,6 @@ from .. import arguments
 from .routing import Assignments
 
 
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Load:
@@ -36,7 +35,7 @@ def expert_load(assignments: Assignments, probability: Float[Array, "T E"], logi
     """
     name = "expert_load"
     if not isinstance(assignments, Assignments):
-        raise ValueError(f"{name}: assignments must be a router's Assignments, got a {type(assignments).__name__}.")
+        raise ValueError(f"{name}: assignments must be a router's Assignments, got {arguments.kind_of(assignments)}.")
     probability, logits = arguments.floats(name, probability=probability, logits=logits)
     wanted = (assignments.num_tokens, assignments.num_experts)
     if not probability.shape == logits.shape == wanted:

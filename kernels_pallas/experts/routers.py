@@ -14,7 +14,6 @@ from .. import arguments
 from .routing import Assignments
 
 
-
 def top_k_softmax(logits: Float[Array, "T E"], *, active: int, normalize: bool = False) -> Assignments:
     """Top-k routing: each token takes the `active` experts with the highest softmax(logits), which are the weights.
 

@@ -125,7 +125,9 @@ def to_slots(routing: Routing, capacity: int) -> Routing:
     capacity = arguments.whole_number("to_slots", "capacity", capacity, 1)
     routing = settled("to_slots", routing)
     if arguments.known(routing.group_sizes):
-        arguments.int32("to_slots", "routing.group_sizes", routing.group_sizes, 0, capacity, wanted=f"within {capacity=}")
+        arguments.int32(
+            "to_slots", "routing.group_sizes", routing.group_sizes, 0, capacity, wanted=f"within {capacity=}"
+        )
     E, n = routing.group_sizes.size, routing.row_index.size
     first = starts(routing.group_sizes)
     slot = jnp.arange(capacity, dtype=jnp.int32)
@@ -165,15 +167,13 @@ def settled(function: str, routing: Any, *, num_tokens: int | None = None) -> Ro
     """
     if not isinstance(routing, Routing):
         cure = "; call its route()" if isinstance(routing, Assignments) else ""
-        raise ValueError(f"{function}: routing must be a Routing, got a {type(routing).__name__}{cure}.")
+        raise ValueError(f"{function}: routing must be a Routing, got {arguments.kind_of(routing)}{cure}.")
     names = [field.name for field in dataclasses.fields(routing)]
     fields = {f"routing.{name}": getattr(routing, name) for name in names}
     arguments.nonempty(function, **dict(zip(fields, arguments.arrays(function, **fields), strict=True)))
     [weight] = arguments.floats(function, **{"routing.row_weight": routing.row_weight})
     shapes = {name: fields[f"routing.{name}"].shape for name in names}
-    if any(len(shape) != 1 for shape in shapes.values()) or not (
-        shapes["row_index"] == shapes["row_weight"] and shapes["inverse"][0] <= shapes["row_index"][0]
-    ):
+    if any(len(shape) != 1 for shape in shapes.values()) or shapes["row_index"] != shapes["row_weight"]:
         raise ValueError(f"{function}: the arrays of the routing do not fit together, got {shapes}; use Assignments.route.")
     (R,), (T,) = shapes["row_index"], shapes["token_sizes"]
     check = lambda name, most: arguments.int32(function, f"routing.{name}", getattr(routing, name), 0, most)
@@ -195,9 +195,9 @@ def in_order(row_index: Int[Array, " R"], group_sizes: Int[Array, " E"], inverse
     """
     name = "in_order"
     for called, x in (("row_index", row_index), ("group_sizes", group_sizes), ("inverse", inverse)):
-        arguments.integers(name, called, x, ndim=1)
-    if row_index.shape != inverse.shape or row_index.size == 0:
-        raise ValueError(f"{name}: row_index {row_index.shape} and inverse {inverse.shape} must have one size, R >= 1.")
+        arguments.nonempty(name, **{called: arguments.integers(name, called, x, ndim=1)})
+    if row_index.shape != inverse.shape:
+        raise ValueError(f"{name}: row_index {row_index.shape} and inverse {inverse.shape} must have one shape, (R,).")
     row_index = arguments.int32(name, "row_index", row_index, 0, row_index.size - 1)
     inverse = arguments.int32(name, "inverse", inverse, 0, row_index.size - 1)
     group_sizes = arguments.sizes(name, "group_sizes", group_sizes, row_index.size)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cost, reference, triton
 from .blocks import CANDIDATES
@@ -71,6 +72,10 @@ def ghost_norm_sq(
 
     Source: Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679, section 4.
     """
+    name = "ghost_norm_sq"
+    a, g = _floats(name, a=a, g=g)
+    bias = arguments.flag(name, "bias", bias)
+    [groups] = arguments.arrays(name, optional=("groups",), groups=groups)
     wrong = _misfit(a, g)
     if wrong is None and groups is not None:
         if groups.shape != a.shape[:2]:
@@ -78,7 +83,8 @@ def ghost_norm_sq(
         elif not jnp.issubdtype(groups.dtype, jnp.integer):
             wrong = f"groups must be integers, got {groups.dtype}; cast them to int32"
         else:
-            groups = groups.astype(jnp.int32)
+            most = arguments.LARGEST
+            groups = arguments.int32(name, "groups", groups, -most, most, outside=-1)
     if wrong:
         raise ValueError(f"ghost_norm_sq: {wrong}.")
     return GHOST_NORM_SQ(a, g, groups, bias=bias, implementation=implementation)
@@ -107,12 +113,23 @@ def clip_reduce(
 
     Source: Bu et al., arXiv 2210.00038, section 2.
     """
+    a, g = _floats("clip_reduce", a=a, g=g)
+    [c] = arguments.floats("clip_reduce", c=c)
     wrong = _misfit(a, g)
     if wrong is None and c.shape != a.shape[:1]:
         wrong = f"c must be one number per example, (B,) = {a.shape[:1]}, got {c.shape}"
     if wrong:
         raise ValueError(f"clip_reduce: {wrong}.")
     return CLIP_REDUCE(a, g, c.astype(jnp.float32), implementation=implementation)
+
+
+def _floats(name: str, **named):
+    """The arrays, of a floating-point dtype; `_misfit` says what else is wrong with them."""
+    found = arguments.arrays(name, **named)
+    for called, x in zip(named, found, strict=True):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: {called} must be of a floating-point dtype, got {x.dtype}; cast it.")
+    return found
 
 
 def _misfit(a, g) -> str | None:
