@@ -53,8 +53,9 @@ def flash_attention(
 
     With a mask, NaN and inf stay where they are visible: a hidden key or value, such as that of padding or of another
     packed document, and other queries change neither the output nor the gradients of a query and its keys. A query that
-    sees NaN has output NaN. Values of a mask that break its rules under jit, where they are not known, are cut
-    (`AttentionMask`). In the backward the weight of a key is at most 1, however scores round.
+    sees NaN has output NaN. One exception: with "xla" NaN in the cotangent of the output reaches the gradients of all
+    values. Values of a mask that break its rules under jit, where they are not known, are cut (`AttentionMask`). In the
+    backward the weight of a key is at most 1, however scores round.
 
     Args:
       q, k, v: of one floating-point dtype; N a multiple of K.

@@ -174,7 +174,9 @@ def settled(function: str, routing: Any, *, num_tokens: int | None = None) -> Ro
     [weight] = arguments.floats(function, **{"routing.row_weight": routing.row_weight})
     shapes = {name: fields[f"routing.{name}"].shape for name in names}
     if any(len(shape) != 1 for shape in shapes.values()) or shapes["row_index"] != shapes["row_weight"]:
-        raise ValueError(f"{function}: the arrays of the routing do not fit together, got {shapes}; use Assignments.route.")
+        raise ValueError(
+            f"{function}: the arrays of the routing do not fit together, got {shapes}; make it by Assignments.route."
+        )
     (R,), (T,) = shapes["row_index"], shapes["token_sizes"]
     check = lambda name, most: arguments.int32(function, f"routing.{name}", getattr(routing, name), 0, most)
     sizes = lambda name, total: arguments.sizes(function, f"routing.{name}", getattr(routing, name), total)

@@ -1,4 +1,4 @@
-"""What public functions say of arguments that make no sense: one line of ValueError, for each argument of each function.
+"""What public functions say of arguments that make no sense: a ValueError of one line, for each of their arguments.
 
 The table has one valid call of each function. Every argument is replaced by wrong ones in turn.
 """

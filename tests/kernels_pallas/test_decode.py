@@ -309,7 +309,7 @@ def test_cost_of_lengths_that_are_not_known_is_the_capacity(page):
 
 @EITHER
 def test_a_longer_cache_compiles_nothing_anew(page):
-    """Outside jit the lengths are known when the kernel is called; what JAX compiles must not depend on them."""
+    """Outside jit the lengths are known when the kernel is called; a second call does not even trace it."""
     *arrays, _ = random((0,), 16, 1, 1, 16, page=page)
     op, pallas_call, estimates = decode_attention if page is None else paged_decode_attention, pl.pallas_call, []
 
@@ -321,7 +321,7 @@ def test_a_longer_cache_compiles_nothing_anew(page):
         for length in (1, 16):
             estimates.append([])
             op(*arrays, jnp.array([length], jnp.int32), implementation="triton")
-    assert estimates[0] and estimates[0] == estimates[1]
+    assert estimates[0] and not estimates[1]
 
 
 # What is refused.
