@@ -163,8 +163,14 @@ def start(function: str, x, shard: tuple[int, ...], whole: tuple[int, ...]) -> t
 
 
 def number(
-    function: str, name: str, value, instead: str, *, above: float | int | None = None, low: float | int | None = None
-):
+    function: str,
+    name: str,
+    value: Any,
+    instead: str,
+    *,
+    above: float | int | None = None,
+    low: float | int | None = None,
+) -> Any:
     """A Python number that is known when the function is traced; arrays of one known number are converted.
 
     Args:

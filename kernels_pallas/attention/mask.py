@@ -256,7 +256,7 @@ def _or_nothing(sees, start, end):
 # Checks of the arguments of the constructors. Values are checked if they are known, which those of a tracer are not.
 
 
-def _integers(constructor: str, *, ndim: int, **named) -> jax.Array:
+def _integers(constructor: str, *, ndim: int, **named) -> Any:
     [(name, array)] = named.items()
     array = array if isinstance(array, jax.Array) else np.asarray(array)
     if array.ndim != ndim or not jnp.issubdtype(array.dtype, jnp.integer):

@@ -117,9 +117,10 @@ def paged_decode_attention(
         raise ValueError(f"paged_decode_attention: {wrong}.")
     (P, W), J = k_pages.shape[:2], block_table.shape[1]
     if (table := _values(block_table)) is not None:  # what is past the lengths may be any numbers
-        block_table = np.clip(table, 0, P - 1)
-    block_table = arguments.int32(name, "block_table", block_table, 0, P - 1)
-    arrays = (q, k_pages, v_pages, block_table, arguments.int32(name, "lengths", lengths, 0, J * W))
+        pages = arguments.int32(name, "block_table", np.clip(table, 0, P - 1), 0, P - 1)
+    else:
+        pages = arguments.int32(name, "block_table", block_table, 0, P - 1)
+    arrays = (q, k_pages, v_pages, pages, arguments.int32(name, "lengths", lengths, 0, J * W))
     return PAGED_DECODE_ATTENTION(*arrays, scale=scale, softcap=softcap, implementation=implementation)
 
 

@@ -132,12 +132,11 @@ def by_index(index: Int[Array, " T"], *, num_experts: int, weight: Float[Array, 
     index = arguments.integers(name, "index", index, ndim=1)
     arguments.nonempty(name, index=index)
     index = arguments.int32(name, "index", index, 0, E, outside=E, wanted=f"0 to {E}, where {E} means no expert")
-    weight = jnp.ones(index.shape, jnp.float32) if weight is None else weight
-    [weight] = arguments.floats(name, weight=weight)
-    if weight.shape != index.shape:
-        raise ValueError(f"{name}: weight must be one number per token, (T,) = {index.shape}, got {weight.shape}.")
+    [weights] = arguments.floats(name, weight=jnp.ones(index.shape, jnp.float32) if weight is None else weight)
+    if weights.shape != index.shape:
+        raise ValueError(f"{name}: weight must be one number per token, (T,) = {index.shape}, got {weights.shape}.")
     token = jnp.arange(index.size, dtype=jnp.int32)
-    return Assignments(token, index, weight.astype(jnp.float32), num_tokens=index.size, num_experts=E)
+    return Assignments(token, index, weights.astype(jnp.float32), num_tokens=index.size, num_experts=E)
 
 
 def softmax_scores(logits: Float[Array, "T E"]) -> Float[Array, "T E"]:

@@ -172,15 +172,14 @@ def test_a_traced_number_is_one_line(function, name):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("function, name", [p for p in NUMBERS if isinstance(CALLS[p.values[0]][p.values[1]], float)])
+@pytest.mark.parametrize("function, name", NUMBERS)
 def test_a_known_number_may_be_an_array(function, name):
     call = CALLS[function]
+    if isinstance(call[name], int):
+        pytest.skip("an index and no scale")
     for array in (jnp.float32(call[name]), np.float64(call[name]), np.array([call[name]])):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            function(**call | {name: array}),
-            function(**call | {name: float(np.asarray(array).item())}),
-        )
+        want = function(**call | {name: float(np.asarray(array).item())})
+        jax.tree.map(np.testing.assert_array_equal, function(**call | {name: array}), want)
 
 
 # Integers of any width.

@@ -212,7 +212,9 @@ def check(data, implementations):
     np.testing.assert_allclose(sum(t.sum() for t in terms), slope, atol=1e-4 * max(size, 1))
 
 
-OPTIONS = dict(deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+OPTIONS: dict[str, Any] = dict(
+    deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.mark.slow("compiles a program for each of 20 random problems")
