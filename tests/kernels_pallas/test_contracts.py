@@ -46,6 +46,8 @@ def test_lengths_past_the_keys_are_the_number_of_keys(implementation):
     lengths = lambda n, m: attend(AttentionMask.padding(n, 20, query_lengths=m))
     got = run(lengths, jnp.array([33, 7, -2]), jnp.array([20, 99, 5]))
     close(got, run(lengths, jnp.array([20, 7, 0]), jnp.array([20, 20, 5])))
+    made = jax.jit(lambda n: AttentionMask.padding(n, 20).end)(jnp.array([33, 7, -2]))
+    np.testing.assert_array_equal(made[:, 0], [20, 7, 0])
     start, end = jnp.full((3, 20), -3, jnp.int8), jnp.full((3, 20), 100, jnp.int8)
     got = run(lambda s, e: attend(AttentionMask(s, e, num_keys=20)), start, end)
     close(got, kp.flash_attention(q, k, v, return_lse=True))
@@ -98,6 +100,11 @@ def test_experts_that_do_not_exist_are_no_expert(implementation, unchecked_array
 
     for dtype in (jnp.int8, jnp.int32, jnp.uint32):
         np.testing.assert_array_equal(run(through, jnp.array([0, -1, 1, 0, 9]).astype(dtype)), [10, 0, 20, 10, 0])
+    listed = lambda t, e: kp.Assignments(t, e, jnp.ones(5), num_tokens=4, num_experts=2).route().token_sizes
+    wild = jnp.array([0, 1, 2, 3, 9]), jnp.array([-1, 0, 1, 7, 1])
+    np.testing.assert_array_equal(run(listed, *wild), [0, 1, 1, 0])
+    with pytest.raises(ValueError, match="Assignments: expert must be 0 to 2"):
+        listed(*wild)
     with pytest.raises(ValueError, match="by_index: index must be 0 to 2, where 2 means no expert, got -1 at"):
         through(jnp.array([0, -1, 1, 0, 2]))
     many = jax.jit(lambda e: kp.by_index(e, num_experts=300).rows_of_experts())(jnp.array([0, 100, 127], jnp.int8))
