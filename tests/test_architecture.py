@@ -36,6 +36,7 @@ PARTS = {
     "blocks",
     "activations",
     "nonfinite",
+    "rounding",
 } | DATA  # shared code of a family's kernels
 IMPLEMENTATIONS = {
     "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},
@@ -52,7 +53,7 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
     # These use Triton kernels for the passes that they do not have themselves.
     **{kernel: {"cost"} | PARTS | KERNELS for kernel in IMPLEMENTATIONS["mosaic_gpu"] | {"cutlass"}},
     **{part: PARTS - {part} for part in PARTS},
-    "reference": DATA,
+    "reference": DATA | {"rounding"},
     "cost": DATA,
     "cases": {"reference"} | DATA,
     "routers": {"routing"},

@@ -79,21 +79,8 @@ def ghost_norm_sq(
 
     Source: Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679, section 4.
     """
-    name = "ghost_norm_sq"
-    a, g = _floats(name, a=a, g=g)
-    bias = arguments.flag(name, "bias", bias)
-    [groups] = arguments.arrays(name, optional=("groups",), groups=groups)
-    wrong = _misfit(a, g)
-    if wrong is None and groups is not None:
-        if groups.shape != a.shape[:2]:
-            wrong = f"groups must be one number per row, (B, T) = {a.shape[:2]}, got {groups.shape}"
-        elif not jnp.issubdtype(groups.dtype, jnp.integer):
-            wrong = f"groups must be integers, got {groups.dtype}; cast them to int32"
-        else:
-            most = arguments.LARGEST
-            groups = arguments.int32(name, "groups", groups, -most, most, outside=-1)
-    if wrong:
-        raise ValueError(f"ghost_norm_sq: {wrong}.")
+    a, g, groups = _checked(a, g, groups)
+    bias = arguments.flag("ghost_norm_sq", "bias", bias)
     return GHOST_NORM_SQ(a, g, groups, bias=bias, implementation=implementation)
 
 
@@ -128,6 +115,24 @@ def clip_reduce(
     if wrong:
         raise ValueError(f"clip_reduce: {wrong}.")
     return CLIP_REDUCE(a, g, c.astype(jnp.float32), implementation=implementation)
+
+
+def _checked(a, g, groups):
+    """The arrays of `ghost_norm_sq`, groups as int32 or None; raises ValueError if they do not fit together."""
+    name, most = "ghost_norm_sq", arguments.LARGEST
+    a, g = _floats(name, a=a, g=g)
+    [groups] = arguments.arrays(name, optional=("groups",), groups=groups)
+    wrong = _misfit(a, g)
+    if wrong is None and groups is not None:
+        if groups.shape != a.shape[:2]:
+            wrong = f"groups must be one number per row, (B, T) = {a.shape[:2]}, got {groups.shape}"
+        elif not jnp.issubdtype(groups.dtype, jnp.integer):
+            wrong = f"groups must be integers, got {groups.dtype}; cast them to int32"
+        else:
+            groups = arguments.int32(name, "groups", groups, -most, most, outside=-1)
+    if wrong:
+        raise ValueError(f"{name}: {wrong}.")
+    return a, g, groups
 
 
 def _floats(name: str, **named):
