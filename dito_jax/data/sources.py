@@ -64,6 +64,11 @@ def class_names(source: Source) -> list[str]:
     return [str(number) for number in range(source.num_classes)] if names is None else list(names)
 
 
+def notes(source: Source) -> tuple[str, ...]:
+    """Lines for the user about the examples of `source`, such as what was left out."""
+    return tuple(getattr(source, "notes", ()))
+
+
 def arrays(source: Source) -> Batch:
     """All examples of `source` in order, without augmentation, for data that fits in memory."""
     examples = [source[i] for i in range(len(source))]
