@@ -92,6 +92,10 @@ class ImageSource:
                 self._skip(error)
         raise DataError(f"{self._config.path}: no readable image; `dito data check` lists the reason of each.")
 
+    def name(self, index: int) -> str:
+        """The file of an example, or its file and place in it."""
+        return self._stored.name(index)
+
     def read(self, index: int) -> Example:
         """Reads one example without skipping; raises UnreadableImage if its image cannot be decoded."""
         config, stored = self._config, self._stored

@@ -90,10 +90,10 @@ def test_classes_whose_files_have_the_same_names_are_split_each_for_itself(tmp_p
 def test_only_training_images_are_flipped(tmp_path):
     write_images(tmp_path / "train" / "ant", 1)
     write_images(tmp_path / "validation" / "ant", 1)
-    data = ImageFolderData(str(tmp_path), 8)
+    data = ImageFolderData(str(tmp_path), 8, flip=True)
     assert data.open("train").augment is random_flip
     assert data.open("validation").augment is None
-    assert ImageFolderData(str(tmp_path), 8, flip=False).open("train").augment is None
+    assert ImageFolderData(str(tmp_path), 8).open("train").augment is None
 
 
 def test_random_flip_mirrors_left_to_right_half_of_the_time():
