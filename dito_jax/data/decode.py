@@ -1,9 +1,9 @@
 """Decodes image files of any usual kind to 8-bit grey or RGB: 16-bit, transparent, rotated, palette, CMYK, animated."""
 
 import errno
+import io
 import time
 from collections.abc import Callable
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
@@ -18,7 +18,7 @@ PAUSES = (0.1, 1.0, 4.0)  # seconds before the second, third and fourth attempt 
 # Errors of the operating system that the file itself causes; after any other the read is repeated.
 OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
-Opened = str | BinaryIO  # a path, or the encoded bytes
+Opened = str | io.BytesIO  # a path, or the encoded bytes
 
 
 class UnreadableImage(DataError):
@@ -50,10 +50,10 @@ def decode(
     """
     for pause in (*PAUSES, None):
         try:
-            with Image.open(opened(), formats=FORMATS) as image:
-                _check_pixels(image.size, image_size, max_pixels)
-                return _flattened(image, MODES[channels], background)
-        except Exception as error:  # Pillow raises exceptions of many kinds for damaged files
+            return _decoded(opened(), MODES[channels], background, image_size=image_size, max_pixels=max_pixels)
+        except UnreadableImage:
+            raise
+        except (OSError, ValueError) as error:
             code = error.errno if isinstance(error, OSError) else None
             if code is None or code in OF_THE_FILE:
                 raise UnreadableImage(name, _reason(error)) from error
@@ -70,6 +70,17 @@ def is_animated(opened: Callable[[], Opened]) -> bool:
     """Whether a readable image has several frames, of which only the first is used."""
     with Image.open(opened(), formats=FORMATS) as image:
         return bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # the MPO of a phone is a still
+
+
+def _decoded(file: Opened, mode: str, background: str, *, image_size: int, max_pixels: int) -> Image.Image:
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            _check_pixels(image.size, image_size, max_pixels)
+            return _flattened(image, mode, background)
+    except OSError:
+        raise
+    except Exception as error:  # Pillow raises exceptions of many kinds for damaged files
+        raise ValueError(_reason(error)) from error
 
 
 def _check_pixels(size: tuple[int, int], image_size: int, max_pixels: int) -> None:

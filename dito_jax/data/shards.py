@@ -13,8 +13,9 @@ from dito_jax.data.sources import SPLIT_NAMES, VALIDATION_ONE_IN, DataError, Spl
 def shards(path: str, split: Split, suffixes: tuple[str, ...]) -> tuple[list[str], bool]:
     """The files of a split, sorted, and whether the data set has own files for each split.
 
-    "{split}" in `path` stands for train, and for validation, val or test. In a folder, files whose names begin with
-    these words ("train-00000.tar") belong to that split only. Files without a split hold both (`of_split`).
+    "{split}" in `path` stands for train, and for validation, val or test. Of several files, those whose names begin
+    with these words ("train-00000.tar") belong to that split only. A single file, and files without a split, hold both
+    (`of_split`).
 
     Raises:
       DataError: there are no such files.
@@ -29,7 +30,7 @@ def shards(path: str, split: Split, suffixes: tuple[str, ...]) -> tuple[list[str
     files = _found(path, suffixes)
     if not files:
         raise DataError(f"{path}: no {wanted} files; give a file, a folder or a glob of them.")
-    if not any(_begins(file, SPLIT_NAMES["train"]) for file in files):
+    if len(files) == 1 or not any(_begins(file, SPLIT_NAMES["train"]) for file in files):
         return files, False
     for name in SPLIT_NAMES[split]:
         if chosen := [file for file in files if _begins(file, (name,))]:
