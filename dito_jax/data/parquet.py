@@ -110,7 +110,9 @@ def _table(files: list[str], config: ParquetData) -> "pa.Table":
     try:
         import pyarrow as pa
     except ImportError:
-        raise DataError("--data parquet needs pyarrow: pip install 'dito_jax[parquet]'.") from None
+        raise DataError(
+            "--data parquet needs pyarrow: pip install pyarrow, or dito_jax with its extra `parquet`."
+        ) from None
     wanted = [config.image_column, config.label_column, *([config.owner_column] if config.owner_column else [])]
     tables = []
     for file in files:
