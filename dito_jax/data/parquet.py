@@ -5,7 +5,6 @@ file in a cache folder, which is then memory-mapped.
 """
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dito_jax.data.cache import cached_path
 from dito_jax.data.decode import Opened, UnreadableImage
 from dito_jax.data.images import ImageData, ImageSource, check_options
 from dito_jax.data.labels import classes_of, numbered, owner_numbers
@@ -43,7 +43,7 @@ class ParquetData(ImageData):
     owner_column: str | None = None
     """Column with the owner of each image, for privacy.images_per_user."""
     cache_dir: str | None = None
-    """Folder for the Arrow copies of Parquet files; default: $DITO_CACHE/arrow, or ~/.cache/dito_jax/arrow."""
+    """Folder for the Arrow copies of Parquet files; default: $DITO_CACHE/data, or ~/.cache/dito_jax/data."""
 
     def open(self, split: Split) -> ImageSource:
         """The images of one split.
@@ -117,7 +117,7 @@ def _table(files: list[str], config: ParquetData) -> "pa.Table":
     tables = []
     for file in files:
         try:
-            arrow = file if file.endswith(".arrow") else str(_copied(file, wanted, _cache(config)))
+            arrow = file if file.endswith(".arrow") else str(_copied(file, wanted, config.cache_dir))
             table = _mapped(arrow)
         except (OSError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0]
@@ -154,26 +154,18 @@ def _mapped(file: str) -> "pa.Table":
         return pa.ipc.open_stream(source).read_all()  # what `datasets` writes into its cache
 
 
-def _cache(config: ParquetData) -> Path:
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
-    return Path(os.environ.get("DITO_CACHE") or Path.home() / ".cache" / "dito_jax") / "arrow"
-
-
-def _copied(file: str, columns: list[str], cache: Path) -> Path:
+def _copied(file: str, columns: list[str], cache_dir: str | None) -> Path:
     """The Arrow copy of some columns of a Parquet file; written if there is none of the file as it is now."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    stat = os.stat(file)
-    identity = json.dumps([os.path.realpath(file), stat.st_size, stat.st_mtime_ns, columns])
-    copy = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"
+    copy = cached_path(cache_dir, file, columns, suffix=".arrow")
     if copy.exists():
         return copy
     with parquet.ParquetFile(file) as whole:
         present = [name for name in columns if name in whole.schema_arrow.names]
         schema = pa.schema([whole.schema_arrow.field(name) for name in present], whole.schema_arrow.metadata)
-        cache.mkdir(parents=True, exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         partial = copy.with_suffix(f".{os.getpid()}.partial")
         try:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:

@@ -47,7 +47,8 @@ def test_each_unreadable_image_is_listed_with_its_reason(dito, folder):
         assert err.startswith(f"dito: {subject[0]}: 3 unreadable; ") and len(err.splitlines()) == 1
 
 
-def test_shards_and_latents_are_known_by_their_suffix(dito, tmp_path):
+def test_shards_and_latents_are_known_by_their_suffix(dito, tmp_path, monkeypatch):
+    monkeypatch.setenv("DITO_CACHE", str(tmp_path / "cache"))
     content = io.BytesIO()
     Image.new("RGB", (8, 8)).save(content, "PNG")
     (tmp_path / "shards").mkdir()

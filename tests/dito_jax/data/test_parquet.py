@@ -21,7 +21,7 @@ NAMES = ["cat", "ant", "bee"]  # in the order of a ClassLabel, which is not alph
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DITO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "arrow"
+    return tmp_path / "cache" / "data"
 
 
 def png(pixels):

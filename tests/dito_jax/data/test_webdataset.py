@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dito_jax.data import DataError, WebDatasetData, arrays
+from dito_jax.data import DataError, WebDatasetData, arrays, tar_index
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 5, 40)
 NAMES = ("ant", "bee", "cat", "dog", "elk")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DITO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "data"
 
 
 def png(pixels):
@@ -88,11 +94,23 @@ def test_samples_without_an_image_are_said(tmp_path):
     assert len(source) == 2 and source.notes == (f"{path}: left out 1 x sample without an image.",)
 
 
-def test_a_shard_that_changed_is_listed_again(tmp_path):
+def test_a_shard_is_listed_once_and_again_when_it_changes(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "train.tar", [sample(0)])
-    assert len(WebDatasetData(path, 8).open("train")) == 1
-    (tmp_path / "train.tar").unlink()
-    write(path, [sample(0), sample(1)])
+    opened = []
+    monkeypatch.setattr(tar_index.tarfile, "open", lambda *given: [opened.append(given), tarfile.TarFile(given[0])][1])
+    for _ in range(3):
+        assert len(WebDatasetData(path, 8).open("train")) == 1
+    assert len(opened) == 1
+    WebDatasetData(path, 8, owner_key="cls").open("train")  # which the list does not have
+    assert len(opened) == 2
+    for list_of_shard in cache.iterdir():
+        list_of_shard.write_text(list_of_shard.read_text()[:20])
+    assert len(WebDatasetData(path, 8).open("train")) == 1 and len(opened) == 3, "a list that was cut off is not used"
+    monkeypatch.undo()
+    monkeypatch.setenv("DITO_CACHE", "/proc/nowhere")  # which cannot be written
+    write(tmp_path / "train.tar", [sample(0), sample(1)])
+    assert len(WebDatasetData(path, 8).open("train")) == 2
+    monkeypatch.setenv("DITO_CACHE", str(cache.parent))
     assert len(WebDatasetData(path, 8).open("train")) == 2
 
 
