@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from dito_jax.data.sources import DataError
+from dito_jax.data.sources import DataError, printable
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -25,6 +25,7 @@ class UnreadableImage(DataError):
     """One image of a data set cannot be decoded; the others may be fine."""
 
     def __init__(self, name: str, reason: str):
+        name = printable(name)
         super().__init__(f"{name}: not a readable image ({reason}); repair it or remove it.")
         self.name, self.reason = name, reason
 
@@ -59,8 +60,8 @@ def decode(
                 raise UnreadableImage(name, _reason(error)) from error
             if pause is None:
                 raise DataError(
-                    f"{name}: cannot be read ({_reason(error)}), in {len(PAUSES) + 1} attempts; check the file system "
-                    "and the limits of this process, then run the same command again."
+                    f"{printable(name)}: cannot be read ({_reason(error)}), in {len(PAUSES) + 1} attempts; check the "
+                    "file system and the limits of this process, then run the same command again."
                 ) from error
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")

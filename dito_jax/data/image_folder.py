@@ -22,7 +22,7 @@ import numpy as np
 from dito_jax.data.decode import SUFFIXES
 from dito_jax.data.images import ImageData, ImageSource, check_options
 from dito_jax.data.names import Names
-from dito_jax.data.sources import SPLIT_NAMES, VALIDATION_ONE_IN, DataError, Split
+from dito_jax.data.sources import SPLIT_NAMES, VALIDATION_ONE_IN, DataError, Split, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Found:
             kinds = ", ".join(f"{number:,} x {kind}" for kind, number in sorted(self.left_out.items()))
             lines.append(f"{self.root}: {len(self.files):,} images in {len(self.classes):,} classes; left out {kinds}.")
         if self.empty:
-            names = ", ".join(self.empty[:10]) + (" ..." if len(self.empty) > 10 else "")
+            names = ", ".join(map(printable, self.empty[:10])) + (" ..." if len(self.empty) > 10 else "")
             lines.append(f"{self.root}: no training images in class {names}: remove such folders, or add images.")
         return lines
 
@@ -170,8 +170,8 @@ class _Owners:
             match = self._pattern.search(f"{name}/{file}")
             if match is None or match[1] is None:
                 raise DataError(
-                    f"{self._folder / name / file}: owner_pattern {self._pattern.pattern!r} does not match "
-                    f"{name}/{file}, so this image has no owner; change one of them."
+                    f"{printable(str(self._folder / name / file))}: owner_pattern {self._pattern.pattern!r} does not "
+                    f"match {printable(name)}/{printable(file)}, so this image has no owner; change one of them."
                 )
             self._of_files.append(self._known.setdefault(match[1], len(self._known)))
 
@@ -197,7 +197,7 @@ def _images(folder: Path, left_out: collections.Counter[str], *, nested: bool) -
         if name.lower().endswith(SUFFIXES):
             names.append(name)
         else:
-            left_out[os.path.splitext(name)[1].lower() or "file without a suffix"] += 1
+            left_out[printable(os.path.splitext(name)[1].lower()) or "file without a suffix"] += 1
     return sorted(names)
 
 

@@ -23,6 +23,11 @@ class DataError(UserError):
     """Data cannot be used; one line says which, why, and what to do."""
 
 
+def printable(name: str) -> str:
+    """The name of a file for a message: on one line, with bytes that are not UTF-8 as escapes."""
+    return name.encode(errors="backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
 class Example(TypedDict):
     """One example: an image in [-1, 1] or a scaled latent, and its class label."""
 

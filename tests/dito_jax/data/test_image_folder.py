@@ -227,6 +227,9 @@ def test_names_of_any_bytes_are_found(tmp_path):
     os.rename(tmp_path / "train" / "ant" / "000.png", odd)
     source = ImageFolderData(str(tmp_path), 8).open("train")
     np.testing.assert_array_equal(as_uint8(source[0]["image"]), pixels)
+    with open(odd, "wb"), pytest.raises(DataError, match=r"/\\udcff\\n.PNG: not a readable image") as error:
+        source[0]
+    assert "\n" not in str(error.value) and str(error.value).encode(), "a message that can be printed"
 
 
 def test_owners_are_taken_from_folders_or_names(tmp_path):

@@ -122,7 +122,7 @@ def test_an_image_that_is_none_is_named_with_its_shard(tmp_path):
 
 def cut_short(path):
     write(path, [sample(0), sample(1)])
-    path.write_bytes(path.read_bytes()[:1800])
+    path.write_bytes(path.read_bytes()[:2600])
 
 
 BAD = {
@@ -130,7 +130,7 @@ BAD = {
     "two images": (lambda path: write(path, [sample(0, **{"000000.jpg": b""})]), "has several images"),
     "compressed": (lambda path: write(path, [sample(0)], "w:gz"), "give uncompressed .tar files"),
     "no archive": (lambda path: path.write_bytes(b"hello" * 999), "not a readable tar file"),
-    "cut": (cut_short, "cut off within|not a readable tar file"),
+    "cut": (cut_short, "cut off within 000001.png"),
     "no samples": (lambda path: write(path, []), "no images in the train split"),
     "a negative class": (lambda path: write(path, [sample(0, **{"000000.cls": b"-1"})]), "label -1: wanted"),
 }
