@@ -30,6 +30,7 @@ from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.final_evaluation import final_evaluation
 from dito_jax.evaluation.sample import make_sampler
+from dito_jax.resilience.data_errors import BatchReader
 from dito_jax.resilience.data_position import EXAMPLES, DataPosition
 from dito_jax.resilience.guard import Guard, step_back
 from dito_jax.resilience.services import Services, run_services
@@ -117,7 +118,17 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
 
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
-    number = first
+    reader, number = BatchReader(source, events, checkpoints), first
+
+    def save(number: int) -> None:
+        with ledger.phase("save"):
+            run.check_in_place()
+            faults.before_save(number)
+            about = {"config": to_json(config), "metrics": logger.released, EXAMPLES: position.after(number)}
+            checkpoints.save(number, state, metadata=about)
+        clock.saved()
+        ledger.flush()
+
     with logger, services.preemption.deferred():
         while number < config.train.steps:
             number += 1
@@ -125,7 +136,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
             faults.before_step(number)
             state = faults.in_memory(number, state)
             with ledger.phase("data"):
-                rows = next(stream)
+                rows = reader.read(stream, number, save)
                 batch = program.place(faults.poisoned(number, rows))
             state, measured = step(state, batch)
             if config.guard.rerun and guard.is_bad(measured):
@@ -142,13 +153,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 guard.settle()
                 logger.log(number)
             if clock.due(number) or last or stop:
-                with ledger.phase("save"):
-                    run.check_in_place()
-                    faults.before_save(number)
-                    about = {"config": to_json(config), "metrics": logger.released, EXAMPLES: position.after(number)}
-                    checkpoints.save(number, state, metadata=about)
-                clock.saved()
-                ledger.flush()
+                save(number)
             if stop and not last:
                 checkpoints.close()
                 raise Preempted(f"asked to stop: step {number} is saved; the same command goes on from there.")

@@ -28,7 +28,16 @@ LAYERS = (
     {"dims", "errors", "bundled", "version"},
 )
 DATA = {"mask", "rotation", "routing", "segments"}  # data types that a family's functions take beside arrays
-PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # shared code of a family's kernels
+PARTS = {
+    "tiles",
+    "heads",
+    "programs",
+    "scores",
+    "blocks",
+    "activations",
+    "nonfinite",
+    "rounding",
+} | DATA  # shared code of a family's kernels
 IMPLEMENTATIONS = {
     "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},
     "mosaic_gpu": {"mosaic_gpu", "mosaic_gpu_backward", "mosaic_gpu_mlp"},
@@ -44,14 +53,14 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
     # These use Triton kernels for the passes that they do not have themselves.
     **{kernel: {"cost"} | PARTS | KERNELS for kernel in IMPLEMENTATIONS["mosaic_gpu"] | {"cutlass"}},
     **{part: PARTS - {part} for part in PARTS},
-    "reference": DATA,
+    "reference": {"rounding"} | DATA,
     "cost": DATA,
     "cases": {"reference"} | DATA,
     "routers": {"routing"},
     "balance": {"routing"},
     "__init__": {"api", "jvp", "routers", "balance"} | DATA,
 }
-FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend", "tuning", "hardware", "ffi", "pallas"}
+FAMILY_MAY_IMPORT_OUTSIDE = {"op", "arguments", "backend", "tuning", "hardware", "ffi", "pallas"}
 FAMILIES = {p.parent.name for p in (ROOT / "kernels_pallas").glob("*/reference.py")}
 KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 PEERS = {"tokamax", "torch"}  # the libraries of bench's baselines; only bench/peers imports them, inside functions
