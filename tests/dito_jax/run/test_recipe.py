@@ -11,6 +11,7 @@ from dito_jax.errors import UserError
 from dito_jax.overrides import override
 from dito_jax.privacy.budget import Budget
 from dito_jax.privacy.ledger import Ledger, ledger_path
+from dito_jax.resilience.data_position import DataPosition
 from dito_jax.run import recipe
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -70,7 +71,7 @@ def test_a_private_run_of_users_is_charged_by_user(folder, tmp_path, monkeypatch
     mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
     with jax.set_mesh(mesh):
         made = recipe.make_recipe(config, RunDirectory(tmp_path / "run"), mesh)
-    batch = next(made.batches_after(0))
+    batch = next(made.batches_from(DataPosition(RunDirectory(tmp_path / "run"), config.train.batch_size)))
     assert batch["image"].shape == (2, 3, 8, 8, 3), "both users, and three of the images of each"
     assert (~batch["padding"]).sum(axis=1).tolist() in ([2, 3], [3, 2]), "a user of two images, one of four"
     ledger = Ledger(ledger_path("photos"))
