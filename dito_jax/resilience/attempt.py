@@ -82,7 +82,7 @@ class Attempt:
             process.ask(f"signal {int(number)}")
 
     def wait(self) -> list[End]:
-        """Waits until all processes have ended, or do not end after SIGKILL; returns them in the order of their ends."""
+        """Waits until all processes have ended, or do not end after SIGKILL; returns the ends in their order."""
         ends: dict[int, End] = {}
         failed, killed_at = False, float("inf")
         while len(ends) < len(self._processes):
