@@ -148,14 +148,16 @@ class _Process:
         if ended is None and not stuck:
             return None
         if ended is None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self._popen.pid, signal.SIGKILL)
-            # A host that does not answer may be gone with its process; one that answers still has the process.
-            there = self._worker.host is None or self._state is not None
-            return End(index, -signal.SIGKILL, killed=True, state=self._state, stuck=there)
+                self._popen.wait(timeout=5)
         self._reader.join(timeout=5)  # a grandchild may hold the pipe open
         with contextlib.suppress(OSError):
             self._popen.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
+        if ended is None:
+            # A host that does not answer may be gone with its process; one that answers still has the process.
+            there = self._worker.host is None or self._state is not None
+            return End(index, -signal.SIGKILL, killed=True, state=self._state, stuck=there)
         lost = self._code is None and self._worker.host is not None and ended == LOST_CONNECTION
         code = ended if self._code is None else self._code
         return End(index, code, killed=killed, state=self._state, lost=lost)
