@@ -139,9 +139,8 @@ def connect(mesh: jax.sharding.Mesh) -> None:
     groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
     spread = jax.NamedSharding(mesh, jax.P(tuple(axes)))
     ones = jax.make_array_from_callback((mesh.size,), spread, lambda at: np.ones(mesh.size, np.float32)[at])
-    for (
-        group
-    ) in groups:  # one after the other: CPU devices of one process may deadlock in several collectives at a time
+    # One after the other, because CPU devices of one process may deadlock in several collectives at a time.
+    for group in groups:
         total = jax.shard_map(
             lambda x, group=group: jax.lax.psum(x, group), mesh=mesh, in_specs=spread.spec, out_specs=jax.P(),
             check_vma=False,
