@@ -117,15 +117,20 @@ def gather(value: str, what: str = "a barrier", *, seconds: float = BARRIER_SECO
 
 
 def same(value: bytes) -> bool:
-    """Whether `value`, which has the same length in all processes, is the same in all of them; a collective.
+    """Whether `value`, which has the same length in all processes, is the same in all of them; a collective."""
+    values = collected(np.frombuffer(value, np.uint8))
+    return bool(np.all(values == values[0]))
 
-    It does not use the key-value store, in which other programs could replace the values.
+
+def collected(values: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, which have one shape, stacked along a new first dim; a collective behind a barrier.
+
+    It does not use the key-value store, in which other programs could read and replace the values.
     """
     if jax.process_count() == 1:
-        return True
+        return values[None]
     agree(True, "a comparison")
-    values = multihost_utils.process_allgather(np.frombuffer(value, np.uint8))
-    return bool(np.all(values == values[0]))
+    return multihost_utils.process_allgather(values)
 
 
 def connect(mesh: jax.sharding.Mesh) -> None:

@@ -8,7 +8,6 @@ and skips the batches since then (skips.py).
 import collections
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 
 from dito_jax.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
 from dito_jax.checkpointing.checksums import array_checksums
-from dito_jax.distributed import agree, count, gather
+from dito_jax.distributed import agree, collected, count, same
 from dito_jax.errors import UserError
 from dito_jax.resilience.replicas import differing, odd_devices
 from dito_jax.resilience.skips import position, roll_back_to, skips
@@ -103,14 +102,16 @@ class Guard:
         if count() == 1 or self.diverged:
             return not self.diverged
         sums = array_checksums(_by_name(state))
-        digest = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-        if len(set(gather(digest, "the comparison before a save"))) == 1:
+        values = b"".join(map(bytes.fromhex, sums.values()))
+        if same(hashlib.sha256(values).digest()):
             self._last_same = number
             return True
-        found = list(map(json.loads, gather(json.dumps(sums), "the comparison before a save")))
-        names = [name for name in sums if len({each[name] for each in found}) > 1]
-        usual = collections.Counter(each[names[0]] for each in found).most_common(1)[0][0]
-        odd = ", ".join(str(process) for process, each in enumerate(found) if each[names[0]] != usual)
+        found = collected(np.frombuffer(values, np.uint8).reshape(len(sums), -1))  # process, array, byte
+        differ = np.any(found != found[0], axis=(0, 2))
+        names = [name for name, differs in zip(sums, differ, strict=True) if differs]
+        of_first = [each[list(sums).index(names[0])].tobytes() for each in found]
+        usual = collections.Counter(of_first).most_common(1)[0][0]
+        odd = ", ".join(str(process) for process, each in enumerate(of_first) if each != usual)
         said = (
             f"step {number}: the processes differ in {names[0]} and {len(names) - 1} more arrays (process {odd} "
             f"from the others); they were equal after step {self._last_same}. The step is not saved. Check the "
