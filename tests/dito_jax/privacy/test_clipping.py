@@ -48,7 +48,7 @@ class Definition:
 
     def clipped_sum(self, norm, threshold, padding):
         """Clipped by `norm`, which the network's own ones may differ from within BOUND, and summed in float64."""
-        factor = np.where(padding, 0, np.minimum(1, threshold / np.float64(norm)))
+        factor = np.where(padding, 0, np.minimum(1, threshold / np.maximum(np.float64(norm), 1e-30)))
         return [np.tensordot(factor, leaf, axes=1) for leaf in self.gradients]
 
 
