@@ -89,7 +89,7 @@ def config_change(path: Path, record: Mapping[str, Any], owner: Owner) -> str | 
     its = (record.get("identity") or {}).get("config")
     if None in (its, owner.config) or its == config_digest(owner.config):
         return None
-    before, now = (config_fields(json.loads(config)) for config in (record["metadata"]["config"], owner.config or "{}"))
+    before, now = (_fields(json.loads(config)) for config in (record["metadata"]["config"], owner.config or "{}"))
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     return f"{path}: saved with other values of {', '.join(changed)}; those of this start apply."
 
@@ -137,9 +137,9 @@ def _recorded(checkpoints: Path, tell: Tell) -> str | None:
     return None
 
 
-def config_fields(config: Any, name: str = "") -> dict[str, Any]:
+def _fields(config: Any, name: str = "") -> dict[str, Any]:
     """A nested config as {"train.steps": 40}."""
     if not isinstance(config, dict):
         return {name: config}
-    parts = [config_fields(value, f"{name}.{key}" if name else key) for key, value in config.items()]
+    parts = [_fields(value, f"{name}.{key}" if name else key) for key, value in config.items()]
     return {key: value for part in parts for key, value in part.items()}

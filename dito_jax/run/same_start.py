@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -19,7 +18,6 @@ import dito_jax
 import kernels_pallas
 from dito_jax import bundled
 from dito_jax.checkpointing.checksums import saved_steps
-from dito_jax.checkpointing.identity import config_fields
 from dito_jax.distributed import count, gather
 from dito_jax.errors import UserError
 
@@ -60,7 +58,8 @@ def difference(digests: Sequence[dict[str, str]]) -> str | None:
 
 
 def _digests(config: str) -> dict[str, str]:
-    parts: dict[str, Any] = config_fields(json.loads(config))
+    fields = jax.tree.leaves_with_path(json.loads(config), is_leaf=lambda value: not isinstance(value, dict))
+    parts = {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in fields}
     parts |= {f"package {name}": importlib.metadata.version(name) for name in PACKAGES}
     parts |= {"Python": platform.python_version()}
     parts |= {f"flag {name}": str(getattr(jax.config, name)) for name in FLAGS}
