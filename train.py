@@ -29,6 +29,7 @@ from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.final_evaluation import final_evaluation
 from dito_jax.evaluation.sample import make_sampler
+from dito_jax.resilience.data_errors import BatchReader
 from dito_jax.resilience.guard import Guard, step_back
 from dito_jax.resilience.services import Services, run_services
 from dito_jax.resilience.skips import finish_rollback
@@ -70,9 +71,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     ledger, events, faults = services.ledger, services.events, services.faults
 
     # ----------------------------------------------------------------------------------------------- state, or restore
-    def tell(line: str) -> None:
-        events.record("checkpoint", line)
-
+    tell = lambda line: events.record("checkpoint", line)
     owner = owner_of(run, to_json(config), tell=tell)
     checkpoints = Checkpoints(
         run.checkpoints, config.checkpoint, owner=owner, tell=tell,
@@ -89,8 +88,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
         restored = checkpoints.restore_newest(program.state, lambda *each: damaged.append(each))
         for each in damaged:  # only now: if no step is intact, none is set aside
             quarantine(*each)
-    mesh = jax.sharding.get_mesh()
-    first, state = restored or (0, initial_state(config, program, mesh))
+    first, state = restored or (0, initial_state(config, program, jax.sharding.get_mesh()))
     ledger.resumed(first)
     stream = batches_after(first)  # if a private run's ledger refuses it, nothing of it is written
     events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
@@ -119,7 +117,16 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
 
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
-    number = first
+    reader, number = BatchReader(source, events, checkpoints), first
+
+    def save(number: int) -> None:
+        with ledger.phase("save"):
+            if guard.compare_processes(number, state):
+                faults.before_save(number)
+                checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": logger.released})
+        clock.saved()
+        ledger.flush()
+
     with logger, services.preemption.deferred():
         while number < config.train.steps:
             number += 1
@@ -127,7 +134,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
             faults.before_step(number)
             state = faults.in_memory(number, state)
             with ledger.phase("data"):
-                rows = next(stream)
+                rows = reader.read(stream, number, save)
                 batch = program.place(faults.poisoned(number, rows))
             state, measured = step(state, batch)
             if config.guard.rerun and guard.is_bad(measured):
@@ -144,13 +151,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 guard.settle()
                 logger.log(number)
             if clock.due(number) or last or stop:
-                with ledger.phase("save"):
-                    if guard.compare_processes(number, state):
-                        faults.before_save(number)
-                        metadata = {"config": to_json(config), "metrics": logger.released}
-                        checkpoints.save(number, state, metadata=metadata)
-                clock.saved()
-                ledger.flush()
+                save(number)
             if stop and (guard.diverged or not last):
                 checkpoints.close()
                 done = (checkpoints.latest() or 0) if guard.diverged else number
