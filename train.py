@@ -25,7 +25,7 @@ from dito_jax.checkpointing.identity import keep, owner_of
 from dito_jax.checkpointing.retention import SaveClock
 from dito_jax.config import TrainConfig, check, resolved, to_json
 from dito_jax.data import class_names
-from dito_jax.distributed import agree, index, join
+from dito_jax.distributed import agree, connect, index, join
 from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.final_evaluation import final_evaluation
@@ -41,6 +41,7 @@ from dito_jax.run.initialization import initial_state
 from dito_jax.run.loaded_run import CLASSES
 from dito_jax.run.recipe import Recipe, make_recipe
 from dito_jax.run.resume import check_first_step, compare_data, recorder
+from dito_jax.run.same_start import check_same_start
 from dito_jax.run.saved_run import sampled_ema
 from dito_jax.sharding import make_mesh
 from dito_jax.telemetry.logger import MetricsLogger
@@ -56,9 +57,11 @@ def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
     config, run = arguments
     join()
     config = resolved(config)
+    check_same_start(to_json(config), run.checkpoints)
     check(config, jax.device_count())
     enable_compilation_cache(command_line.cache_directory())
     mesh = make_mesh(config.mesh)
+    connect(mesh)
     run = run if index() == 0 else FollowedDirectory(run.path)
     with run.hold(), jax.set_mesh(mesh), run_services(run, config.watchdog, config.faults) as services:
         recipe = make_recipe(config, run, mesh)
@@ -87,8 +90,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
         check_first_step(run, restored[0] if restored else None, config.train.steps)
     first, state = restored or (0, initial_state(config, program, jax.sharding.get_mesh()))
     position = DataPosition(run, config.train.batch_size)
-    if restored:
-        position.restore(first, checkpoints.metadata(first))
+    position.restore(first, checkpoints.metadata(first) if restored else {})
     ledger.resumed(first)
     stream = batches_from(position)  # if a private run's ledger refuses it, nothing of it is written
     compare_data(run, source, events)
@@ -104,13 +106,12 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     # --------------------------------------------------------------------------------------------------------- compile
     with ledger.phase("compile"):
         step, compiled = compile_step(program.step, program.state, program.batch)
-        agree(True)  # a process that had it in its cache waits here, and not in its first step
+        agree(True, "the first step")  # a process that had it in its cache waits here, and not in a collective
     command_line.say(compiled.line())
     throughput = Throughput(
-        images_per_step=config.train.batch_size,
+        images_per_step=config.train.batch_size, dtype=config.train.compute_dtype,
         flops_per_step=3 * config.model.flops() * config.train.batch_size,  # the backward is two forwards
-        dtype=config.train.compute_dtype,
-    )
+    )  # fmt: skip
     logger = MetricsLogger(
         run, total=config.train.steps, first=first, throughput=throughput,
         rate=learning_rate(config.optimizer, config.train.steps), compiled=compiled.asdict(),
@@ -122,10 +123,11 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
 
     def save(number: int) -> None:
         with ledger.phase("save"):
-            run.check_in_place()
-            faults.before_save(number)
-            about = {"config": to_json(config), "metrics": logger.released, EXAMPLES: position.after(number)}
-            checkpoints.save(number, state, metadata=about)
+            if guard.compare_processes(number, state):
+                run.check_in_place()
+                faults.before_save(number)
+                about = {"config": to_json(config), "metrics": logger.released, EXAMPLES: position.after(number)}
+                checkpoints.save(number, state, metadata=about)
         clock.saved()
         ledger.flush()
 
@@ -154,9 +156,10 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 logger.log(number)
             if clock.due(number) or last or stop:
                 save(number)
-            if stop and not last:
+            if stop and (guard.diverged or not last):
                 checkpoints.close()
-                raise Preempted(f"asked to stop: step {number} is saved; the same command goes on from there.")
+                done = (checkpoints.latest() or 0) if guard.diverged else number
+                raise Preempted(f"asked to stop: step {done} is saved; the same command goes on from there.")
             if guard.burst():
                 del state  # before another takes its place
                 with ledger.phase("restore"):
