@@ -56,7 +56,8 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
 
 SUPERVISES = """
 import sys
-from dito_jax.resilience.supervisor import Supervisor, make_workers
+from dito_jax.resilience.supervisor import Supervisor
+from dito_jax.resilience.workers import make_workers
 from dito_jax.run import command_line
 from dito_jax.telemetry.run_directory import RunDirectory
 
