@@ -15,6 +15,7 @@ Exit code 0: done. 2: the user's mistake, in one line. 75: asked to stop (SIGTER
 Anything else is a bug.
 """
 
+import functools
 import sys
 
 import jax
@@ -28,7 +29,7 @@ from dito_jax.distributed import agree, index, join
 from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.final_evaluation import final_evaluation
-from dito_jax.evaluation.sample import make_sampler
+from dito_jax.evaluation.sample import make_batch_sampler
 from dito_jax.resilience.guard import Guard, step_back
 from dito_jax.resilience.services import Services, run_services
 from dito_jax.resilience.skips import finish_rollback
@@ -36,10 +37,13 @@ from dito_jax.run import command_line
 from dito_jax.run.arguments import train_arguments
 from dito_jax.run.initialization import initial_state
 from dito_jax.run.loaded_run import CLASSES
+from dito_jax.run.monitor import make_monitor
 from dito_jax.run.recipe import Recipe, make_recipe
 from dito_jax.run.saved_run import sampled_ema
 from dito_jax.sharding import make_mesh
 from dito_jax.telemetry.logger import MetricsLogger
+from dito_jax.telemetry.metrics import last_compile_seconds
+from dito_jax.telemetry.progress import MakeMeter, ProgressMeter
 from dito_jax.telemetry.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.telemetry.throughput import Throughput
 from dito_jax.training.compiling import compile_step, enable_compilation_cache
@@ -57,12 +61,13 @@ def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
     run = run if index() == 0 else FollowedDirectory(run.path)
     with run.hold(), jax.set_mesh(mesh), run_services(run, config.watchdog, config.faults) as services:
         recipe = make_recipe(config, run, mesh)
-        state = train(config, run, recipe, services)
+        meter = functools.partial(ProgressMeter, shown=run.writes, beat=services.ledger.progress)
+        state = train(config, run, recipe, services, meter)
         with services.ledger.phase("eval"):
-            finish(config, run, recipe, state)
+            finish(config, run, recipe, state, meter)
 
 
-def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Services) -> TrainState:
+def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Services, meter: MakeMeter) -> TrainState:
     program, source, batches_after = recipe.program, recipe.source, recipe.batches_after
     ledger, events, faults = services.ledger, services.events, services.faults
 
@@ -100,7 +105,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     )
 
     # --------------------------------------------------------------------------------------------------------- compile
-    with ledger.phase("compile"):
+    with ledger.phase("compile"), meter("compiling the train step", expected=last_compile_seconds(run)):
         step, compiled = compile_step(program.step, program.state, program.batch)
         agree(True)  # a process that had it in its cache waits here, and not in its first step
     command_line.say(compiled.line())
@@ -112,12 +117,21 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     logger = MetricsLogger(
         run, total=config.train.steps, first=first, throughput=throughput,
         rate=learning_rate(config.optimizer, config.train.steps), compiled=compiled.asdict(),
+        wandb_project=config.monitoring.wandb_project,
     )  # fmt: skip
+    monitor = make_monitor(config, run, recipe, meter, lambda: services.preemption.asked)
+
+    def watch_quality(number: int) -> None:
+        with ledger.phase("eval"):
+            monitor(number, sampled_ema(state, config), logger)
+        ledger.flush()
 
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
     number = first
     with logger, services.preemption.deferred():
+        if monitor.missed(first):
+            watch_quality(first)
         while number < config.train.steps:
             number += 1
             ledger.step(number)
@@ -156,20 +170,23 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 ledger.resumed(number)
                 logger.rewind(number)
                 stream = batches_after(number)
+            elif monitor.due(number):
+                watch_quality(number)
         with ledger.phase("save"):
             checkpoints.close()
     return state
 
 
-def finish(config: TrainConfig, run: RunDirectory, recipe: Recipe, state: TrainState) -> None:
+def finish(config: TrainConfig, run: RunDirectory, recipe: Recipe, state: TrainState, meter: MakeMeter) -> None:
     # --------------------------------------------------------------------------------------------- samples, evaluation
     graph = recipe.program.graph
-    draw = make_sampler(graph, config.model, config.sample, config.loss.prediction)
+    draw = make_batch_sampler(graph, config.model, config.sample, config.loss.prediction)
     figures = final_evaluation(
-        run, draw, sampled_ema(state, config), config.data.open("train"), recipe.validation,
+        run, draw, sampled_ema(state, config), config.data.open("train"),
+        recipe.validation if config.evaluation.num_samples else None,
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
         load=make_load_meter(graph, config.model, seed=config.train.seed),
-        private=config.privacy.epsilon is not None,
+        private=config.privacy.epsilon is not None, meter=meter,
     )  # fmt: skip
     if figures is not None:
         agreement, of_validation = figures["class_agreement"], figures["class_agreement_of_validation"]

@@ -27,7 +27,7 @@ from dito_jax.training.program import Program, make_program
 class Recipe:
     """`batches_after(step)` yields this process's rows of the batches of the steps after `step`.
 
-    `validation` is None where the config asks for no evaluation.
+    `validation` is None where the config asks for no evaluation and no validation loss.
     """
 
     source: Source
@@ -46,7 +46,8 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     source = config.data.open("train")
     check_data(config, source)
     # Opened before training, so that a validation split that is missing is reported now.
-    validation = config.data.open("validation") if config.evaluation.num_samples else None
+    validates = config.evaluation.num_samples or config.monitoring.validation_every
+    validation = config.data.open("validation") if validates else None
     source = planted(source, config.canaries, run) if config.canaries else source
     common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
     if config.privacy.epsilon is not None:
