@@ -46,7 +46,7 @@ class MonitoringConfig:
         value = lambda name: getattr(self, name)
         return {
             **{f"monitoring.{name} is {value(name)}; it must be at least 1": value(name) < 1 for name in positive},
-            **{f"monitoring.{name} is {value(name)}; want a number of steps or 0": value(name) < 0 for name in steps},
+            **{f"monitoring.{name} is {value(name)}; wanted steps, or 0": value(name) < 0 for name in steps},
             "monitoring.validation_every with privacy.images_per_user: held-out images belong to the users whose data "
             "are private, and their loss has no noise; set it to 0": users and self.validation_every > 0,
             "monitoring.wandb_project with privacy.epsilon: Weights & Biases records the time of each step, which is "

@@ -26,13 +26,19 @@ def visible(images: Float[np.ndarray, "B h w c"]) -> Float[np.ndarray, "B h w sh
 def reduced(images: Float[np.ndarray, "B h w c"]) -> Float[np.ndarray, "B small_h small_w c"]:
     """The images with at most 32 x 32 pixels, each the mean of a rectangle of pixels; smaller images unchanged.
 
-    A side of n pixels is cut into 32 parts of n / 32 pixels, rounded to whole pixels.
+    A side of n pixels is cut into 32 parts of n / 32 pixels, rounded to whole pixels. The images are reduced one by
+    one, so the memory beside them is that of one image.
     """
-    for axis in (1, 2):
-        side = images.shape[axis]
-        if side > REDUCED_SIDE:
-            edges = np.rint(np.linspace(0, side, REDUCED_SIDE + 1)).astype(int)
-            sums = np.add.reduceat(images.astype(np.float64), edges[:-1], axis=axis)
-            sizes = np.diff(edges).reshape([-1 if dim == axis else 1 for dim in range(4)])
-            images = (sums / sizes).astype(images.dtype)
-    return images
+    if max(images.shape[1:3]) <= REDUCED_SIDE:
+        return images
+    return np.stack([_means(_means(image, 0), 1).astype(images.dtype) for image in images])
+
+
+def _means(image: Float[np.ndarray, "h w c"], axis: int) -> Float[np.ndarray, "small_h small_w c"]:
+    """The means over the parts of one side, in float64."""
+    side = image.shape[axis]
+    if side <= REDUCED_SIDE:
+        return image
+    edges = np.rint(np.linspace(0, side, REDUCED_SIDE + 1)).astype(int)
+    sums = np.add.reduceat(image.astype(np.float64), edges[:-1], axis=axis)
+    return sums / np.expand_dims(np.diff(edges), tuple({0, 1, 2} - {axis}))

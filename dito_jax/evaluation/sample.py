@@ -35,7 +35,7 @@ class SampleConfig:
     ema_decay: float | None = None
     """Decay rate of the EMA parameters to sample from; None: the first of train.ema_decays."""
     batch_size: int = 100
-    """Images per sampling batch, rounded up so that every device gets the same number."""
+    """Maximum number of images per sampling batch, rounded up so that every device gets the same number."""
 
 
 def make_draw(
@@ -81,7 +81,8 @@ def make_batch_sampler(
 
     def draw(params, labels, seed):
         label, index = np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32)
-        size = whole_batch(sample.batch_size, model.together)
+        # Few labels make a smaller batch, of a power of two images, so that few shapes are compiled.
+        size = whole_batch(min(sample.batch_size, 1 << (len(labels) - 1).bit_length()), model.together)
         for start in range(0, len(labels), size):
             chosen = np.minimum(
                 start + np.arange(size), len(labels) - 1

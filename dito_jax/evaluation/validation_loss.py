@@ -61,9 +61,14 @@ def make_validation_loss(
 
     Examples are read and computed in batches of `batch_size`, which does not change the result (unless model.pool > 1).
     There are no more bins than examples.
+
+    Raises:
+      UserError: an example cannot be read; all are read once here, before training.
     """
     chosen = np.linspace(0, len(source) - 1, min(num_examples, len(source))).astype(int)
     count = len(chosen)
+    for number in chosen:
+        source[int(number)]
     key_time, key_noise = jax.random.split(jax.random.key(seed))
     times = np.asarray(jax.random.permutation(key_time, (np.arange(count, dtype=np.float32) + 0.5) / count))
 

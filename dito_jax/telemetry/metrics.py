@@ -23,10 +23,10 @@ class MetricsWriter:
     """
 
     def __init__(self, run: RunDirectory, *, after: int | None = None, wandb_project: str | None = None):
-        self._run, self._wandb = run, None
+        self._run = run
+        # First: if it cannot start, no file has been changed.
+        self._wandb = WeightsAndBiases(run, wandb_project) if wandb_project is not None and run.writes else None
         self._open(0 if after is None else after + 1)
-        if wandb_project is not None and run.writes:
-            self._wandb = WeightsAndBiases(run, wandb_project)
 
     def _open(self, first: int) -> None:
         kept = [json.dumps(row) + "\n" for row in read_metrics(self._run) if row["step"] < first]
