@@ -76,6 +76,8 @@ def test_npz_for_evaluators_has_pixels_and_labels_and_does_not_depend_on_batches
     assert pixels.shape == (11, 4, 4, 3) and pixels.dtype == np.uint8
     np.testing.assert_allclose(pixels / 127.5 - 1, images.repeat(3, axis=-1), atol=0.51 / 127.5)
     np.testing.assert_allclose(loaded.sample(labels, seed=5), images, atol=1e-5)
+    first = next(loaded.sample_batches([0] * 1_000_000, seed=5))  # the others are not drawn
+    np.testing.assert_allclose(first[0], images[0], atol=1e-5)
     np.testing.assert_allclose(np.concatenate(list(loaded.sample_batches(labels[:2], seed=5))), images[:2], atol=1e-5)
 
 

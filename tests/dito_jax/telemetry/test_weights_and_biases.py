@@ -19,6 +19,7 @@ class Run:
         self.logged, self.finished, self.metrics = [], False, []
 
     def log(self, values):
+        assert not self.finished
         self.logged.append(values)
 
     def define_metric(self, name, step_metric):
