@@ -37,7 +37,10 @@ gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--everything", action="store_true", help="compile what results/compiled/ holds the results of")
+    parser.addoption(
+        "--everything", action="store_true",
+        help="run the tests marked exhaustive, and compile what results/compiled/ holds the results of",
+    )  # fmt: skip
     recorded.add_options(parser)
 
 
@@ -49,6 +52,8 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before any fixture, as those of a module compile too."""
+    if item.get_closest_marker("exhaustive") and not item.config.getoption("everything"):
+        pytest.skip("exhaustive: `make test-all` runs it")
     full = any(item.get_closest_marker(name) for name in FULLY_OPTIMIZED)
     jax.config.update("jax_disable_most_optimizations", not full)
 

@@ -171,6 +171,9 @@ def _privacy(parsers: Parsers) -> None:
     made["plan"].add_argument("--delta", type=float, help="default: the config's")
     made["audit"].add_argument("--epsilon", type=float, help="the claim to test; default: the ledger's")
     made["cost"].add_argument("--gpus", help="compile for these GPUs, which need not be here: 1xh200")
+    made["cost"].add_argument(
+        "--units", type=int, metavar="N", help="units in the data set, which set the padding; default: the data's"
+    )
 
 
 def _completion(parsers: Parsers) -> None:

@@ -18,11 +18,12 @@ from dito_jax.planning.step_cost import STEPS, costs, table
 from dito_jax.privacy.accounting import epsilon, noise_multiplier, remaining_steps
 from dito_jax.privacy.card import markdown
 from dito_jax.privacy.ledger import Ledger, ledger_path
-from dito_jax.privacy.run import units_of
+from dito_jax.privacy.run import max_batch, units_of
 from dito_jax.privacy.settings import Backend
 from dito_jax.run import saved_run
 from dito_jax.run.privacy_card import card_of
 from dito_jax.run.recipe import planned_program
+from dito_jax.sharding import batch_pieces
 from dito_jax.training.program import Program
 
 
@@ -70,8 +71,14 @@ def _cost(options: argparse.Namespace) -> str:
     mesh = planned_mesh(config.mesh, options.gpus)
     batch, parts = config.train.batch_size, config.train.gradient_accumulation_steps
     where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    print(f"# {Path(options.subject).stem}, batch {batch}, accumulation {parts}, on {where}\n", flush=True)
-    programs = {name: functools.partial(_checked_program, recipe, mesh) for name, recipe in _recipes(config).items()}
+    recipes, units = _recipes(config), _num_units(config) if options.units is None else options.units
+    rows = max_batch(recipes["vmap"].privacy, config.train, units, batch_pieces(mesh.shape) * parts)
+    print(
+        f"# {Path(options.subject).stem}, batch {batch}, accumulation {parts}, on {where}\n\nA private batch of a data "
+        f"set of {units} units has {rows} rows; those that are not drawn are padding, which is computed too.\n",
+        flush=True,
+    )
+    programs = {name: functools.partial(_checked_program, recipe, mesh, units) for name, recipe in recipes.items()}
     for line in table(costs(programs, mesh)):
         print(line, flush=True)
     if options.gpus is not None:
@@ -89,9 +96,17 @@ def _recipes(config: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def _checked_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
+def _num_units(config: TrainConfig) -> int:
+    """The number of units of the data set; 1,000 times the batch if it is not on this machine."""
+    try:
+        return len(units_of(config.data.open("train"), config.privacy))
+    except UserError:
+        return 1000 * config.train.batch_size
+
+
+def _checked_program(config: TrainConfig, mesh: jax.sharding.Mesh, num_units: int) -> Program:
     check(config, mesh.size)
-    return planned_program(config, mesh)
+    return planned_program(config, mesh, num_units)
 
 
 def _ledger(options: argparse.Namespace) -> str:

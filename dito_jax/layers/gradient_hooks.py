@@ -47,6 +47,7 @@ RETURNS = (
     "factors",  # HookedGradients with all fields
     "sum",  # ClippedGradient
 )
+ROUNDING = 2.0**-15  # of a sum of the squares of a small parameter's gradient, at most, relative
 
 
 @jax.tree_util.register_dataclass
@@ -193,7 +194,7 @@ class _Product:
         return ClippedGradient(jnp.zeros_like(factor), gradient, bias)
 
     def norm_sq(self, x, g, groups) -> Float[Array, " B"]:
-        """Squared per-example gradient norms; partial norms of inputs or outputs split over "tensor" are summed."""
+        """Upper bounds of squared per-example gradient norms; those of parts split over "tensor" are summed."""
         inputs, outputs = self.dims[: self.num_in], self.dims[self.num_in :]
         num_in, draws = self.num_in, x.shape[0] // self.examples
         split = [any(sharded_by(dim, "tensor") for dim in dims) for dims in (inputs, outputs)]
@@ -204,10 +205,10 @@ class _Product:
             rows, d_rows = same_dtype(flat(x, num_in), flat(g, len(outputs)))
             groups = None if groups is None else groups.reshape(rows.shape[:2])
             # If the inputs are split, each device has all outputs, and a psum would count the bias once per device.
-            total = ghost_norm_sq(rows, d_rows, groups, bias=self.bias and not split[0])
+            _, total = ghost_norm_sq(rows, d_rows, groups, bias=self.bias and not split[0])
             total = lax.psum(total, "tensor") if any(split) else total
             if self.bias and split[0]:
-                total += jnp.sum(jnp.square(jnp.sum(d_rows.astype(jnp.float32), axis=1)), axis=1)
+                total += ghost_norm_sq(jnp.ones_like(rows[..., :1]), d_rows)[1]
             return total
 
         x_dims = ("B", *["."] * (x.ndim - 1 - num_in), *activation_dims(inputs))
@@ -255,7 +256,7 @@ def _weight_hooks_backward(how, residuals, d_out):
         elif returns == "sum":
             found.append(ClippedGradient(jnp.zeros_like(factor), weighted_sum(by_example, factor)))
         else:
-            norm_sq = jnp.sum(jnp.square(by_example), axis=tuple(range(1, by_example.ndim)))
+            norm_sq = (1 + ROUNDING) * jnp.sum(jnp.square(by_example), axis=tuple(range(1, by_example.ndim)))
             found.append(HookedGradients(norm_sq, gradient=by_example if returns == "factors" else None))
     return d_out, jax.tree.map(jnp.zeros_like, arrays), found
 

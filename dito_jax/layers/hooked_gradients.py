@@ -21,7 +21,9 @@ from kernels_pallas import clip_reduce, grouped_matmul
 class HookedGradients:
     """Per-example gradients of one parameter for B examples; fields that were not requested are None."""
 
-    norm_sq: Any  # float32 (B,): squared norm of each example's gradient, including a bias trained with the kernel
+    norm_sq: (
+        Any  # float32 (B,): bound of each example's squared gradient norm, including a bias trained with the kernel
+    )
     inputs: Any = None  # (B, draws, ..., *in): inputs of the product
     outputs: Any = None  # (B, draws, ..., *out): gradients of the outputs
     groups: Any = None  # float32 (B, draws, n): expert of each row, or -1; a float because cotangents are floats

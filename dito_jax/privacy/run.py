@@ -210,14 +210,23 @@ def make_plan(privacy: PrivacyConfig, loop: LoopConfig, num_units: int, multiple
             f"unit; wanted {0.1 / num_units:.0e} or less."
         )
     steps = loop.steps + privacy.spare_steps
-    if loop.batch_size > num_units:
-        raise UserError(f"train.batch_size {loop.batch_size} is more than the number of units, {num_units}; lower it.")
-    q = loop.batch_size / num_units
-    room = privacy.max_batch or truncation(num_units, q, steps=steps, delta=privacy.delta, multiple=multiple)
-    room = -(-room // multiple) * multiple
+    room = max_batch(privacy, loop, num_units, multiple)
     truncated = room if room < num_units else None
     sigma = noise_multiplier(num_units, loop.batch_size, steps, privacy.epsilon, privacy.delta, max_batch=truncated)
-    return StepPlan(sigma, q, num_units, room)
+    return StepPlan(sigma, loop.batch_size / num_units, num_units, room)
+
+
+def max_batch(privacy: PrivacyConfig, loop: LoopConfig, num_units: int, multiple: int) -> int:
+    """Rows of a private batch: privacy.max_batch, or so many that truncation is negligible; a multiple of `multiple`.
+
+    Raises:
+      UserError: the expected batch has more units than the data set.
+    """
+    if loop.batch_size > num_units:
+        raise UserError(f"train.batch_size {loop.batch_size} is more than the number of units, {num_units}; lower it.")
+    q, steps = loop.batch_size / num_units, loop.steps + privacy.spare_steps
+    room = privacy.max_batch or truncation(num_units, q, steps=steps, delta=privacy.delta, multiple=multiple)
+    return -(-room // multiple) * multiple
 
 
 def release_of(plan: StepPlan) -> Release:

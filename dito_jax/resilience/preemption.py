@@ -72,7 +72,7 @@ class Preemption:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside the block a signal only sets a flag; Preempted is raised at the end of the block if it is set."""
-        self._raised = False  # whoever comes here after a signal has lost the exception, as in a __del__
+        self._raised = False  # whoever comes here after a signal has lost the exception
         self._raise_if_asked()
         self._deferred = True
         try:
@@ -88,6 +88,7 @@ class Preemption:
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before: dict[int, Any] = {n: signal.signal(n, self._on_signal) for n in (*SIGNALS, NUDGE)}
         os.register_at_fork(after_in_child=self._restore)  # a forked child must not use the parent's pipe
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
         self._entered.set()
         targets = (self._listen, self._confer) if self._several else (self._listen,)
         self._threads = [threading.Thread(target=target, name="preemption", daemon=True) for target in targets]
@@ -116,6 +117,7 @@ class Preemption:
         if self._entered.is_set():
             self._entered.clear()
             signal.set_wakeup_fd(self._wakeup)
+            sys.unraisablehook = self._unraisable
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
@@ -125,6 +127,13 @@ class Preemption:
         self._asked = True
         if not self._deferred:
             self._raise_if_asked()
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """Python drops an exception that is raised in a __del__ or in a callback of the garbage collector."""
+        if isinstance(unraisable.exc_value, Preempted):
+            self._raised = False  # the listener interrupts the main thread again
+        else:
+            self._unraisable(unraisable)
 
     def _saves(self) -> bool:
         """Whether there was something to save at the first signal; set by the first thread that handles it."""

@@ -14,7 +14,7 @@ from dito_jax.errors import UserError
 from dito_jax.privacy.canaries import planted
 from dito_jax.privacy.gradient_check import check_gradients
 from dito_jax.privacy.program import make_private_program
-from dito_jax.privacy.run import PLAN, PrivateRun, check_history, trained
+from dito_jax.privacy.run import PLAN, PrivateRun, check_history, max_batch, trained
 from dito_jax.privacy.settings import StepPlan
 from dito_jax.resilience.skips import stretches
 from dito_jax.run.initialization import ancestors, place
@@ -111,12 +111,16 @@ def check_data(config: TrainConfig, source: Source) -> None:
         )
 
 
-def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
-    """The program of a config without its data; a private batch has as many rows as are expected, rounded up."""
+def planned_program(config: TrainConfig, mesh: jax.sharding.Mesh, num_units: int | None = None) -> Program:
+    """The program of a config without its data; a private batch has the padding of a data set of `num_units` units.
+
+    Without a number, the data set is taken to be 1,000 times the batch: a larger one needs hardly more padding.
+    """
     common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
     if config.privacy.epsilon is None:
         return make_program(*common)
     multiple = batch_pieces(mesh.shape) * config.train.gradient_accumulation_steps
-    expected = config.train.batch_size
-    plan = StepPlan(1.0, 1e-3, 1000 * expected, -(-expected // multiple) * multiple)
+    units = num_units or 1000 * config.train.batch_size
+    rows = max_batch(config.privacy, config.train, units, multiple)
+    plan = StepPlan(1.0, config.train.batch_size / units, units, rows)
     return make_private_program(*common, config.privacy, plan)

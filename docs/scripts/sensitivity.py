@@ -101,10 +101,12 @@ def move(problem: Problem, backend, dtype, batch: int, parts: int) -> float:
     examples = jax.tree.map(lambda a: jnp.repeat(a, batch, axis=0), problem.example)
 
     @jax.jit
-    def total(padding):
-        return accumulated(clipped_sum, problem.params, nnx.State({}), examples, padding, parts)
+    def total(params, examples, padding):  # all arguments: XLA would compute with constants while it compiles
+        return accumulated(clipped_sum, params, nnx.State({}), examples, padding, parts)
 
-    (whole, measured), (without, _) = (total(jnp.arange(batch) < left_out) for left_out in (0, 1))
+    (whole, measured), (without, _) = (
+        total(problem.params, examples, jnp.arange(batch) < left_out) for left_out in (0, 1)
+    )
     assert float(measured.norm[0]) > 2 * CLIP_NORM, "the example is not clipped"
     leaves = zip(*map(jax.tree.leaves, (whole, without)), strict=True)
     return float(np.sqrt(sum(np.sum(np.square(np.float64(a) - np.float64(b))) for a, b in leaves))) / CLIP_NORM

@@ -47,15 +47,19 @@ def ghost_norm_sq(
     *,
     bias: bool = False,
     implementation: str | None = None,
-) -> Float[Array, " B"]:
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Ghost norm: the squared per-example gradient norms of a linear layer y = x W, without the gradients in memory.
 
-        out[b] = sum_e || sum_{t: groups[b,t] = e} a[b,t] g[b,t]^T ||_F^2
+        squares[b] = sum_e || sum_{t: groups[b,t] = e} a[b,t] g[b,t]^T ||_F^2
 
     in float32, including products. With `bias` the layer is x W + b, and || sum_{t of e} g[b,t] ||^2 is added for each
     group e, as if a had a column of ones. The rounding error is about 1e-7 of
     sum_{t,s of one group} |<a_t, a_s> <g_t, g_s>|, which exceeds the norm itself if the terms of a gradient cancel. The
-    result is never negative.
+    squares are never negative.
+
+    The second result, `bound`, is for clipping: it is an upper bound of the exact squared norm, and of that of the
+    gradient as `clip_reduce` computes it, in the arithmetic of float32 and of tensor cores (rounding.py). Gradients
+    whose bound is at most C^2 have no norm above C, even if their terms cancel. The bound is not differentiated.
 
     Args:
       a: the layer's inputs.
@@ -64,6 +68,9 @@ def ghost_norm_sq(
         ignored and may be NaN. None: all rows have the same matrix.
       bias: whether the layer has a bias (for experts: one bias per expert).
       implementation: a name in GHOST_NORM_SQ.kernels, or "xla"; if None, the fastest one known that runs here.
+
+    Returns:
+      (squares, bound), float32 (B,) each.
 
     Raises:
       ValueError: the shapes do not fit together, groups are not integers, or `implementation` is unknown.

@@ -32,7 +32,7 @@ from jax.experimental.pallas import triton as pltriton
 from .. import backend
 from ..pallas.triton import dot, run
 from ..pallas.triton_tiles import Columns, load_matrix, store_matrix, tile_of_program, walk
-from . import cost
+from . import cost, rounding
 from .blocks import NAMES, blocks_for, cores
 
 
@@ -62,33 +62,38 @@ def _wrong_dtype(a, g) -> str | None:
 
 
 def norm_forward(a, g, groups, *, bias):
-    """The squared norms, and the arguments as residuals."""
-    _, T, D = a.shape
-    if groups is not None or cost.pairs_are_fewer(T, D, g.shape[2]):
-        squares = _by_pairs(a, g, groups, bias)
+    """The squared norms and their bounds, and the arguments as residuals."""
+    T, D, F = *a.shape[1:], g.shape[2]
+    counts = True if groups is None else groups >= 0
+    lengths = rounding.lengths(a, counts, ones=bias), rounding.lengths(g, counts)
+    spread = jnp.sum(lengths[0] * lengths[1], axis=1)
+    if groups is not None or cost.pairs_are_fewer(T, D, F):
+        squares, error = _by_pairs(a, g, groups, lengths, bias)
     else:
         squares = _by_matrix(a, g)
         if bias:
             squares += jnp.sum(jnp.square(jnp.sum(g, axis=1, dtype=jnp.float32)), axis=1)
-    return squares, (a, g, groups)
+        error, spread = rounding.of_sum(D * F) * squares, 2 * spread
+    return (squares, rounding.upper_bound(squares, error, spread, T)), (a, g, groups)
 
 
-def _by_pairs(a, g, groups, bias: bool):
-    """The squared norms (B,) by pairs of rows; negative results of rounding are clipped to 0."""
+def _by_pairs(a, g, groups, lengths, bias: bool):
+    """The squared norms by pairs of rows, and bounds of their errors; negative results of rounding are clipped to 0."""
     (B, T, D), F = a.shape, g.shape[2]
     blocks = blocks_for("pairs", a, g, groups is not None)
     tiles = pl.cdiv(T, blocks.rows)
     out = jax.ShapeDtypeStruct((B, tiles * (tiles + 1) // 2), jnp.float32)
     parts = run(
         functools.partial(_pairs_kernel, bias=bias, blocks=blocks),
-        *(a, g, groups),
+        *(a, g, groups, *lengths),
         name=NAMES["pairs"],
         programs=out.size,
         blocks=blocks,
-        out_shape=out,
+        out_shape=(out, out),
         work=cost.part(B * T * (T + 1) * (D + F), a, g, out),
     )
-    return jnp.maximum(jnp.sum(parts, axis=1), 0.0)
+    squares, error = (jnp.sum(part, axis=1) for part in parts)
+    return jnp.maximum(squares, 0.0), error
 
 
 def _by_matrix(a, g):
@@ -132,7 +137,7 @@ def _splits(programs: int, B: int, T: int) -> int:
     return max(min(wanted, B * T // ROWS_A_SPLIT, B, MOST_SPLITS), 1)
 
 
-def _pairs_kernel(a_ref, g_ref, groups_ref, out_ref, *, bias, blocks):
+def _pairs_kernel(a_ref, g_ref, groups_ref, a_lengths_ref, g_lengths_ref, out_ref, error_ref, *, bias, blocks):
     """A tile of pairs (t, s) of one example: row tiles at cyclic distance k, for k up to half the number of tiles."""
     T, tiles = a_ref.shape[1], pl.cdiv(a_ref.shape[1], blocks.rows)
     example, pair = (f(pl.program_id(0), out_ref.shape[1]) for f in (lax.div, lax.rem))
@@ -141,7 +146,7 @@ def _pairs_kernel(a_ref, g_ref, groups_ref, out_ref, *, bias, blocks):
 
     same, enabled = True, True
     if groups_ref is not None:
-        of_t, of_s = (_groups(groups_ref, example, rows) for rows in (t, s))
+        of_t, of_s = (_by_row(groups_ref, example, rows, -1) for rows in (t, s))
         same = (of_t[:, None] == of_s[None, :]) & (of_t >= 0)[:, None]
         enabled = jnp.max(same.astype(jnp.int32)) > 0
 
@@ -151,17 +156,22 @@ def _pairs_kernel(a_ref, g_ref, groups_ref, out_ref, *, bias, blocks):
 
         return walk(ref.shape[2], blocks.depth, enabled, step, jnp.full((blocks.rows, blocks.rows), start, jnp.float32))
 
-    both = products(a_ref, 1.0 if bias else 0.0) * products(g_ref, 0.0)  # a bias is a column of ones of a
-    if groups_ref is not None:
-        both = jnp.where(same, both, 0.0)  # padding rows may be NaN; this affects only their own pairs
-    total = jnp.sum(both)
-    out_ref[example, pair] = jnp.where(apart == 0, total, total + total)
+    of_a, of_g = products(a_ref, 1.0 if bias else 0.0), products(g_ref, 0.0)  # a bias is a column of ones of a
+    lengths = ([_by_row(ref, example, rows, 0.0) for rows in (t, s)] for ref in (a_lengths_ref, g_lengths_ref))
+    of_lengths = tuple(of_t[:, None] * of_s[None, :] for of_t, of_s in lengths)
+    error = rounding.of_pairs(of_a, of_g, of_lengths, (T, a_ref.shape[2], g_ref.shape[2]))
+    for ref, both in ((out_ref, of_a * of_g), (error_ref, error)):
+        if groups_ref is not None:
+            both = jnp.where(same, both, 0.0)  # padding rows may be NaN; this affects only their own pairs
+        total = jnp.sum(both)
+        ref[example, pair] = jnp.where(apart == 0, total, total + total)
 
 
-def _groups(ref, example, rows):
-    """The groups of the rows; -1 past the last row."""
+def _by_row(ref, example, rows, absent):
+    """The numbers of the rows, of an array (B, T); `absent` past the last row."""
     exist = rows.exist
-    return pltriton.load(ref.at[example, rows.at], mask=exist, other=None if exist is None else jnp.int32(-1))
+    other = None if exist is None else ref.dtype.type(absent)
+    return pltriton.load(ref.at[example, rows.at], mask=exist, other=other)
 
 
 def _tile(program, D: int, F: int, blocks):

@@ -36,6 +36,7 @@ def recorded(directory: Path) -> list[np.ndarray]:
     return [held[f"input{i}"] for i in range(sum(name.startswith("input") for name in held))]
 
 
+@pytest.mark.slow("trains and exports, with optimisation")
 def test_the_sampler_draws_the_same_pictures_for_any_number_of_labels(config, trained, sampler):
     program, state = trained
     function, weights, manifest = artifact.load(sampler)

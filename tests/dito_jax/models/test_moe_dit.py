@@ -218,6 +218,7 @@ def test_neither_remat_nor_accumulation_changes_what_is_counted(change):
     np.testing.assert_array_equal(biases(params), biases(want))
 
 
+@pytest.mark.slow("compiles a train step for eight devices and one for one")
 @pytest.mark.parametrize(
     ("exchange", "sizes"),
     [

@@ -24,6 +24,7 @@ SMALL = (
 QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
+@pytest.mark.slow("compiles and runs five train steps")
 def test_private_steps_are_compared_with_the_one_that_is_not():
     done = subprocess.run(
         [sys.executable, "-m", "dito_jax", "privacy", "cost", "configs/digits.py", *SMALL],

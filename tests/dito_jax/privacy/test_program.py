@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from scipy.stats import binom
 
 from dito_jax.config import TrainConfig
 from dito_jax.data import StrokesData
@@ -16,8 +17,8 @@ from dito_jax.privacy.keys import StepKeys
 from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.settings import PrivacyConfig, StepPlan
-from dito_jax.run.recipe import make_recipe
-from dito_jax.sharding import MeshConfig, make_mesh
+from dito_jax.run.recipe import make_recipe, planned_program
+from dito_jax.sharding import MeshConfig, batch_pieces, make_mesh
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.health import GuardConfig
 from dito_jax.training.optimizer import OptimizerConfig
@@ -104,3 +105,15 @@ def test_a_runs_noise_is_that_which_its_ledger_was_charged_for(mesh, tmp_path, m
     # Drawn anew by every run: 5 standard errors are passed by one in two million.
     values = published(recipe.program, batch | {"padding": np.ones_like(batch["padding"])})
     check_noise(values, charged.noise_multiplier * 0.7 / LOOP.batch_size)
+
+
+def test_costs_are_those_of_a_batch_with_the_padding_of_a_run(mesh):
+    """So many rows that a step draws more with probability below delta / (100 steps): 1.5 times the expected 256."""
+    loop = dataclasses.replace(LOOP, batch_size=256, steps=400_000)
+    privacy = PrivacyConfig(epsilon=8.0, delta=1e-7, dataset="few")
+    config = TrainConfig(MODEL, StrokesData(num=20, size=4), loop, privacy=privacy)
+    rows = planned_program(config, mesh, 1_281_167).batch["image"].shape[0]
+    risk = lambda rows: binom.sf(rows - 1, 1_281_166, 256 / 1_281_167) * 400_000
+    multiple = batch_pieces(mesh.shape)
+    assert risk(rows) < 1e-9 <= risk(rows - multiple) and rows > 1.5 * 256
+    assert planned_program(config, mesh).batch["image"].shape[0] == pytest.approx(rows, abs=multiple)

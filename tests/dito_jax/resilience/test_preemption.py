@@ -103,6 +103,33 @@ def test_one_that_came_just_before_a_sleep_ends_it(number, start, finish):
     assert "stopping now" in err and "did not stop in time" not in err
 
 
+# Python drops what is raised in a callback of its garbage collector, and prints it.
+COLLECTING = """
+import gc, os, signal, time
+from dito_jax.errors import PREEMPTED, Preempted
+from dito_jax.resilience.preemption import Preemption
+
+def hit(phase, info):
+    gc.callbacks.remove(hit)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+
+try:
+    with Preemption(60):
+        gc.callbacks.append(hit)
+        gc.collect()
+        time.sleep(60)
+except Preempted:
+    raise SystemExit(PREEMPTED)
+"""
+
+
+def test_one_that_the_garbage_collector_swallows_is_raised_again(start, finish):
+    (run,) = start(COLLECTING)
+    _, err = finish(run, PREEMPTED)
+    assert len(err.splitlines()) == 1 and "stopping now" in err
+
+
 @pytest.mark.parametrize(("number", "struck"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1), (signal.SIGINT, 1)])
 def test_two_processes_stop_after_the_same_step(number, struck, start, finish):
     both = start(RUN, 1000, -1, 60, count=2)
