@@ -46,7 +46,7 @@ from dito_jax.telemetry.metrics import last_compile_seconds
 from dito_jax.telemetry.progress import MakeMeter, ProgressMeter
 from dito_jax.telemetry.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.telemetry.throughput import Throughput
-from dito_jax.training.compiling import compile_step, enable_compilation_cache
+from dito_jax.training.compiling import CompileReport, compile_step, enable_compilation_cache
 from dito_jax.training.optimizer import learning_rate
 from dito_jax.training.state import TrainState
 
@@ -109,16 +109,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
         step, compiled = compile_step(program.step, program.state, program.batch)
         agree(True)  # a process that had it in its cache waits here, and not in its first step
     command_line.say(compiled.line())
-    throughput = Throughput(
-        images_per_step=config.train.batch_size,
-        flops_per_step=3 * config.model.flops() * config.train.batch_size,  # the backward is two forwards
-        dtype=config.train.compute_dtype,
-    )
-    logger = MetricsLogger(
-        run, total=config.train.steps, first=first, throughput=throughput,
-        rate=learning_rate(config.optimizer, config.train.steps), compiled=compiled.asdict(),
-        wandb_project=config.monitoring.wandb_project,
-    )  # fmt: skip
+    logger = make_logger(config, run, first, compiled)
     monitor = make_monitor(config, run, recipe, meter, lambda: services.preemption.asked)
 
     def watch_quality(number: int) -> None:
@@ -175,6 +166,19 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
         with ledger.phase("save"):
             checkpoints.close()
     return state
+
+
+def make_logger(config: TrainConfig, run: RunDirectory, first: int, compiled: CompileReport) -> MetricsLogger:
+    throughput = Throughput(
+        images_per_step=config.train.batch_size,
+        flops_per_step=3 * config.model.flops() * config.train.batch_size,  # the backward is two forwards
+        dtype=config.train.compute_dtype,
+    )
+    return MetricsLogger(
+        run, total=config.train.steps, first=first, throughput=throughput,
+        rate=learning_rate(config.optimizer, config.train.steps), compiled=compiled.asdict(),
+        wandb_project=config.monitoring.wandb_project,
+    )  # fmt: skip
 
 
 def finish(config: TrainConfig, run: RunDirectory, recipe: Recipe, state: TrainState, meter: MakeMeter) -> None:

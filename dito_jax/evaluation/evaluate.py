@@ -81,6 +81,24 @@ def read_reduced(source: Source, most: int, meter: MakeMeter = ProgressMeter) ->
 
 def report(title: str, figures: dict[str, Any], settings: dict[str, Any]) -> str:
     """The text of report.md: metrics, images and sampling settings."""
+    return f"""# {title}
+
+{figures["num_samples"]} samples. The last column is the value that real images get.
+
+| | samples | real |
+|---|---|---|
+{_table(figures)}
+
+![samples](samples/final.png)
+
+![loss](loss.png)
+{_of_experts(figures)}
+Drawn with `{json.dumps(settings)}`.
+"""
+
+
+def _table(figures: dict[str, Any]) -> str:
+    """The rows of the table in report.md."""
     memorised = figures["memorisation"]
     height, width, _ = figures["image_shape_compared"]
     size = figures["frechet_distance_set_size"]
@@ -116,21 +134,7 @@ def report(title: str, figures: dict[str, Any], settings: dict[str, Any]) -> str
             "validation data",
         ),
     ]
-    table = "\n".join(f"| {name} | {value:.4f} | {real:.4f} ({whose}) |" for name, value, real, whose in rows)
-    return f"""# {title}
-
-{figures["num_samples"]} samples. The last column is the value that real images get.
-
-| | samples | real |
-|---|---|---|
-{table}
-
-![samples](samples/final.png)
-
-![loss](loss.png)
-{_of_experts(figures)}
-Drawn with `{json.dumps(settings)}`.
-"""
+    return "\n".join(f"| {name} | {value:.4f} | {real:.4f} ({whose}) |" for name, value, real, whose in rows)
 
 
 def _of_experts(figures: dict[str, Any]) -> str:
