@@ -30,6 +30,7 @@ from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.final_evaluation import final_evaluation
 from dito_jax.evaluation.sample import make_batch_sampler
+from dito_jax.resilience.data_errors import BatchReader
 from dito_jax.resilience.guard import Guard, step_back
 from dito_jax.resilience.services import Services, run_services
 from dito_jax.resilience.skips import finish_rollback
@@ -72,9 +73,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     ledger, events, faults = services.ledger, services.events, services.faults
 
     # ----------------------------------------------------------------------------------------------- state, or restore
-    def tell(line: str) -> None:
-        events.record("checkpoint", line)
-
+    tell = functools.partial(events.record, "checkpoint")
     owner = owner_of(run, to_json(config), tell=tell)
     checkpoints = Checkpoints(
         run.checkpoints, config.checkpoint, owner=owner, tell=tell,
@@ -91,8 +90,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
         restored = checkpoints.restore_newest(program.state, lambda *each: damaged.append(each))
         for each in damaged:  # only now: if no step is intact, none is set aside
             quarantine(*each)
-    mesh = jax.sharding.get_mesh()
-    first, state = restored or (0, initial_state(config, program, mesh))
+    first, state = restored or (0, initial_state(config, program, jax.sharding.get_mesh()))
     ledger.resumed(first)
     stream = batches_after(first)  # if a private run's ledger refuses it, nothing of it is written
     events.record("start", step=first, processes=jax.process_count(), devices=jax.device_count())
@@ -119,7 +117,15 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
 
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
-    number = first
+    reader, number = BatchReader(source, events, checkpoints), first
+
+    def save(number: int) -> None:
+        with ledger.phase("save"):
+            faults.before_save(number)
+            checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": logger.released})
+        clock.saved()
+        ledger.flush()
+
     with logger, services.preemption.deferred():
         if monitor.missed(first):
             watch_quality(first)
@@ -129,7 +135,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
             faults.before_step(number)
             state = faults.in_memory(number, state)
             with ledger.phase("data"):
-                rows = next(stream)
+                rows = reader.read(stream, number, save)
                 batch = program.place(faults.poisoned(number, rows))
             state, measured = step(state, batch)
             if config.guard.rerun and guard.is_bad(measured):
@@ -146,11 +152,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 guard.settle()
                 logger.log(number)
             if clock.due(number) or last or stop:
-                with ledger.phase("save"):
-                    faults.before_save(number)
-                    checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": logger.released})
-                clock.saved()
-                ledger.flush()
+                save(number)
             if stop and not last:
                 checkpoints.close()
                 raise Preempted(f"asked to stop: step {number} is saved; the same command goes on from there.")

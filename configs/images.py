@@ -4,10 +4,10 @@ python train.py configs/images.py --data.path photos                       (or: 
 dito train images --data.path photos --data.image_size 32
 dito sample runs/images --class cat dog
 
-photos/<class>/*.png (or jpg, jpeg, webp); one image in twenty is held out for evaluation, unless photos/ has train/ and
-validation/. Images are cropped to the centre and resized to data.image_size, 64 pixels unless you say otherwise; the
-model takes their shape and the number of classes from the data. Pictures with text or other things that must not be
-mirrored: --data.flip False.
+photos/<class>/*.png (or jpg, webp, gif, bmp, tif, avif); one image in twenty is held out for evaluation, unless photos/
+has train/ and validation/. Images are cropped to the centre and resized to data.image_size, 64 pixels unless you say
+otherwise; the model takes their shape and the number of classes from the data. `--data.flip True` mirrors images at
+random, which suits photos but not text. `dito data check photos` lists unreadable files.
 
 Hardware: two CPU cores for a small model at 32 pixels; a GPU for more, e.g. --train.compute_dtype bfloat16
 --model.depth 12 --model.width 384 --model.num_heads 6.

@@ -12,7 +12,7 @@ from typing import Any
 
 from dito_jax.bundled import config_path
 from dito_jax.checkpointing.retention import CheckpointConfig
-from dito_jax.data import DigitsData, ImageFolderData, LatentsData, StrokesData
+from dito_jax.data import DigitsData, ImageFolderData, LatentsData, ParquetData, StrokesData, WebDatasetData
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
 from dito_jax.evaluation.evaluate import EvaluationConfig
@@ -31,7 +31,7 @@ from dito_jax.training.optimizer import OptimizerConfig
 from dito_jax.training.program import LoopConfig
 
 
-DataConfig = DigitsData | StrokesData | ImageFolderData | LatentsData
+DataConfig = DigitsData | StrokesData | ImageFolderData | WebDatasetData | ParquetData | LatentsData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,8 @@ def check(config: TrainConfig, num_devices: int) -> None:
         **(private_rules(model, config.privacy, config.checkpoint) if private else {}),
         **config.monitoring.problems(users=private and config.privacy.images_per_user is not None, private=private),
         f"canaries {config.canaries} is negative": config.canaries < 0,
+        "data.max_unreadable would put another image in the place of an unreadable one, which then counts twice: set "
+        "it to 0 in a private run": private and getattr(config.data, "max_unreadable", 0) > 0,
         f"guard.check_replicas_every {config.guard.check_replicas_every} is negative": config.guard.check_replicas_every
         < 0,
         "canaries belong to no user: set canaries to 0, or privacy.images_per_user to None": (
@@ -197,6 +199,6 @@ _CLASSES: dict[str, Any] = {
     for cls in (
         TrainConfig, DiTConfig, MoEDiTConfig, KernelsConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig,
         CheckpointConfig, GuardConfig, WatchdogConfig, FaultsConfig, PrivacyConfig, SampleConfig, EvaluationConfig,
-        MonitoringConfig, DigitsData, StrokesData, ImageFolderData, LatentsData,
+        MonitoringConfig, DigitsData, StrokesData, ImageFolderData, WebDatasetData, ParquetData, LatentsData,
     )
 }  # fmt: skip

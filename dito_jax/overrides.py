@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from dito_jax.config import RENAMED, TrainConfig
-from dito_jax.data import DigitsData, ImageFolderData, LatentsData, StrokesData
+from dito_jax.data import DigitsData, ImageFolderData, LatentsData, ParquetData, StrokesData, WebDatasetData
 from dito_jax.errors import UserError
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
@@ -23,7 +23,8 @@ from dito_jax.models.moe_dit import MoEDiTConfig
 # The sections whose kind can be chosen, by `--data KIND` and `--model KIND`.
 KINDS: dict[str, dict[str, type]] = {
     "data": {
-        "digits": DigitsData, "strokes": StrokesData, "image-folder": ImageFolderData, "latents": LatentsData,
+        "digits": DigitsData, "strokes": StrokesData, "image-folder": ImageFolderData,
+        "webdataset": WebDatasetData, "parquet": ParquetData, "latents": LatentsData,
     },
     "model": {"dit": DiTConfig, "moe-dit": MoEDiTConfig},
 }  # fmt: skip

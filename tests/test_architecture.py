@@ -28,7 +28,15 @@ LAYERS = (
     {"dims", "errors", "bundled", "version"},
 )
 DATA = {"mask", "rotation", "routing", "segments"}  # data types that a family's functions take beside arrays
-PARTS = {"tiles", "heads", "programs", "scores", "blocks", "activations"} | DATA  # shared code of a family's kernels
+PARTS = {
+    "tiles",
+    "heads",
+    "programs",
+    "scores",
+    "blocks",
+    "activations",
+    "rounding",
+} | DATA  # shared code of a family's kernels
 IMPLEMENTATIONS = {
     "triton": {"triton", "triton_jvp", "triton_rows", "triton_mlp"},
     "mosaic_gpu": {"mosaic_gpu", "mosaic_gpu_backward", "mosaic_gpu_mlp"},
@@ -44,7 +52,7 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
     # These use Triton kernels for the passes that they do not have themselves.
     **{kernel: {"cost"} | PARTS | KERNELS for kernel in IMPLEMENTATIONS["mosaic_gpu"] | {"cutlass"}},
     **{part: PARTS - {part} for part in PARTS},
-    "reference": DATA,
+    "reference": {"rounding"} | DATA,
     "cost": DATA,
     "cases": {"reference"} | DATA,
     "routers": {"routing"},

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dito_jax import DiT, load_run
+from dito_jax.data import ImageFolderData, batches
 
 from . import preloaded_python
 
@@ -224,20 +225,41 @@ def test_missing_data_are_one_line(call, tmp_path):
     assert "/nowhere" in one_line(done)
 
 
-def test_a_file_that_is_no_image_is_one_line(call, tmp_path):
+def drawn_in_step(data: ImageFolderData, step: int) -> str:
+    """The file of an image that a run with batches of 16 reads in this step and in none before."""
+    source = data.open("train")
+    stream = batches(source, batch_size=16, seed=0)
+    earlier, chosen = [next(stream)["image"] for _ in range(step - 1)], next(stream)["image"][0]
+    assert not any((image == chosen).all() for images in earlier for image in images)
+    return next(source.name(index) for index in range(len(source)) if (source[index]["image"] == chosen).all())
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_after_a_save_or_is_skipped(call, tmp_path):
+    """The error names step and file, nothing is lost, and the resumed run skips as many images as it may."""
+    pixels = iter(np.random.default_rng(0).integers(0, 256, (80, 8, 8), np.uint8))
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(40):
-            pixels = np.full((8, 8), number, np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
-    (tmp_path / "data/b/0.png").write_bytes(b"no image at all")
-    config = tmp_path / "folder.py"
+            Image.fromarray(next(pixels)).save(tmp_path / "data" / name / f"{number}.png")
+    data = ImageFolderData(path=str(tmp_path / "data"), image_size=8, channels=1)
+    bad = drawn_in_step(data, 4)
+    Path(bad).write_bytes(b"no image at all")
+    config, run = tmp_path / "folder.py", tmp_path / "run"
     text = (ROOT / "configs/digits.py").read_text().replace("DigitsData", "ImageFolderData")
-    folder = f"ImageFolderData(path={str(tmp_path / 'data')!r}, image_size=8, channels=1)"
-    config.write_text(text.replace("ImageFolderData()", folder))
-    done = call("train", config, *SMALL, "--train.steps", "20", "--run-dir", tmp_path / "run", code=2)
-    assert "data/b/0.png" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not list((tmp_path / "run/checkpoints").glob("*"))
+    config.write_text(text.replace("ImageFolderData()", repr(data)))
+    again = ["train", config, *SMALL, "--train.steps", "6", "--train.batch_size", "16", "--run-dir", run]
+    again += ["--evaluation.num_samples", "0"]
+    last = call(*again, code=2).stderr.splitlines()[-1]
+    assert f"step 4: {bad}: not a readable image" in last and "Step 3 is saved" in last
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"]
+    done = call(*again, "--data.max_unreadable", "1")
+    assert "from step 3" in done.stderr
+    [event] = [
+        row
+        for row in map(json.loads, (run / "events.jsonl").read_text().splitlines())
+        if row["event"] == "unreadable_image"
+    ]
+    assert event["file"] == bad and "none of PNG" in event["reason"] and event["said"] in done.stderr
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_step_stays(call, tmp_path):

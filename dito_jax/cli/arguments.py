@@ -12,8 +12,8 @@ from dito_jax.errors import UserError
 # Verb -> its module in this folder. `dito train` is parsed by run/arguments.py.
 MODULES = {
     "train": "train", "supervise": "supervise", "configs": "configs", "sample": "sample", "eval": "evaluate",
-    "checkpoint": "checkpoint", "goodput": "goodput", "digest": "digest", "export": "export", "hlo": "hlo",
-    "block": "block", "privacy": "privacy", "doctor": "doctor", "completion": "completion",
+    "data": "data", "checkpoint": "checkpoint", "goodput": "goodput", "digest": "digest", "export": "export",
+    "hlo": "hlo", "block": "block", "privacy": "privacy", "doctor": "doctor", "completion": "completion",
 }  # fmt: skip
 HELP = {
     "train": "Train a model, or resume its training: CONFIG [--run-dir DIR] [--section.field value ...]",
@@ -21,6 +21,7 @@ HELP = {
     "configs": "List, show or copy the built-in configs",
     "sample": "Draw class-conditional samples from a checkpoint: a PNG grid and an .npz",
     "eval": "Re-run the evaluation on the latest checkpoint: eval.json, report.md, samples/final.png",
+    "data": "Read every example of a data set before a run, and list those that are unreadable",
     "checkpoint": "List, inspect, verify (checksums) and time checkpoints",
     "goodput": "Goodput report over all restarts (init, compile, data, step, checkpoint, lost, idle), with a PNG",
     "digest": "SHA-256 of the parameters and the EMA parameters, to compare two runs bit for bit",
@@ -40,7 +41,9 @@ PRIVACY_HELP = {
     "utility": "Downstream utility of private samples: accuracy of a classifier trained on them alone",
 }
 PLATFORMS = ("cpu", "cuda")
-WITH_FIELDS = {("supervise", None), ("hlo", None), ("block", None), ("privacy", "plan"), ("privacy", "cost")}
+WITH_FIELDS = {
+    ("supervise", None), ("hlo", None), ("block", None), ("data", "check"), ("privacy", "plan"), ("privacy", "cost"),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +79,7 @@ def make_parser() -> tuple[Parser, "Parsers"]:
     parser.add_argument("--version", action="version", version=f"dito_jax {version.installed()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     made = {name: verbs.add_parser(name, description=f"{HELP[name]}.") for name in MODULES}
-    for add in (_training, _configs, _runs, _sample, _export, _planning, _privacy, _completion):
+    for add in (_training, _configs, _data, _runs, _sample, _export, _planning, _privacy, _completion):
         add(made)
     return parser, made
 
@@ -105,6 +108,13 @@ def _configs(parsers: Parsers) -> None:
     for parser in (show, copy):
         parser.add_argument("name", help="name of a built-in config, e.g. digits")
     copy.add_argument("path", nargs="?", help="file to write; default: NAME.py")
+
+
+def _data(parsers: Parsers) -> None:
+    parsers["data"].add_argument("what", choices=("check",), help="check: read every example of both splits")
+    parsers["data"].add_argument(
+        "subject", metavar="PATH|CONFIG", help="a folder or file of data, or a config; then fields, as for train"
+    )
 
 
 def _runs(parsers: Parsers) -> None:

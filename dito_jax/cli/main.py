@@ -8,7 +8,7 @@ from dito_jax.cli.arguments import MODULES, parsed
 from dito_jax.run import command_line
 
 
-WITHOUT_DEVICES = {"supervise", "configs", "completion", "goodput"}  # supervise: its processes compute, not it
+WITHOUT_DEVICES = {"supervise", "configs", "data", "completion", "goodput"}  # supervise: its processes compute, not it
 
 
 def main() -> None:

@@ -7,10 +7,15 @@ import struct
 import zipfile
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dito_jax.data.array_record import ArrayRecords
+from dito_jax.data.labels import owner_numbers
+from dito_jax.data.shards import of_split
 from dito_jax.data.sources import SPLIT_NAMES, VALIDATION_ONE_IN, DataError, Example, Split
+
+
+OWNERS = "owners.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +25,8 @@ class LatentsData:
     `path` is one .npz with `latents` (N, h, w, c) and `labels` (N,), a folder of .arrayrecord files, or a glob of them.
     "{split}" in it is replaced by train, and by validation, val or test, whichever exists: "latents/{split}.npz".
     Without "{split}" the examples numbered 19, 39, 59, ... are the validation split.
+    `owners` (N,) in the .npz, or owners.npy beside the .arrayrecord files, has the owner of each example, an integer or
+    a name, for privacy.images_per_user.
     """
 
     path: str
@@ -46,6 +53,7 @@ class Latents:
     """One split of the latents; `image` of an example is scaling_factor * latent."""
 
     augment = None  # a mirrored latent is not the latent of the mirrored image
+    owners: Int[np.ndarray, " n"] | None = None  # the owner of each example, for user-level privacy
 
     def __init__(self, config: LatentsData, split: Split):
         names = [os.path.expanduser(config.path.replace("{split}", name)) for name in SPLIT_NAMES[split]]
@@ -58,16 +66,15 @@ class Latents:
                 raise self._out_of_range(int(number), int(self._stored.labels[number]))
         else:
             self._stored = ArrayRecords(_array_record_files(path))
+        owners = _owners(path, len(self._stored))
         if len(self._stored.shape) != 3 or self._stored.dtype.kind != "f":
             raise DataError(
                 f"{path}: latents are {self._stored.dtype} of shape {self._stored.shape} each; "
                 "wanted floating point (h, w, c)."
             )
         self.image_shape = self._stored.shape
-        self._numbers = np.arange(len(self._stored))
-        if "{split}" not in config.path:
-            validation = self._numbers % VALIDATION_ONE_IN == VALIDATION_ONE_IN - 1
-            self._numbers = self._numbers[validation if split == "validation" else ~validation]
+        self._numbers = of_split(len(self._stored), split, own_files="{split}" in config.path)
+        self.owners = None if owners is None else owners[self._numbers]
         if not len(self._numbers):
             raise DataError(f"{path}: no examples in the {split} split; wanted at least {VALIDATION_ONE_IN} examples.")
 
@@ -111,6 +118,33 @@ class Npz:
     def read(self, index: int) -> tuple[Float[np.ndarray, "h w c"], int]:
         """One latent and its label."""
         return self._latents[index], int(self.labels[index])
+
+
+def _owners(path: str, count: int) -> Int[np.ndarray, " N"] | None:
+    """The number of the owner of each example, if the data set has owners.
+
+    Raises:
+      DataError: there is not one integer or name for each example.
+    """
+    file = (
+        path if path.endswith(".npz") else os.path.join(path if os.path.isdir(path) else os.path.dirname(path), OWNERS)
+    )
+    if not os.path.exists(file):
+        return None
+    try:
+        with open(file, "rb") as opened:
+            stored = np.load(opened)
+            if path.endswith(".npz") and "owners" not in stored:
+                return None
+            owners = stored["owners"] if path.endswith(".npz") else stored
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file}: owners are not readable ({error}); save them with np.save.") from error
+    if owners.dtype.kind not in "iuU" or owners.shape != (count,):
+        raise DataError(
+            f"{file}: owners are {owners.dtype} of shape {owners.shape} for {count:,} latents; give one integer or "
+            "name for each."
+        )
+    return owner_numbers(owners)
 
 
 def _array(path: str, key: str) -> np.ndarray:

@@ -23,6 +23,11 @@ class DataError(UserError):
     """Data cannot be used; one line says which, why, and what to do."""
 
 
+def printable(name: str) -> str:
+    """The name of a file for a message: on one line, with bytes that are not UTF-8 as escapes."""
+    return name.encode(errors="backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
 class Example(TypedDict):
     """One example: an image in [-1, 1] or a scaled latent, and its class label."""
 
@@ -62,6 +67,11 @@ def class_names(source: Source) -> list[str]:
     """Class names in the order of the class numbers; the numbers as text if the source has no `classes`."""
     names = getattr(source, "classes", None)
     return [str(number) for number in range(source.num_classes)] if names is None else list(names)
+
+
+def notes(source: Source) -> tuple[str, ...]:
+    """Lines for the user about the examples of `source`, such as what was left out."""
+    return tuple(getattr(source, "notes", ()))
 
 
 def arrays(source: Source) -> Batch:

@@ -113,6 +113,7 @@ class CanarySource:
         self.num_classes = source.num_classes
         self.augment = source.augment
         self.classes = class_names(source)
+        self.unreadable: dict[str, str] = getattr(source, "unreadable", {})
         self.canaries = make_canaries(num, source.image_shape, source.num_classes, secret=secret)
         self._appended = np.flatnonzero(self.canaries.included)
 

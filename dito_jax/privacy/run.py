@@ -192,7 +192,8 @@ def units_of(source: Source, privacy: PrivacyConfig) -> Units:
     if owners is None:
         raise UserError(
             f"privacy.images_per_user is {privacy.images_per_user}, but this data set has no owners of images: "
-            "set it to None, or use a source with `owners`."
+            "set it to None, or give owners (data.owner_pattern of image folders, owner_key of tar shards, "
+            "owner_column of Parquet files, owners of latents)."
         )
     return Units.users(np.asarray(owners))
 

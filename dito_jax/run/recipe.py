@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from dito_jax.config import TrainConfig
-from dito_jax.data import Source, batches
+from dito_jax.data import Source, batches, notes
 from dito_jax.errors import UserError
 from dito_jax.privacy.canaries import planted
 from dito_jax.privacy.gradient_check import check_gradients
@@ -17,6 +17,7 @@ from dito_jax.privacy.program import make_private_program
 from dito_jax.privacy.run import PLAN, PrivateRun, check_history, max_batch, trained
 from dito_jax.privacy.settings import StepPlan
 from dito_jax.resilience.skips import stretches
+from dito_jax.run.command_line import say
 from dito_jax.run.initialization import ancestors, place
 from dito_jax.sharding import batch_pieces
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -45,6 +46,8 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     check_history(run, private=config.privacy.epsilon is not None)
     source = config.data.open("train")
     check_data(config, source)
+    for line in notes(source):
+        say(line)
     # Opened before training, so that a validation split that is missing is reported now.
     validates = config.evaluation.num_samples or config.monitoring.validation_every
     validation = config.data.open("validation") if validates else None

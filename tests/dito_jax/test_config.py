@@ -193,9 +193,12 @@ def test_the_kind_of_data_and_model_is_chosen_on_the_command_line(digits):
     ("arguments", "words"),
     [
         (["--data", "image-foldr"], r"--data: got 'image-foldr'; did you mean image-folder\?"),
-        (["--data"], r"--data: got 'nothing'; choose from digits, strokes, image-folder, latents"),
+        (["--data"], r"--data: got 'nothing'; choose from digits, strokes, image-folder, webdataset, parquet, latents"),
         (["--data", "image-folder", "--data.path", "x"], r"give --data.image_size too \(int\)"),
-        (["--data.path", "x"], r"has --data digits; --data image-folder or --data latents has this option"),
+        (
+            ["--data.path", "x"],
+            r"has --data digits; --data image-folder or .* or --data parquet or --data latents has this option",
+        ),
         (["--model.num_experts", "3"], r"has --model dit; --model moe-dit has this option"),
         (["--infer_from_data", "True", "--model.num_classes", "3"], r"add --infer_from_data False"),
     ],

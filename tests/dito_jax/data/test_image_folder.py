@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +91,10 @@ def test_classes_whose_files_have_the_same_names_are_split_each_for_itself(tmp_p
 def test_only_training_images_are_flipped(tmp_path):
     write_images(tmp_path / "train" / "ant", 1)
     write_images(tmp_path / "validation" / "ant", 1)
-    data = ImageFolderData(str(tmp_path), 8)
+    data = ImageFolderData(str(tmp_path), 8, flip=True)
     assert data.open("train").augment is random_flip
     assert data.open("validation").augment is None
-    assert ImageFolderData(str(tmp_path), 8, flip=False).open("train").augment is None
+    assert ImageFolderData(str(tmp_path), 8).open("train").augment is None
 
 
 def test_random_flip_mirrors_left_to_right_half_of_the_time():
@@ -190,3 +191,124 @@ def test_size_that_no_image_has_is_refused(tmp_path, wrong, words):
     write_images(tmp_path / "train" / "ant", 1)
     with pytest.raises(DataError, match=words):
         ImageFolderData(str(tmp_path), **wrong).open("train")
+
+
+def test_what_is_left_out_and_empty_classes_are_said(tmp_path):
+    write_images(tmp_path / "train" / "ant", 3)
+    write_images(tmp_path / "train" / "ant" / "more", 2)
+    for name in ("notes.txt", "more.TXT", "README", ".DS_Store"):
+        (tmp_path / "train" / "ant" / name).write_text("no image")
+    (tmp_path / "train" / "zebra").mkdir()
+    (tmp_path / "train" / "beside.png").write_text("")
+    source = ImageFolderData(str(tmp_path), 8).open("train")
+    assert source.classes == ["ant", "zebra"] and len(source) == 3
+    assert source.notes == (
+        f"{tmp_path / 'train'}: 3 images in 2 classes; left out 2 x .txt, 1 x file beside the class folders, 1 x file "
+        "without a suffix, 1 x sub-folder (--data.nested True reads it).",
+        f"{tmp_path / 'train'}: no training images in class zebra: remove such folders, or add images.",
+    )
+    for folder in ("more", "empty"):
+        write_images(tmp_path / "plain" / "ant" / folder, 1)
+    assert not ImageFolderData(str(tmp_path / "plain" / "ant"), 8).open("train").notes, "nothing to say"
+
+
+def test_nested_folders_are_read_once_and_in_order(tmp_path):
+    top = write_images(tmp_path / "train" / "ant", 1, seed=1)
+    below = write_images(tmp_path / "train" / "ant" / "x" / "y", 2, seed=2)
+    (tmp_path / "train" / "ant" / "x" / "loop").symlink_to(tmp_path / "train" / "ant")
+    source = ImageFolderData(str(tmp_path), 8, nested=True).open("train")
+    np.testing.assert_array_equal(as_uint8(arrays(source)["image"]), np.stack(top + below))
+    assert source.name(2) == str(tmp_path / "train" / "ant" / "x/y/001.png") and not source.notes
+
+
+def test_names_of_any_bytes_are_found(tmp_path):
+    [pixels] = write_images(tmp_path / "train" / "ant", 1)
+    odd = os.fsencode(tmp_path / "train" / "ant") + b"/\xff\n.PNG"
+    os.rename(tmp_path / "train" / "ant" / "000.png", odd)
+    source = ImageFolderData(str(tmp_path), 8).open("train")
+    np.testing.assert_array_equal(as_uint8(source[0]["image"]), pixels)
+    with open(odd, "wb"), pytest.raises(DataError, match=r"/\\udcff\\n.PNG: not a readable image") as error:
+        source[0]
+    assert "\n" not in str(error.value) and str(error.value).encode(), "a message that can be printed"
+
+
+def test_owners_are_taken_from_folders_or_names(tmp_path):
+    for folder in ("ant/ann", "ant/bob", "bee/bob"):
+        write_images(tmp_path / "train" / folder, 2)
+    source = ImageFolderData(str(tmp_path), 8, nested=True, owner_pattern="/(.+)/").open("train")
+    assert source.owners is not None and source.owners.tolist() == [0, 0, 1, 1, 1, 1], "bob is one in both classes"
+    by_name = ImageFolderData(str(tmp_path), 8, nested=True, owner_pattern=r"(\d)\.png$").open("train")
+    assert by_name.owners is not None and by_name.owners.tolist() == [0, 1] * 3
+    assert ImageFolderData(str(tmp_path), 8, nested=True).open("train").owners is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("/(.+)/", "does not match ant/000.png, so this image has no owner"),
+        ("ant", "wanted one group in parentheses"),
+        ("(", "not a regular expression"),
+    ],
+)
+def test_an_image_without_an_owner_is_one_line(tmp_path, pattern, words):
+    write_images(tmp_path / "train" / "ant", 1)
+    with pytest.raises(DataError, match=words):
+        ImageFolderData(str(tmp_path), 8, owner_pattern=pattern).open("train")
+
+
+def broken(tmp_path, *numbers):
+    pixels = write_images(tmp_path / "train" / "ant", 6)
+    for number in numbers:
+        (tmp_path / "train" / "ant" / f"{number:03d}.png").write_bytes(b"")
+    return pixels
+
+
+def test_unreadable_images_are_replaced_by_the_next_up_to_a_limit(tmp_path):
+    pixels = broken(tmp_path, 1, 2, 5)
+    source = ImageFolderData(str(tmp_path), 8, max_unreadable=3).open("train")
+    wanted = np.stack([pixels[number] for number in (0, 3, 3, 3, 4, 0)])
+    for _ in range(2):  # the same again, and no image counts twice
+        np.testing.assert_array_equal(as_uint8(arrays(source)["image"]), wanted)
+    assert sorted(source.unreadable) == [source.name(number) for number in (1, 2, 5)]
+    source = ImageFolderData(str(tmp_path), 8, max_unreadable=2).open("train")
+    source[1]
+    with pytest.raises(DataError, match=r"005.png: not a readable image .* data.max_unreadable is 2"):
+        source[5]
+
+
+def test_a_folder_without_a_readable_image_is_one_line(tmp_path):
+    broken(tmp_path, *range(6))
+    with pytest.raises(DataError, match="no readable image"):
+        ImageFolderData(str(tmp_path), 8, max_unreadable=100).open("train")[0]
+
+
+@pytest.mark.parametrize("index", [-1, 6])
+def test_an_index_out_of_range_is_an_index_error(tmp_path, index):
+    broken(tmp_path)
+    with pytest.raises(IndexError):
+        ImageFolderData(str(tmp_path), 8).open("train")[index]
+
+
+def test_a_start_takes_no_stat_of_each_file(tmp_path, monkeypatch):
+    """Millions of files on a file system of a network are listed, and each is not asked for its size or kind."""
+    write_images(tmp_path / "train" / "ant", 30)
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.path, self.is_dir = entry.name, entry.path, entry.is_dir  # of the listing itself
+
+    class Listing:
+        def __init__(self, path):
+            self.entries = list(scandir(path))
+
+        def __enter__(self):
+            return map(Entry, self.entries)
+
+        def __exit__(self, *_):
+            pass
+
+    asked, scandir, stat = [], os.scandir, os.stat
+    monkeypatch.setattr(os, "scandir", Listing)
+    monkeypatch.setattr(os, "stat", lambda path, **more: [asked.append(str(path)), stat(path, **more)][1])
+    assert len(ImageFolderData(str(tmp_path), 8).open("train")) == 30
+    assert not [path for path in asked if path.endswith(".png")]

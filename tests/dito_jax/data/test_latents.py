@@ -170,3 +170,29 @@ def test_array_record_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(struct.error):
         write_array_record(path, LATENTS, np.where(np.arange(COUNT) == 30, 2**40, LABELS))
     assert not path.exists()
+
+
+@pytest.mark.parametrize("names", [[7, 3, 9], ["bob", "ann", "eve"]])
+@pytest.mark.parametrize("make", [npz, records, record_glob])
+def test_owners_are_stored_beside_the_latents(tmp_path, make, names):
+    path = make(tmp_path)
+    assert LatentsData(path).open("train").owners is None
+    owners = np.array(names)[np.arange(COUNT) % 3]
+    if make is npz:
+        npz(tmp_path, owners=owners)
+    else:
+        np.save(tmp_path / "owners.npy", owners)
+    source = LatentsData(path).open("train")
+    assert source.owners is not None
+    np.testing.assert_array_equal(source.owners, np.array([1, 0, 2])[np.arange(COUNT) % 3][np.arange(COUNT) % 20 != 19])
+
+
+@pytest.mark.parametrize("owners", [np.arange(COUNT - 1), np.arange(COUNT) / 2, np.zeros((COUNT, 2), int)])
+def test_owners_that_are_not_one_for_each_latent_are_one_line(tmp_path, owners):
+    path = records(tmp_path)
+    np.save(tmp_path / "owners.npy", owners)
+    with pytest.raises(DataError, match="give one integer or name for each"):
+        LatentsData(path).open("train")
+    (tmp_path / "owners.npy").write_bytes(b"hello")
+    with pytest.raises(DataError, match="owners.npy: owners are not readable"):
+        LatentsData(path).open("train")

@@ -6,6 +6,7 @@ import pytest
 
 from dito_jax import config as configs
 from dito_jax.checkpointing.retention import CheckpointConfig
+from dito_jax.data import ImageFolderData
 from dito_jax.errors import UserError
 from dito_jax.models.kernels import KernelsConfig
 from dito_jax.models.moe_dit import MoEDiTConfig
@@ -70,6 +71,13 @@ def test_settings_that_cannot_be_are_one_line(changes, reason):
 def test_a_checkpoint_chosen_by_private_losses_is_refused():
     with pytest.raises(UserError, match="keep_best 1 would choose a checkpoint by the private examples"):
         configs.check(config_of(checkpoint=CheckpointConfig(keep_best=1)), 1)
+
+
+def test_an_image_in_the_place_of_an_unreadable_one_is_refused():
+    data = ImageFolderData(path="photos", image_size=8, max_unreadable=1)
+    configs.check(config_of(data=data, privacy=PrivacyConfig()), 1)
+    with pytest.raises(UserError, match="max_unreadable would put another image in the place"):
+        configs.check(config_of(data=data), 1)
 
 
 def test_a_kernel_that_hides_its_products_is_refused_where_they_must_be_seen():

@@ -39,7 +39,9 @@ def test_the_values_are_those_of_the_whole_command_line(shown):
     text = shown("digits", "--model", "moe-dit", "--data", "image-folder", "--data.path", "a/b", "--data.image-size=48")
     assert "--model.num_experts INT" in text
     assert re.search(r"--data.path STR [^-]*\(default: a/b\)", text) and "(default: 48)" in text
-    assert "--model {dit,moe-dit} " in text and "--data {digits,strokes,image-folder,latents}" in text
+    assert (
+        "--model {dit,moe-dit} " in text and "--data {digits,strokes,image-folder,webdataset,parquet,latents}" in text
+    )
 
 
 def test_without_a_config_the_usage_and_the_built_in_configs_are_shown(shown):

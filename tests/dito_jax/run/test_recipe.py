@@ -9,6 +9,8 @@ from dito_jax.config import load, resolved
 from dito_jax.data import class_names
 from dito_jax.errors import UserError
 from dito_jax.overrides import override
+from dito_jax.privacy.budget import Budget
+from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.run import recipe
 from dito_jax.sharding import MeshConfig, make_mesh
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -50,3 +52,28 @@ def test_without_an_evaluation_no_validation_split_is_needed(folder, tmp_path):
 def test_the_shape_and_the_classes_are_those_of_the_folder(folder):
     model = config_of(folder).model
     assert model.image_shape == (8, 8, 3) and model.num_classes == 2
+
+
+def test_a_private_run_of_users_is_charged_by_user(folder, tmp_path, monkeypatch):
+    """The owner of an image is the first letter of its folder, and both classes have images of both owners."""
+    monkeypatch.setenv("DITO_LEDGERS", str(tmp_path / "ledgers"))
+    monkeypatch.setenv("DITO_SECRETS", str(tmp_path / "secrets"))
+    monkeypatch.setattr(recipe, "check_gradients", lambda *_: None)  # which compiles, and has its own tests
+    for name in ("owl", "ant"):
+        for owner, number in (("x", 0), ("y", 1), ("y", 2)):
+            (folder / "train" / name / owner).mkdir(exist_ok=True)
+            (folder / "train" / name / f"{number}.png").rename(folder / "train" / name / owner / f"{number}.png")
+    users = ["--data.nested", "True", "--data.owner_pattern", "/(.+)/", "--privacy.images_per_user", "3"]
+    private = ["--privacy.epsilon", "3", "--privacy.delta", "1e-2", "--privacy.dataset", "photos"]
+    small = ["--model.depth", "1", "--model.width", "16", "--model.num_heads", "1", "--train.batch_size", "2"]
+    config = config_of(folder, *users, *private, *small, "--train.steps", "3", "--evaluation.num_samples", "0")
+    mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
+    with jax.set_mesh(mesh):
+        made = recipe.make_recipe(config, RunDirectory(tmp_path / "run"), mesh)
+    batch = next(made.batches_after(0))
+    assert batch["image"].shape == (2, 3, 8, 8, 3), "both users, and three of the images of each"
+    assert (~batch["padding"]).sum(axis=1).tolist() in ([2, 3], [3, 2]), "a user of two images, one of four"
+    ledger = Ledger(ledger_path("photos"))
+    assert ledger.budget == Budget(3.0, 1e-2, "user")
+    [(release, steps)] = ledger.spent().items()
+    assert release.sampling_prob == 1 and steps == 1
