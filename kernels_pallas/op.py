@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental import pallas as pl
 
-from . import backend, measured
+from . import backend, measured, tuning
 
 
 log = logging.getLogger("kernels_pallas")
@@ -87,6 +88,10 @@ class Kernel:
     # Chosen automatically only on a device for which results/ holds a passing run of the current source.
     needs_gpu_proof: bool = False
 
+    def __post_init__(self):
+        for name in PASSES:
+            object.__setattr__(self, name, _in_32_bits(getattr(self, name)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Op:
@@ -116,7 +121,7 @@ class Op:
             implementation = self.choose(*arrays, **static)
         if implementation == "xla":
             return self.reference(*arrays, **static)
-        if implementation not in self.kernels:
+        if not isinstance(implementation, str) or implementation not in self.kernels:
             known = ", ".join(["xla", *self.kernels])
             raise ValueError(f"{self.name}: no {implementation=}; choose from {known}.")
         kernel = self.kernels[implementation]
@@ -126,7 +131,7 @@ class Op:
                 f"{self.name}: {implementation=} cannot run here: {reason}. Use implementation=None, or choose from: "
                 f"{others}."
             )
-        return differentiable(kernel, **static)(*arrays)
+        return differentiable(kernel, name=f"{self.name}: {implementation=}", **static)(*arrays)
 
     def runnable(self, *arrays, **static) -> list[str]:
         """The names of the implementations that can run these arguments here, in the table's order, "xla" last."""
@@ -163,21 +168,68 @@ class Op:
         return None
 
 
-def differentiable(kernel: Kernel, **static) -> Callable[..., Any]:
-    """A differentiable function whose gradient is the kernel's own backward. Every kernel gets its custom_vjp here."""
+def differentiable(kernel: Kernel, *, name: str = "this kernel", **static) -> Callable[..., Any]:
+    """A differentiable function whose gradient is the kernel's own backward. Every kernel gets its custom_vjp here.
+
+    The gradient has no derivative of its own: a second derivative raises NotImplementedError, which begins with `name`.
+    Without jit each pass is compiled once for each shape (`_compiled`).
+    """
+    options = tuple(sorted(static.items()))
+
+    def of_pass(function):
+        def run(*arrays):
+            if kernel.external or tuning.listens() or any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays)):
+                return function(*arrays, **static)
+            return _compiled(function, options, backend.interpret(), backend.target(), tuning.tried())(*arrays)
+
+        return _once(run, name)
+
+    forward_pass, backward_pass = of_pass(kernel.forward), of_pass(kernel.backward)
 
     @jax.custom_vjp
     def call(*arrays):
-        return kernel.forward(*arrays, **static)[0]
+        return forward_pass(*arrays)[0]
 
     def forward(*arrays):
-        return kernel.forward(*arrays, **static)
+        return forward_pass(*arrays)
 
     def backward(residuals, d_out):
-        return tuple(kernel.backward(residuals, d_out, **static))
+        return tuple(backward_pass(residuals, d_out))
 
     call.defvjp(forward, backward)
     return call
+
+
+def _in_32_bits(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The pass traced in 32-bit mode: index arithmetic of kernels is int32, and no array that they take is wider."""
+
+    @functools.wraps(function)
+    def run(*arrays, **static):
+        with jax.enable_x64(False):
+            return function(*arrays, **static)
+
+    return run
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(function: Callable[..., Any], options, *context) -> Callable[..., Any]:
+    """The pass under jit, for calls outside jit. `context`: all else on which the traced code depends."""
+    del context
+    return jax.jit(functools.partial(function, **dict(options)), inline=True)
+
+
+def _once(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function, which raises an error that says what to do if it is differentiated."""
+    once = jax.custom_jvp(function)
+
+    def refuse(primals, tangents):
+        raise NotImplementedError(
+            f"{name} has first derivatives only, by jax.grad or jax.vjp: no second derivatives, no jax.jvp of a "
+            'gradient. Use implementation="xla" where you need them, or apply jax.lax.stop_gradient to the gradient.'
+        )
+
+    once.defjvp(refuse)
+    return once
 
 
 def _signature(arrays, static):

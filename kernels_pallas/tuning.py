@@ -107,6 +107,16 @@ def listening() -> Iterator[dict[Key, Any]]:
         _LISTENER.reset(token)
 
 
+def tried() -> tuple[tuple[str, Any], ...]:
+    """The configs that `trying` has set here, by kernel."""
+    return tuple(sorted(_TRYING.get().items()))
+
+
+def listens() -> bool:
+    """Whether `listening` is active here."""
+    return _LISTENER.get() is not None
+
+
 def shipped_path(device: str) -> Path:
     """tuned/nvidia_h200.json for "NVIDIA H200"."""
     return SHIPPED / f"{device.lower().replace(' ', '_')}.json"

@@ -35,6 +35,7 @@ PARTS = {
     "scores",
     "blocks",
     "activations",
+    "nonfinite",
     "rounding",
 } | DATA  # shared code of a family's kernels
 IMPLEMENTATIONS = {
@@ -59,7 +60,7 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
     "balance": {"routing"},
     "__init__": {"api", "jvp", "routers", "balance"} | DATA,
 }
-FAMILY_MAY_IMPORT_OUTSIDE = {"op", "backend", "tuning", "hardware", "ffi", "pallas"}
+FAMILY_MAY_IMPORT_OUTSIDE = {"op", "arguments", "backend", "tuning", "hardware", "ffi", "pallas"}
 FAMILIES = {p.parent.name for p in (ROOT / "kernels_pallas").glob("*/reference.py")}
 KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 PEERS = {"tokamax", "torch"}  # the libraries of bench's baselines; only bench/peers imports them, inside functions

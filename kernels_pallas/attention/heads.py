@@ -71,6 +71,23 @@ def zeros(block: int, ref) -> tuple[jax.Array, ...]:
     return tuple(jnp.zeros((block, size), jnp.float32) for _, size in pieces(ref.shape[3]))
 
 
+def contained(values, seen):
+    """(values without NaN and inf, NaN where a visible row of them had one): 0 times NaN is NaN in a product.
+
+    Args:
+      values: pieces (columns of the tile, width), which a tile multiplies by weights that are 0 where it is hidden.
+      seen: the visible scores of the tile.
+
+    Returns:
+      The pieces, and what to add to each row of the product, (rows of the tile, 1): 0, or NaN.
+    """
+    exist = [jnp.abs(x.astype(jnp.float32)) < jnp.inf for x in values]
+    bad = functools.reduce(jnp.maximum, [jnp.max(jnp.where(e, 0.0, 1.0), axis=1) for e in exist])
+    hit = jnp.max(jnp.where(seen, bad[None, :], 0.0), axis=1)
+    clean = [jnp.where(e, x, jnp.zeros((), x.dtype)) for e, x in zip(exist, values, strict=True)]
+    return clean, jnp.where(hit > 0.0, jnp.nan, 0.0)[:, None]
+
+
 def product(a, b) -> jax.Array:
     """a b^T in float32, summed over the pieces of the head width."""
     return functools.reduce(jnp.add, [dot(x, y, trans_b=True) for x, y in zip(a, b, strict=True)])

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ..op import Kernel, Op
 from . import cost, triton_jvp
-from .api import FLASH_ATTENTION, check
+from .api import FLASH_ATTENTION, checked
 from .blocks import TANGENT_CANDIDATES
 from .cases import TANGENT_CASES
 from .mask import AttentionMask
@@ -61,15 +61,15 @@ def flash_attention_jvp(
     Source: MeanFlow, https://arxiv.org/abs/2505.13447, algorithm 1; the tangent, sCM,
     https://arxiv.org/abs/2410.11081.
     """
-    check("flash_attention_jvp", q, k, v, mask, sinks, scale, softcap)
-    arrays = (q, k, v, mask, sinks)
-    return _Attention(jax.tree.map(jax.typeof, arrays), scale, softcap, implementation)(*arrays)
+    arrays, options = checked("flash_attention_jvp", q, k, v, mask, sinks, scale, softcap)
+    return _Attention(jax.tree.map(jax.typeof, arrays), **options, implementation=implementation)(*arrays)
 
 
 class _LikeQueries(hijax.HiPrim):
     """A primitive whose result has the shape and dtype of its first argument; vmap batches along dim 0."""
 
     params: dict[str, Any]
+    lin, linearized = hijax.linearize_from_jvp
 
     def __init__(self, in_avals, scale, softcap, implementation):
         self.in_avals = in_avals
@@ -104,7 +104,8 @@ class _Attention(_LikeQueries):
         arrays = (q, k, v, mask, out, lse, t_q, t_k, t_v)
         t_out = _Tangent(jax.tree.map(jax.typeof, arrays), **options)(*arrays)
         if sinks is not None and not isinstance(tangents[4], hijax.Zero):
-            taken = jnp.exp(sinks.astype(jnp.float32)[None, None, :] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
+            score = sinks.astype(jnp.float32)[None, None, :]
+            taken = jnp.exp(jnp.minimum(score - jnp.where(lse == -jnp.inf, jnp.inf, lse), 0))
             taken = taken * tangents[4].astype(jnp.float32)[None, None, :]
             t_out = t_out - (taken[..., None] * out.astype(jnp.float32)).astype(out.dtype)
         return out, t_out

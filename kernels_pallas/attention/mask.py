@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+from .. import arguments
+from ..arguments import known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,10 @@ class AttentionMask:
 
     `kind` is the name of the constructor, or "custom". It selects tuned block sizes and cuDNN's own causal mask, and
     does not change the result. `num_keys` is S.
+
+    Values that break a rule of a constructor or of the vectors raise ValueError if they are known. Under jit they are
+    not: then lengths and ranges are cut to the keys that exist; an id that returns after other ids is another document
+    or image; an image ends where its document does; and a key with a private number below 0 is visible to no query.
     """
 
     start: Any  # int32 (M, T): the first key in the range of each query
@@ -35,15 +41,14 @@ class AttentionMask:
     @classmethod
     def full(cls, num_queries: int, num_keys: int | None = None) -> "AttentionMask":
         """Every key is visible to every query: the same as mask=None."""
-        S = num_queries if num_keys is None else num_keys
-        return _ranges(np.zeros(num_queries), np.full(num_queries, S), S, "full")
+        T, S = _lengths("full", num_queries, num_keys)
+        return _ranges(np.zeros(T), np.full(T, S), S, "full")
 
     @classmethod
     def causal(cls, num_queries: int, num_keys: int | None = None) -> "AttentionMask":
         """Query t sees keys s <= t + S - T: the last query sees every key; if T > S, the first T - S see none."""
-        S = num_queries if num_keys is None else num_keys
-        end = np.arange(num_queries) + (S - num_queries + 1)
-        return _ranges(np.zeros(num_queries), end, S, "causal")
+        T, S = _lengths("causal", num_queries, num_keys)
+        return _ranges(np.zeros(T), np.arange(T) + (S - T + 1), S, "causal")
 
     @classmethod
     def sliding_window(
@@ -53,10 +58,15 @@ class AttentionMask:
 
         right = 0 gives a causal window, left = right a centred one.
         """
+        whole = -arguments.LARGEST, arguments.LARGEST
+        left, right = (
+            arguments.whole_number("AttentionMask.sliding_window", name, x, *whole)
+            for name, x in (("left", left), ("right", right))
+        )
         if left < 0 or right < 0:
             raise ValueError(f"AttentionMask.sliding_window: left and right must be >= 0, got {left} and {right}.")
-        S = num_queries if num_keys is None else num_keys
-        position = np.arange(num_queries) + (S - num_queries)
+        T, S = _lengths("sliding_window", num_queries, num_keys)
+        position = np.arange(T) + (S - T)
         return _ranges(position - left, position + (right + 1), S, "sliding_window")
 
     @classmethod
@@ -64,11 +74,12 @@ class AttentionMask:
         """Padding mask: example b has key_lengths[b] keys; queries from query_lengths[b] on, if given, see none.
 
         Args:
-          key_lengths, query_lengths: integers, (B,), at most S and at most T.
+          key_lengths, query_lengths: integers, (B,), at most S and at most T. Under jit they are cut to 0, ..., S or T.
         """
-        S = num_queries if num_keys is None else num_keys
+        num_queries, S = _lengths("padding", num_queries, num_keys)
         key_lengths = _integers("padding", key_lengths=key_lengths, ndim=1)
         _require(key_lengths, lambda n: (n >= 0) & (n <= S), "padding", "key_lengths", f"between 0 and S = {S}")
+        key_lengths = arguments.int32("AttentionMask.padding", "key_lengths", key_lengths, 0, S)
         end = jnp.broadcast_to(key_lengths[:, None], (len(key_lengths), num_queries))
         if query_lengths is not None:
             query_lengths = _integers("padding", query_lengths=query_lengths, ndim=1)
@@ -87,6 +98,7 @@ class AttentionMask:
             numbers are padding tokens, which see no key and are visible to no query.
         """
         documents = _integers("packed", documents=documents, ndim=2)
+        causal = arguments.flag("AttentionMask.packed", "causal", causal)
         _require_runs("packed", documents=documents)
         start, end = _runs(documents)
         end = _own(documents) + 1 if causal else end
@@ -120,17 +132,20 @@ class AttentionMask:
         """
         documents = _integers("unified", documents=documents, ndim=2)
         spans = _integers("unified", spans=spans, ndim=2)
-        noise = jnp.asarray(noise, bool)
+        noise = noise if isinstance(noise, jax.Array) else np.asarray(noise)
+        if noise.dtype != bool:
+            raise ValueError(f"AttentionMask.unified: noise must be booleans (1 or B, T), got {noise.dtype}.")
         _same_shape("unified", documents=documents, spans=spans, noise=noise)
         _require_runs("unified", documents=documents, spans=spans)
         _require(jnp.where(noise, spans, 0), lambda n: n >= 0, "unified", "spans", ">= 0 where noise is true")
         for name, other in (("documents", documents), ("noise", noise)):
             whole = (spans[:, 1:] < 0) | (spans[:, 1:] != spans[:, :-1]) | (other[:, 1:] == other[:, :-1])
             _require(whole, lambda same: same, "unified", name, "constant inside each span")
-        start, _ = _runs(documents)
-        end = jnp.where(spans >= 0, _runs(spans)[1], _own(spans) + 1)
+        start, last = _runs(documents)
+        first, end = _runs(spans)
+        end = jnp.where(spans >= 0, jnp.minimum(end, last), _own(spans) + 1)
         start, end = _or_nothing(documents >= 0, start, end)
-        private = jnp.where(noise, spans + 1, 0)
+        private = jnp.where(noise & (spans >= 0), first + 1, 0)
         return cls(start, end, private, private, num_keys=documents.shape[1], kind="unified")
 
     @property
@@ -154,14 +169,39 @@ jax.tree_util.register_dataclass(
 )
 
 
-def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> str | None:
+def settled(mask: AttentionMask, num_keys: int) -> AttentionMask:
+    """The mask with int32 vectors; those that are not known are cut to the range that `misfit` wants of known ones."""
+
+    def vector(name: str, most: int, outside: int | None = None):
+        x: Any = getattr(mask, name)
+        if x is None or (known(x) and x.dtype == np.int32):
+            return x
+        if known(x):
+            return np.asarray(x).astype(np.int32)
+        return arguments.int32("AttentionMask", name, x, 0, most, outside=outside)
+
+    most = arguments.LARGEST - 2
+    return dataclasses.replace(
+        mask,
+        start=vector("start", num_keys),
+        end=vector("end", num_keys),
+        q_private=vector("q_private", most, outside=most + 1),  # sees public keys only
+        k_private=vector("k_private", most, outside=most + 2),  # visible to no query
+    )
+
+
+def misfit(mask: Any, batch: int, num_queries: int, num_keys: int) -> str | None:
     """The reason why a mask does not fit queries (B, T) and keys (B, S), for an error message; None if it fits."""
+    if not isinstance(mask, AttentionMask):
+        return f"mask must be an AttentionMask, got {arguments.kind_of(mask)}; use a constructor of AttentionMask"
     if mask.num_keys != num_keys:
         return f"the mask has num_keys = {mask.num_keys}, but k has S = {num_keys} keys; make the mask for this S"
     for name in ("start", "end", "q_private", "k_private"):
         array: Any = getattr(mask, name)
-        if array is None:
+        if array is None and name.endswith("private"):
             continue
+        if not isinstance(array, arguments.ARRAYS):
+            return f"mask.{name} must be an array of integers, got {arguments.kind_of(array)}"
         length = num_keys if name == "k_private" else num_queries
         if not jnp.issubdtype(array.dtype, jnp.integer):
             return f"mask.{name} must be integers, got {array.dtype}"
@@ -174,6 +214,10 @@ def misfit(mask: AttentionMask, batch: int, num_queries: int, num_keys: int) -> 
         return "mask.start must be <= mask.end, got a query whose range starts after it ends"
     if values and (np.any(np.asarray(mask.start) < 0) or np.any(np.asarray(mask.end) > num_keys)):
         return f"mask.start and mask.end must lie between 0 and S = {num_keys}"
+    for name in ("q_private", "k_private"):
+        array = getattr(mask, name)
+        if array is not None and known(array) and not 0 <= np.min(array) <= np.max(array) <= arguments.LARGEST - 2:
+            return f"mask.{name} must be from 0 to {arguments.LARGEST - 2}, got {np.min(array)} to {np.max(array)}"
     return None
 
 
@@ -212,20 +256,25 @@ def _or_nothing(sees, start, end):
 # Checks of the arguments of the constructors. Values are checked if they are known, which those of a tracer are not.
 
 
-def known(array) -> bool:
-    """Whether the values of an array are known: false while tracing and for arrays in another host's memory."""
-    return not isinstance(array, Tracer | jax.ShapeDtypeStruct) and getattr(array, "is_fully_addressable", True)
-
-
-def _integers(constructor: str, *, ndim: int, **named) -> jax.Array:
+def _integers(constructor: str, *, ndim: int, **named) -> Any:
     [(name, array)] = named.items()
-    array = jnp.asarray(array)
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
     if array.ndim != ndim or not jnp.issubdtype(array.dtype, jnp.integer):
-        shape = "(B,)" if ndim == 1 else "(1 or B, T)"
-        raise ValueError(
-            f"AttentionMask.{constructor}: {name} must be integers {shape}, got {array.dtype} {array.shape}."
-        )
-    return array.astype(jnp.int32)
+        shape, given = "(B,)" if ndim == 1 else "(1 or B, T)", jax.dtypes.canonicalize_dtype(array.dtype)
+        raise ValueError(f"AttentionMask.{constructor}: {name} must be integers {shape}, got {given} {array.shape}.")
+    if array.size == 0:
+        raise ValueError(f"AttentionMask.{constructor}: {name} is {array.shape}; it must not be empty.")
+    if known(array) or array.dtype.itemsize < 4:
+        _require(array, lambda n: abs(n.astype(np.float64)) <= arguments.LARGEST, constructor, name, "within int32")
+        return jnp.asarray(array, jnp.int32)
+    return array
+
+
+def _lengths(constructor: str, num_queries, num_keys) -> tuple[int, int]:
+    """(T, S); S is T if `num_keys` is None."""
+    name = f"AttentionMask.{constructor}"
+    T = arguments.whole_number(name, "num_queries", num_queries, 1, arguments.LARGEST)
+    return T, T if num_keys is None else arguments.whole_number(name, "num_keys", num_keys, 1, arguments.LARGEST)
 
 
 def _require(array, rule: Callable, constructor: str, name: str, wanted: str) -> None:

@@ -46,7 +46,7 @@ from .mosaic_gpu import (
     whole_rows,
     zeros,
 )
-from .scores import Scores, d_sinks
+from .scores import Scores, d_sinks, weights_of
 
 
 def backward(residuals, d_out, *, scale, softcap, return_lse):
@@ -156,7 +156,7 @@ def _dq_kernel(
                 score, tanh = scores(products)
                 if masked:
                     score = jnp.where(seen(walk.place(i)[1] * block_k, block_k), score, -jnp.inf)
-                return jnp.exp2(score - down(lse, score.shape)), tanh
+                return weights_of(score, down(lse, score.shape)), tanh
 
             def second(d_weights_ref):
                 plgpu.barrier_wait(v_ready.at[slot])
@@ -230,7 +230,7 @@ def _dkv_kernel(
                 score, tanh = scores(products)
                 if masked:
                     score = jnp.where(seen(walk.place(i)[1] * block_q, block_q), score, -jnp.inf)
-                return jnp.exp2(score - along(load(lse_smem.at[slot], COLUMNS), score.shape)), tanh
+                return weights_of(score, along(load(lse_smem.at[slot], COLUMNS), score.shape)), tanh
 
             def second(d_weights_ref):
                 plgpu.barrier_wait(d_out_ready.at[slot])

@@ -1,4 +1,8 @@
-"""Reference implementation of attention in float32 jnp; all kernels are tested against it."""
+"""Reference implementation of attention in float32 jnp; all kernels are tested against it.
+
+NaN and inf in hidden keys or in other queries do not reach a query, nor their gradients: products are of arrays without
+them, and a query that sees one, or has one itself, gets NaN. Only the cotangent of the output is as it comes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +26,19 @@ def flash_attention(
 
     Source: Attention Is All You Need, https://arxiv.org/abs/1706.03762, equation 1.
     """
-    scores = _scores(q, k, mask, scale, softcap)
+    seen = None if mask is None else mask.dense()[:, :, None, :]
+    scores = _scores(q, k, seen, scale, softcap)
     # A finite lower bound of the maximum: without visible keys the weights are exp(-inf - bound) = 0, not NaN.
     top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
     if sinks is not None:
         top = jnp.maximum(top, sinks.astype(jnp.float32)[None, None, :, None])
     top = jax.lax.stop_gradient(top)
-    weights = jnp.exp(scores - top)
+    weights = _hidden(jnp.exp(scores - top), seen)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
         total = total + jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - top)
     some = jnp.where(total == 0, 1, total)
-    out = _weighted(weights / some, v).astype(q.dtype)
+    out = _weighted(_hidden(weights / some, seen), v, seen).astype(q.dtype)
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(some))[..., 0]
     return (out, lse) if return_lse else out
 
@@ -62,31 +67,57 @@ def flash_attention_tangent(
     Source: sCM, https://arxiv.org/abs/2410.11081, appendix on the Jacobian-vector product of flash attention.
     """
     q, k, v, out, lse = jax.lax.stop_gradient((q, k, v, out, lse))
-    scores = lambda q, k: _scores(q, k, mask, scale, softcap)
+    seen = None if mask is None else mask.dense()[:, :, None, :]
+    scores = lambda q, k: _scores(q, k, seen, scale, softcap)
     score, t_score = jax.jvp(scores, (q, k), (t_q, t_k))
-    weights = jnp.exp(score - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
-    t_weights = weights * t_score
+    weights = _hidden(jnp.exp(jnp.minimum(score - jnp.where(lse == -jnp.inf, 0, lse)[..., None], 0)), seen)
+    t_weights = _hidden(weights * t_score, seen)
     mean = jnp.sum(t_weights, axis=-1, keepdims=True)
-    t_out = _weighted(t_weights, v) + _weighted(weights, t_v) - mean * out.astype(jnp.float32)
+    t_out = _weighted(t_weights, v, seen) + _weighted(weights, t_v, seen) - mean * out.astype(jnp.float32)
     return t_out.astype(q.dtype)
 
 
-def _scores(q, k, mask, scale, softcap):
+def _scores(q, k, seen, scale, softcap):
     """(B, T, N, S) in float32, -inf where the mask hides a key."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    q32, k32 = q.astype(jnp.float32).reshape(B, T, K, N // K, H), k.astype(jnp.float32)
+    q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
+    if seen is not None:
+        nan = _nan(q32)[..., None] + jnp.repeat(jnp.swapaxes(_nan(k32), 1, 2)[:, None], N // K, axis=2)
+        q32, k32 = _finite(q32), _finite(k32)
+    q32 = q32.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("btkgh,bskh->btkgs", q32, k32, precision=jax.lax.Precision.HIGHEST).reshape(B, T, N, S)
     scores = scores * (H**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    return scores if mask is None else jnp.where(mask.dense()[:, :, None, :], scores, -jnp.inf)
+    return scores if seen is None else jnp.where(seen, scores + nan, -jnp.inf)
 
 
-def _weighted(weights, v):
+def _weighted(weights, v, seen):
     """Weighted sums of the values with (B, T, N, S) weights: (B, T, N, H) in float32."""
     B, T, N, S = weights.shape
     K, H = v.shape[2:]
-    grouped = weights.reshape(B, T, K, N // K, S)
-    out = jnp.einsum("btkgs,bskh->btkgh", grouped, v.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return out.reshape(B, T, N, H)
+    grouped, v32 = weights.reshape(B, T, K, N // K, S), v.astype(jnp.float32)
+    values = v32 if seen is None else _finite(v32)
+    out = jnp.einsum("btkgs,bskh->btkgh", grouped, values, precision=jax.lax.Precision.HIGHEST).reshape(B, T, N, H)
+    if seen is None:
+        return out
+    # The weight of each visible value with NaN or inf, times NaN, so that its gradient is NaN too.
+    bad = seen & jnp.isnan(jnp.repeat(jnp.swapaxes(_nan(v32), 1, 2)[:, None], N // K, axis=2))
+    nan = jnp.where(jnp.any(bad, axis=-1), jnp.array(jnp.nan, v32.dtype), 0)
+    out = out + (jnp.sum(jnp.where(bad, weights, 0), axis=-1) * nan)[..., None]
+    return jnp.where(jnp.any(seen, axis=-1)[..., None], out, 0)  # what no key is visible to has no gradient
+
+
+def _hidden(x, seen):
+    """x, (B, T, N, S), with 0 where the mask hides a key."""
+    return x if seen is None else jnp.where(seen, x, 0)
+
+
+def _finite(x):
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _nan(x):
+    """(B, L, heads): NaN where one of the H numbers is NaN or inf, else 0."""
+    return jnp.where(jnp.all(jnp.isfinite(x), axis=-1), 0, jnp.array(jnp.nan, x.dtype))

@@ -37,6 +37,17 @@ class Scores:
         return d_scores if tanh is None else d_scores * (1 - tanh * tanh)
 
 
+def weights_of(score, lse):
+    """exp2(score - lse), at most 1: recomputed scores may round to more than the log-sum-exp of the forward."""
+    return jnp.exp2(jnp.minimum(score - lse, 0.0))
+
+
+def delta_of(out, d_out):
+    """out * d_out in float32, to be summed over the head width; 0 where out is, whatever d_out: it has no gradient."""
+    out, d_out = out.astype(jnp.float32), d_out.astype(jnp.float32)
+    return jnp.where(out == 0.0, 0.0, out * d_out)
+
+
 def natural(lse):
     """Converts a log-sum-exp from base 2, (B, N, T), to base e, (B, T, N); -inf for a query without visible keys."""
     return jnp.swapaxes(jnp.where(lse == LOWEST, -jnp.inf, lse / LOG2_E), 1, 2)
@@ -44,5 +55,5 @@ def natural(lse):
 
 def d_sinks(sinks, lse, delta):
     """d_sinks[n] = - sum_{b,t} weight of the sink * delta, as the sink's value is 0; lse and delta are (B, N, T)."""
-    weights = jnp.exp2(sinks.astype(jnp.float32)[None, :, None] * LOG2_E - lse)
+    weights = weights_of(sinks.astype(jnp.float32)[None, :, None] * LOG2_E, lse)
     return -jnp.sum(weights * delta, axis=(0, 2)).astype(sinks.dtype)

@@ -18,9 +18,9 @@ from .. import backend
 from ..pallas.triton import dot, run
 from . import cost, tiles
 from .blocks import blocks_for
-from .heads import load, load_row, product, store, store_row, zeros
+from .heads import contained, load, load_row, product, store, store_row, zeros
 from .programs import key_lists, kv_head_of, program, seen_in, walk
-from .scores import LOG2_E, LOWEST, Scores, d_sinks, natural
+from .scores import LOG2_E, LOWEST, Scores, d_sinks, delta_of, natural, weights_of
 
 
 WIDEST = 256
@@ -29,9 +29,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def unsupported(q, k, v, mask, sinks, *, scale, softcap, return_lse) -> str | None:
     """The reason why these arguments cannot run here, or None."""
-    del k, v, mask, sinks, scale, softcap, return_lse
-    if q.dtype.name not in DTYPES:
-        return f"needs a dtype among {', '.join(DTYPES)}, got {q.dtype}"
+    del k, v, mask, scale, softcap, return_lse
+    for x in (q,) if sinks is None else (q, sinks):
+        if x.dtype.name not in DTYPES:
+            return f"needs a dtype among {', '.join(DTYPES)}, got {x.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > WIDEST:
         return f"needs a head width that is a multiple of 8 up to {WIDEST}, got {q.shape[-1]}"
     return backend.why_not_triton()
@@ -108,13 +109,17 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_re
         acc, top, total = carry
         start_k = tile * blocks.block_k
         score, _ = scores(product(q, load(k_ref, batch, kv_head, start_k, blocks.block_k)))
+        v, nan = load(v_ref, batch, kv_head, start_k, blocks.block_k), 0.0
         if masked:
-            score = jnp.where(seen_in(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
+            seen = seen_in(mask, batch, start_q, start_k, blocks)
+            score = jnp.where(seen, score, -jnp.inf)
+            v, nan = contained(v, seen)
         new_top = jnp.maximum(top, jnp.max(score, axis=1))
         weights = jnp.exp2(score - new_top[:, None])
         decay = jnp.exp2(top - new_top)
-        v = load(v_ref, batch, kv_head, start_k, blocks.block_k)
-        acc = tuple(a * decay[:, None] + dot(weights.astype(v_ref.dtype), x) for a, x in zip(acc, v, strict=True))
+        narrow = weights.astype(v_ref.dtype)
+        acc = tuple(a * decay[:, None] + dot(narrow, x) for a, x in zip(acc, v, strict=True))
+        acc = tuple(a + nan for a in acc) if masked else acc
         return acc, new_top, total * decay + jnp.sum(weights, axis=1)
 
     # A sink is a key with this score and no value: the sum starts with it. Without sinks the score is -inf.
@@ -137,8 +142,8 @@ def _dq_kernel(
     d_out = load(d_out_ref, batch, head, start_q, blocks.block_q)
     lse = load_row(lse_ref, batch, head, start=start_q, block=blocks.block_q)
     out = load(out_ref, batch, head, start_q, blocks.block_q)
-    products = [a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(out, d_out, strict=True)]
-    delta = functools.reduce(jnp.add, [jnp.sum(product, axis=1) for product in products])
+    parts = [jnp.sum(delta_of(a, b), axis=1) for a, b in zip(out, d_out, strict=True)]
+    delta = functools.reduce(jnp.add, parts)
     if d_lse_ref is not None:
         delta -= load_row(d_lse_ref, batch, head, start=start_q, block=blocks.block_q)
     store_row(delta_ref, batch, head, start=start_q, values=delta)
@@ -147,11 +152,14 @@ def _dq_kernel(
         start_k = tile * blocks.block_k
         k = load(k_ref, batch, kv_head, start_k, blocks.block_k)
         score, tanh = scores(product(q, k))
-        if masked:
-            score = jnp.where(seen_in(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
-        weights = jnp.exp2(score - lse[:, None])
+        weights = weights_of(score, lse[:, None])
         d_weights = product(d_out, load(v_ref, batch, kv_head, start_k, blocks.block_k))
-        d_scores = scores.through(weights * (d_weights - delta[:, None]), tanh).astype(k_ref.dtype)
+        d_scores = scores.through(weights * (d_weights - delta[:, None]), tanh)
+        if masked:
+            seen = seen_in(mask, batch, start_q, start_k, blocks)
+            d_scores = jnp.where(seen, d_scores, 0.0)
+            k, _ = contained(k, seen)  # a visible one makes d_scores NaN
+        d_scores = d_scores.astype(k_ref.dtype)
         return tuple(d + dot(d_scores, x) for d, x in zip(d_q, k, strict=True))
 
     d_q = walk(step, zeros(blocks.block_q, q_ref), lists, batch, tile_q, k_ref.shape[1] // blocks.block_k)
@@ -177,14 +185,18 @@ def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref,
         start_q = tile * blocks.block_q
         q = load(q_ref, batch, head, start_q, blocks.block_q)
         score, tanh = scores(product(k, q))
+        weights = weights_of(score, load_row(lse_ref, batch, head, start=start_q, block=blocks.block_q)[None, :])
+        d_out = load(d_out_ref, batch, head, start_q, blocks.block_q)
+        delta = load_row(delta_ref, batch, head, start=start_q, block=blocks.block_q)
+        d_scores = scores.through(weights * (product(v, d_out) - delta[None, :]), tanh)
         if masked:
             seen = seen_in(mask, batch, start_q, start_k, blocks, transposed=True)
-            score = jnp.where(seen, score, -jnp.inf)
-        weights = jnp.exp2(score - load_row(lse_ref, batch, head, start=start_q, block=blocks.block_q)[None, :])
-        d_out = load(d_out_ref, batch, head, start_q, blocks.block_q)
-        d_v = tuple(d + dot(weights.astype(v_ref.dtype), x) for d, x in zip(d_v, d_out, strict=True))
-        delta = load_row(delta_ref, batch, head, start=start_q, block=blocks.block_q)
-        d_scores = scores.through(weights * (product(v, d_out) - delta[None, :]), tanh).astype(q_ref.dtype)
+            weights, d_scores = jnp.where(seen, weights, 0.0), jnp.where(seen, d_scores, 0.0)
+            q, _ = contained(q, seen)  # a visible one makes d_scores NaN
+            d_out, nan = contained(d_out, seen)
+            d_v = tuple(d + nan for d in d_v)
+        narrow, d_scores = weights.astype(v_ref.dtype), d_scores.astype(q_ref.dtype)
+        d_v = tuple(d + dot(narrow, x) for d, x in zip(d_v, d_out, strict=True))
         d_k = tuple(d + dot(d_scores, x) for d, x in zip(d_k, q, strict=True))
         return d_k, d_v
 

@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from ..pallas.triton import dot, run
 from . import cost, triton
 from .blocks import blocks_for
-from .heads import load, load_row, product, store, zeros
+from .heads import contained, load, load_row, product, store, zeros
 from .programs import key_lists, kv_head_of, program, seen_in, walk
-from .scores import LOG2_E, LOWEST, Scores
+from .scores import LOG2_E, LOWEST, Scores, weights_of
 
 
 def unsupported(q, k, v, mask, out, lse, t_q, t_k, t_v, *, scale, softcap) -> str | None:
@@ -67,13 +67,16 @@ def _tangent_kernel(
         k = load(k_ref, batch, kv_head, start_k, blocks.block_k)
         t_k = load(t_k_ref, batch, kv_head, start_k, blocks.block_k)
         score, tanh = scores(product(q, k))
-        if masked:
-            score = jnp.where(seen_in(mask, batch, start_q, start_k, blocks), score, -jnp.inf)
-        weights = jnp.exp2(score - lse[:, None])
+        weights = weights_of(score, lse[:, None])
         t_score = scores.through(product(t_q, k) + product(q, t_k), tanh) * scores.scale
         t_weights = weights * t_score
         v = load(v_ref, batch, kv_head, start_k, blocks.block_k)
         t_v = load(t_v_ref, batch, kv_head, start_k, blocks.block_k)
+        if masked:
+            seen = seen_in(mask, batch, start_q, start_k, blocks)
+            weights, t_weights = jnp.where(seen, weights, 0.0), jnp.where(seen, t_weights, 0.0)
+            (v, nan), (t_v, t_nan) = contained(v, seen), contained(t_v, seen)
+            acc = tuple(a + (nan + t_nan) for a in acc)
         narrow, t_narrow = weights.astype(v_ref.dtype), t_weights.astype(v_ref.dtype)
         acc = tuple(a + dot(t_narrow, x) + dot(narrow, y) for a, x, y in zip(acc, v, t_v, strict=True))
         return acc, mean + jnp.sum(t_weights, axis=1)

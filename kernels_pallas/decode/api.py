@@ -1,12 +1,10 @@
 """The public decode-attention functions, for contiguous and paged KV caches, and their implementation tables."""
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cost, reference, triton
 from .cases import CASES, PAGED_CASES
@@ -50,7 +48,8 @@ def decode_attention(
 
     Args:
       q, k_cache, v_cache: of one dtype; N a multiple of K.
-      lengths: the number of keys of each example in its cache, from 0 to S, including the new token's key.
+      lengths: the number of keys of each example in its cache, from 0 to S, including the new token's key. Lengths
+        that are not known, under jit, are cut to this range.
       scale: H**-0.5 if None.
       softcap: bound of the scores; no bound if None.
       implementation: a name in DECODE_ATTENTION.kernels, or "xla"; if None, the fastest one known that runs here.
@@ -62,13 +61,17 @@ def decode_attention(
 
     Source: Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
-    wrong = _misfit(q, k_cache, v_cache, lengths, paged=False) or _bad_option(scale, softcap)
+    name = "decode_attention"
+    q, k_cache, v_cache = arguments.floats(name, q=q, k_cache=k_cache, v_cache=v_cache)
+    [lengths] = arguments.arrays(name, lengths=lengths)
+    scale, softcap = _options(name, scale, softcap)
+    wrong = _misfit(q, k_cache, v_cache, lengths, paged=False)
     if wrong is None and k_cache.shape[0] != q.shape[0]:
         wrong = f"q and k_cache must have one batch B, got q {q.shape} and k_cache {k_cache.shape}"
     wrong = wrong or _bad_length(lengths, k_cache.shape[1], "S")
     if wrong:
         raise ValueError(f"decode_attention: {wrong}.")
-    arrays = (q, k_cache, v_cache, jnp.asarray(lengths, jnp.int32))
+    arrays = (q, k_cache, v_cache, arguments.int32(name, "lengths", lengths, 0, k_cache.shape[1]))
     return DECODE_ATTENTION(*arrays, scale=scale, softcap=softcap, implementation=implementation)
 
 
@@ -91,7 +94,8 @@ def paged_decode_attention(
     Args:
       q, k_pages, v_pages: of one dtype; N a multiple of K; W a power of two, at least 16.
       block_table: the page numbers of each example, in order.
-      lengths: the number of keys of each example, from 0 to J W, including the new token's key.
+      lengths: the number of keys of each example, from 0 to J W, including the new token's key. Lengths and page
+        numbers that are not known, under jit, are cut to what exists.
       scale, softcap: as in `decode_attention`.
       implementation: a name in PAGED_DECODE_ATTENTION.kernels, or "xla"; if None, the fastest one known that runs here.
 
@@ -102,11 +106,21 @@ def paged_decode_attention(
 
     Source: PagedAttention, https://arxiv.org/abs/2309.06180, section 4.1.
     """
-    wrong = _misfit(q, k_pages, v_pages, lengths, paged=True) or _bad_option(scale, softcap)
+    name = "paged_decode_attention"
+    q, k_pages, v_pages = arguments.floats(name, q=q, k_pages=k_pages, v_pages=v_pages)
+    block_table, lengths = arguments.arrays(name, block_table=block_table, lengths=lengths)
+    arguments.nonempty(name, block_table=block_table)
+    scale, softcap = _options(name, scale, softcap)
+    wrong = _misfit(q, k_pages, v_pages, lengths, paged=True)
     wrong = wrong or _bad_table(block_table, lengths, k_pages)
     if wrong:
         raise ValueError(f"paged_decode_attention: {wrong}.")
-    arrays = (q, k_pages, v_pages, *(jnp.asarray(x, jnp.int32) for x in (block_table, lengths)))
+    (P, W), J = k_pages.shape[:2], block_table.shape[1]
+    if (table := _values(block_table)) is not None:  # what is past the lengths may be any numbers
+        pages = arguments.int32(name, "block_table", np.clip(table, 0, P - 1), 0, P - 1)
+    else:
+        pages = arguments.int32(name, "block_table", block_table, 0, P - 1)
+    arrays = (q, k_pages, v_pages, pages, arguments.int32(name, "lengths", lengths, 0, J * W))
     return PAGED_DECODE_ATTENTION(*arrays, scale=scale, softcap=softcap, implementation=implementation)
 
 
@@ -130,12 +144,12 @@ def _misfit(q, k, v, lengths, *, paged: bool) -> str | None:
     return None
 
 
-def _bad_option(scale, softcap) -> str | None:
-    if scale is not None and not math.isfinite(scale):
-        return f"scale must be a finite number, got {scale}"
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        return f"softcap must be a finite number above 0, got {softcap}"
-    return None
+def _options(name: str, scale, softcap):
+    """(scale, softcap) as Python numbers or None."""
+    scale = None if scale is None else arguments.number(name, "scale", scale, "give scale=1.0 and multiply q by it")
+    if softcap is not None:
+        softcap = arguments.number(name, "softcap", softcap, "a learned soft cap is not supported", above=0)
+    return scale, softcap
 
 
 def _bad_length(lengths, most: int, name: str) -> str | None:
@@ -170,6 +184,5 @@ def _bad_table(block_table, lengths, k_pages) -> str | None:
 
 
 def _values(array) -> np.ndarray | None:
-    """The values of an array if they are known; None while tracing and for arrays in another host's memory."""
-    traced = isinstance(array, Tracer)
-    return None if traced or not getattr(array, "is_fully_addressable", True) else np.asarray(array)
+    """The values of an array if they are known."""
+    return np.asarray(array) if arguments.known(array) else None

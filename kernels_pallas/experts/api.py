@@ -1,11 +1,14 @@
 """The public MoE functions (dispatch, combine, grouped GEMM, expert MLP) and the tables of their implementations."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cases, cost, cutlass, mosaic_gpu, mosaic_gpu_mlp, reference, triton, triton_mlp, triton_rows
 from .blocks import CANDIDATES
-from .routing import Routing
+from .routing import Routing, settled
 
 
 DISPATCH = Op(
@@ -62,13 +65,15 @@ EXPERT_MLP = Op(
 def dispatch(x: Float[Array, "T D"], routing: Routing, *, implementation: str | None = None) -> Float[Array, "R D"]:
     """Gathers tokens into rows sorted by expert: x[row_index], with zeros in padding rows.
 
-    The backward sums the rows of each token in a fixed order, without atomics.
+    The backward sums the rows of each token in a fixed order, without atomics. NaN in one token stays in its rows.
+    Numbers of the routing that are out of range under jit, where they are not known, are clipped.
 
     Raises:
-      ValueError: the routing has another number of tokens, or there is no such implementation.
+      ValueError: `x` is no (T, D) of a floating-point dtype, the routing has another number of tokens or a known number
+        out of range, or there is no such implementation.
       NotImplementedError: the named implementation cannot run these arguments here.
     """
-    _check("dispatch", routing, num_tokens=x.shape[0])
+    x, routing = _settled("dispatch", routing, tokens=True, x=x)
     return DISPATCH(x, routing, implementation=implementation)
 
 
@@ -76,13 +81,14 @@ def combine(y: Float[Array, "R D"], routing: Routing, *, implementation: str | N
     """The weighted sum of each token's rows: out[t] = sum over its rows r of row_weight[r] y[r]; 0 without rows.
 
     The sum is in float32, in the order of experts. The result has the dtype of `y`; the gradient of the weights is
-    float32.
+    float32. NaN in a row or its weight stays in the row's token; padding rows and their weights are ignored.
 
     Raises:
-      ValueError: the routing has another number of rows, or there is no such implementation.
+      ValueError: `y` is no (R, D) of a floating-point dtype, the routing has another number of rows or a known number
+        out of range, or there is no such implementation.
       NotImplementedError: the named implementation cannot run these arguments here.
     """
-    _check("combine", routing, num_rows=y.shape[0])
+    y, routing = _settled("combine", routing, tokens=False, y=y)
     return COMBINE(y, routing, implementation=implementation)
 
 
@@ -98,19 +104,31 @@ def grouped_matmul(
         y[r] = x[r] w[e]   for the group_sizes[e] rows r of expert e, which follow those of the experts before e
 
     Rows from sum(group_sizes) on are padding: they give zeros and have no gradient, even if they are NaN. The gradient
-    of the matrix of an expert without rows is exactly zero. Accumulation is in float32; `y` has the dtype of x and w.
+    of the matrix of an expert without rows is exactly zero. NaN in a row or a matrix stays with that expert.
+    Accumulation is in float32; `y` has the dtype of x and w. Group sizes that are not known, under jit, are cut: those
+    below 0 count as 0, and groups end at the last row.
 
     Raises:
-      ValueError: the shapes or dtypes do not fit together, or there is no such implementation.
+      ValueError: the shapes or dtypes do not fit together, group sizes are known and negative or have a sum above R, or
+        there is no such implementation.
       NotImplementedError: the named implementation cannot run these arguments here.
 
     Source: MegaBlocks, https://arxiv.org/abs/2211.15841, section 5.
     """
-    if x.ndim != 2 or w.ndim != 3 or w.shape[:2] != (group_sizes.size, x.shape[1]) or x.dtype != w.dtype:
+    x, w = arguments.floats("grouped_matmul", x=x, w=w)
+    group_sizes = arguments.integers("grouped_matmul", "group_sizes", group_sizes)
+    if (
+        x.ndim != 2
+        or w.ndim != 3
+        or group_sizes.ndim != 1
+        or w.shape[:2] != (group_sizes.size, x.shape[1])
+        or x.dtype != w.dtype
+    ):
         raise ValueError(
             f"grouped_matmul: x {x.dtype} {x.shape}, w {w.dtype} {w.shape} and group_sizes {group_sizes.shape} do not "
             "fit; give x as (R, D), w as (E, D, F) of x's dtype, group_sizes as (E,)."
         )
+    group_sizes = arguments.sizes("grouped_matmul", "group_sizes", group_sizes, x.shape[0])
     return GROUPED_MATMUL(x, w, group_sizes, implementation=implementation)
 
 
@@ -138,8 +156,9 @@ def expert_mlp(
     Source: SwiGLU, https://arxiv.org/abs/2002.05202, equation 6; the order of the backward, SonicMoE,
     https://arxiv.org/abs/2512.14080, section 3.
     """
-    _check("expert_mlp", routing, num_tokens=x.shape[0])
-    E, F, D = w_down.shape
+    x, routing = _settled("expert_mlp", routing, tokens=True, x=x)
+    w_gate_up, w_down = arguments.floats("expert_mlp", w_gate_up=w_gate_up, w_down=w_down)
+    E, F, D = w_down.shape if w_down.ndim == 3 else (0, 0, 0)
     fits = x.shape[1] == D and w_gate_up.shape == (E, D, 2 * F) and routing.group_sizes.shape == (E,)
     if not fits or not x.dtype == w_gate_up.dtype == w_down.dtype:
         raise ValueError(
@@ -150,9 +169,17 @@ def expert_mlp(
     return EXPERT_MLP(x, routing, w_gate_up, w_down, implementation=implementation)
 
 
-def _check(name: str, routing: Routing, *, num_tokens: int | None = None, num_rows: int | None = None) -> None:
-    for what, array, wanted in (("tokens", routing.token_sizes, num_tokens), ("rows", routing.row_index, num_rows)):
-        if wanted is not None and array.shape != (wanted,):
-            raise ValueError(
-                f"{name}: the routing has {array.shape[0]} {what}, the array has {wanted}; route the array's {what}."
-            )
+def _settled(function: str, routing: Any, *, tokens: bool, **named) -> tuple[Any, Routing]:
+    """The array and the routing, checked; the array has a row for each token of the routing, or for each row."""
+    [(name, _)] = named.items()
+    [array] = arguments.floats(function, **named)
+    if array.ndim != 2:
+        raise ValueError(f"{function}: {name} must be ({'T' if tokens else 'R'}, D), got {array.shape}.")
+    routing = settled(function, routing)
+    what, of_routing = ("tokens", routing.token_sizes) if tokens else ("rows", routing.row_index)
+    if of_routing.shape != array.shape[:1]:
+        raise ValueError(
+            f"{function}: the routing has {of_routing.size} {what}, the array has {array.shape[0]}; "
+            f"route the array's {what}."
+        )
+    return array, routing

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num
 
+from .. import arguments
 from .routing import Assignments
 
 
@@ -27,7 +28,21 @@ class Load:
 
 
 def expert_load(assignments: Assignments, probability: Float[Array, "T E"], logits: Float[Array, "T E"]) -> Load:
-    """The load of one routing pool; `probability` is the router's probabilities, each row summing to 1."""
+    """The load of one routing pool; `probability` is the router's probabilities, each row summing to 1.
+
+    Raises:
+      ValueError: the arguments do not fit together.
+    """
+    name = "expert_load"
+    if not isinstance(assignments, Assignments):
+        raise ValueError(f"{name}: assignments must be a router's Assignments, got {arguments.kind_of(assignments)}.")
+    probability, logits = arguments.floats(name, probability=probability, logits=logits)
+    wanted = (assignments.num_tokens, assignments.num_experts)
+    if not probability.shape == logits.shape == wanted:
+        raise ValueError(
+            f"{name}: probability {probability.shape} and logits {logits.shape} must be (T, E) = {wanted} of the "
+            "assignments."
+        )
     z = jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
     return Load(
         rows=assignments.rows_of_experts().astype(jnp.float32),
@@ -59,6 +74,15 @@ def z_loss(load: Load) -> Float[Array, ""]:
 def update_bias(bias: Float[Array, " E"], rows: Num[Array, " E"], *, rate: float) -> Float[Array, " E"]:
     """Loss-free load balancing: bias + rate sign(mean(rows) - rows), which raises the bias of underused experts.
 
+    Raises:
+      ValueError: `bias` and `rows` are no arrays of one shape (E,), or `rate` is no finite number.
+
     Source: https://arxiv.org/abs/2408.15664, algorithm 1.
     """
+    name = "update_bias"
+    [bias] = arguments.floats(name, bias=bias)
+    [rows] = arguments.arrays(name, rows=rows)
+    if bias.ndim != 1 or rows.shape != bias.shape:
+        raise ValueError(f"{name}: bias {bias.shape} and rows {rows.shape} must be one number per expert, (E,).")
+    rate = arguments.number(name, "rate", rate, "scale the step of the bias yourself")
     return bias + rate * jnp.sign(jnp.mean(rows) - rows).astype(bias.dtype)

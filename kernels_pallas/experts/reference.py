@@ -28,7 +28,8 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """x[r] w[e] for each row r of expert e, in float32; padding rows are zero.
 
-    A loop over experts multiplies all rows with each matrix: E times the work, but simple.
+    A loop over experts multiplies all rows with each matrix: E times the work, but simple. The rows of other experts
+    are zeros in it, so that NaN in them reaches neither the result nor the gradient of this expert's matrix.
     """
     num_rows, num_experts = x.shape[0], w.shape[0]
     x32 = jnp.where(_exist(group_sizes, num_rows)[:, None], x, 0).astype(jnp.float32)
@@ -37,8 +38,9 @@ def grouped_matmul(
 
     def add(total, one):
         number, w_of_one = one
-        y = jnp.dot(x32, w_of_one.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-        return jnp.where((expert == number)[:, None], y, total), None
+        mine = (expert == number)[:, None]
+        y = jnp.dot(jnp.where(mine, x32, 0), w_of_one.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        return jnp.where(mine, y, total), None
 
     zeros = jnp.zeros((num_rows, w.shape[2]), jnp.float32)
     return lax.scan(add, zeros, (jnp.arange(num_experts, dtype=expert.dtype), w))[0].astype(x.dtype)

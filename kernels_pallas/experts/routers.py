@@ -2,7 +2,7 @@
 
 A router is a function from the logits of one pool of tokens to `Assignments`; use vmap for several pools. The selection
 has no gradient; gradients flow through the weights. Everything is computed in float32. Among equal scores the lowest
-index is selected.
+index is selected. Scores that underflow keep their ratios, so weights that are divided by their sum are never 0 / 0.
 """
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from .. import arguments
 from .routing import Assignments
 
 
@@ -23,7 +24,9 @@ def top_k_softmax(logits: Float[Array, "T E"], *, active: int, normalize: bool =
 
     Source: https://arxiv.org/abs/1701.06538 and, without its noise, https://arxiv.org/abs/2101.03961, equation 1.
     """
-    _require(1 <= active <= logits.shape[1], "top_k_softmax", f"{active=}", f"1 to {logits.shape[1]} experts per token")
+    name, logits = "top_k_softmax", _logits("top_k_softmax", logits)
+    normalize, active = arguments.flag(name, "normalize", normalize), _integer(name, active=active)
+    _require(1 <= active <= logits.shape[1], name, f"{active=}", f"1 to {logits.shape[1]} experts per token")
     weight, expert = lax.top_k(softmax_scores(logits), active)
     if normalize:
         weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
@@ -51,8 +54,15 @@ def top_k_sigmoid(
 
     Source: DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 12 to 16, and its node-limited routing.
     """
+    name, logits = "top_k_sigmoid", _logits("top_k_sigmoid", logits)
     T, E = logits.shape
-    name, size = "top_k_sigmoid", E // max(groups, 1)
+    [bias] = arguments.floats(name, bias=bias)
+    if bias.shape != (E,):
+        raise ValueError(f"{name}: bias must be one number per expert, (E,) = {(E,)}, got {bias.shape}.")
+    scale = arguments.number(name, "scale", scale, "multiply the weights by it")
+    active, groups = _integer(name, active=active), _integer(name, groups=groups)
+    active_groups = _integer(name, active_groups=active_groups)
+    size = E // max(groups, 1)
     _require(groups >= 1 and E % groups == 0, name, f"{groups=}", f"a divisor of {E} experts")
     _require(1 <= active_groups <= groups, name, f"{active_groups=}", f"1 to {groups} groups")
     _require(1 <= active <= active_groups * size, name, f"{active=}", f"1 to {active_groups * size} experts per token")
@@ -65,8 +75,7 @@ def top_k_sigmoid(
         among = jnp.any(chosen[:, :, None] == jnp.arange(groups, dtype=chosen.dtype), axis=1)
         biased = jnp.where(among[:, :, None], of_group, -jnp.inf).reshape(T, E)
     expert = lax.top_k(biased, active)[1]
-    weight = jnp.take_along_axis(score, expert, axis=-1)
-    weight = scale * weight / jnp.sum(weight, axis=-1, keepdims=True)
+    weight = scale * _shares(jnp.take_along_axis(logits.astype(jnp.float32), expert, axis=-1))
     return _of_tokens(expert, weight, logits)
 
 
@@ -81,6 +90,7 @@ def expert_choice(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
 
     Source: https://arxiv.org/abs/2202.09368, section 3.2; in diffusion EC-DiT, https://arxiv.org/abs/2410.02098.
     """
+    logits, rows = _logits("expert_choice", logits), _integer("expert_choice", rows=rows)
     T, E = logits.shape
     _require(1 <= rows <= T, "expert_choice", f"{rows=}", f"1 to {T} tokens per expert")
     score = softmax_scores(logits).T
@@ -101,6 +111,7 @@ def race(logits: Float[Array, "T E"], *, rows: int) -> Assignments:
 
     Source: Race-DiT's expert race, https://arxiv.org/abs/2503.16057, section 3.
     """
+    logits, rows = _logits("race", logits), _integer("race", rows=rows)
     T, E = logits.shape
     _require(1 <= rows <= T * E, "race", f"{rows=}", f"1 to {T * E} scores")
     score = softmax_scores(logits).reshape(-1)
@@ -112,22 +123,55 @@ def by_index(index: Int[Array, " T"], *, num_experts: int, weight: Float[Array, 
     """Hard routing: each token goes to the expert index[t], or to no expert if that is num_experts; default weight 1.
 
     For experts that are selected without a router, such as by the modality of a token or the timestep of its image.
+    Under jit, where the indices are not known, an index out of range, such as -1, means no expert.
+
+    Raises:
+      ValueError: an index is known and not 0, ..., num_experts, or the arrays are no (T,) of integers and of numbers.
     """
-    (T,) = index.shape
-    weight = jnp.ones((T,), jnp.float32) if weight is None else weight.astype(jnp.float32)
-    token = jnp.arange(T, dtype=jnp.int32)
-    return Assignments(token, index.astype(jnp.int32), weight, num_tokens=T, num_experts=num_experts)
+    name, E = "by_index", arguments.whole_number("by_index", "num_experts", num_experts, 1)
+    index = arguments.integers(name, "index", index, ndim=1)
+    arguments.nonempty(name, index=index)
+    index = arguments.int32(name, "index", index, 0, E, outside=E, wanted=f"0 to {E}, where {E} means no expert")
+    [weights] = arguments.floats(name, weight=jnp.ones(index.shape, jnp.float32) if weight is None else weight)
+    if weights.shape != index.shape:
+        raise ValueError(f"{name}: weight must be one number per token, (T,) = {index.shape}, got {weights.shape}.")
+    token = jnp.arange(index.size, dtype=jnp.int32)
+    return Assignments(token, index, weights.astype(jnp.float32), num_tokens=index.size, num_experts=E)
 
 
 def softmax_scores(logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
-    """softmax over experts, float32."""
-    return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    """softmax over experts, float32; uniform if all logits of a token are -inf."""
+    return _softmax(_logits("softmax_scores", logits).astype(jnp.float32))
 
 
 def sigmoid_scores(logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
     """sigmoid, divided by its sum over experts, float32: the probability in DeepSeek-V3's balance loss, equation 19."""
-    score = jax.nn.sigmoid(logits.astype(jnp.float32))
-    return score / jnp.sum(score, axis=-1, keepdims=True)
+    return _shares(_logits("sigmoid_scores", logits).astype(jnp.float32))
+
+
+def _shares(logits):
+    """sigmoid(logits) divided by its sum over the last dimension, as the softmax of log(sigmoid(logits)).
+
+    The sigmoids themselves underflow below logits of -88, and the gradient of the quotient overflows below -44.
+    """
+    return _softmax(jax.nn.log_sigmoid(jnp.maximum(logits, jnp.finfo(jnp.float32).min)))
+
+
+def _softmax(scores):
+    return jax.nn.softmax(jnp.maximum(scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def _logits(function: str, logits) -> jax.Array:
+    """The logits (T, E); raises ValueError if they are anything else."""
+    [logits] = arguments.floats(function, logits=logits)
+    if logits.ndim != 2:
+        raise ValueError(f"{function}: logits must be (T, E), got {logits.shape}; use jax.vmap for several pools.")
+    return logits
+
+
+def _integer(function: str, **named) -> int:
+    [(name, value)] = named.items()
+    return arguments.whole_number(function, name, value, -arguments.LARGEST)
 
 
 def _of_tokens(expert, weight, logits) -> Assignments:

@@ -20,6 +20,9 @@ from . import cost
 from .routing import Routing, starts
 
 
+DTYPES = ("bfloat16", "float16", "float32")
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """The tile of a program: 16 bytes of bfloat16 per thread and row."""
@@ -38,7 +41,9 @@ def tile_for(width: int) -> Tile:
 
 def unsupported(x, routing) -> str | None:
     """The reason why these arguments cannot run here, or None."""
-    del x, routing
+    del routing
+    if x.dtype.name not in DTYPES:
+        return f"needs a dtype among {', '.join(DTYPES)}, got {x.dtype}"
     return backend.why_not_triton()
 
 
@@ -134,7 +139,9 @@ def _sum_rows_kernel(y_ref, inverse_ref, weight_ref, starts_ref, sizes_ref, out_
         exist = i < sizes
         row = inverse_ref[jnp.where(exist, first + i, 0)]
         y = load_places(y_ref, row, columns, exist=exist).astype(jnp.float32)
-        return total + (y if weight_ref is None else y * weight_ref[row][:, None])
+        if weight_ref is None:
+            return total + y
+        return total + y * jnp.where(exist, weight_ref[row], 0.0)[:, None]  # another token's weight may be NaN
 
     zeros = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     store_rows(out_ref, tokens, columns, lax.fori_loop(0, jnp.max(sizes), step, zeros))

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Shaped, UInt32
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cost, ffi, reference
 from .cases import STATE_DIGEST as CASES
@@ -35,21 +37,27 @@ def state_digest(
 
     Args:
       x: a shard of an array; elements of 1, 2, 4 or 8 bytes.
-      start: the index in the whole array at which the shard begins, in each dim; None: 0. The shard must lie inside.
+      start: the index in the whole array at which the shard begins, one number per dim; None: 0. The shard must lie
+        inside. If it does not, and `start` is not known, under jit, all four words are 2^32 - 1.
       whole: the shape of the whole array; None: that of x.
       implementation: a name in STATE_DIGEST.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
-      ValueError: x is complex, of PRNG keys or of elements of fewer than 8 bits; x does not fit into the whole array;
-        or `implementation` is unknown.
+      ValueError: x is complex, of PRNG keys or of elements of fewer than 8 bits; x does not fit into the whole array
+        or is known not to lie inside; or `implementation` is unknown.
       NotImplementedError: `implementation` cannot run these arguments here.
     """
+    name = "state_digest"
+    [x] = arguments.arrays(name, x=x)
+    x = jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+    whole = None if whole is None else arguments.shape(name, "whole", whole)
     if wrong := _misfit(x, whole):
         raise ValueError(f"state_digest: {wrong}.")
     x, start = (x[None], None) if x.ndim == 0 else (x, start)
     whole = whole or x.shape
-    start = jnp.zeros(x.ndim, jnp.int32) if start is None else start.astype(jnp.int32)
-    return STATE_DIGEST(jax.lax.stop_gradient(x), start, whole=whole, implementation=implementation)
+    start, inside = arguments.start(name, start, x.shape, whole)
+    found = STATE_DIGEST(jax.lax.stop_gradient(x), start, whole=whole, implementation=implementation)
+    return found if inside is None else jnp.where(inside, found, jnp.uint32(2**32 - 1))
 
 
 def _misfit(x, whole: tuple[int, ...] | None) -> str | None:

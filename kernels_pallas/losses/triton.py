@@ -142,7 +142,8 @@ def _forward_kernel(x_ref, w_ref, label_ref, largest_ref, total_ref, of_label_re
 def _d_logits_kernel(x_ref, w_ref, label_ref, lse_ref, d_loss_ref, d_lse_ref, d_logits_ref, *, softcap, blocks):
     rows, _, columns, logits = _logits(x_ref, w_ref, blocks)
     capped = _capped(logits, softcap)
-    gradient = jnp.exp(capped - rows.load(lse_ref)[:, None]) * rows.load(d_lse_ref)[:, None]
+    # A probability is at most 1, but recomputed logits may round to more than the logsumexp of the forward.
+    gradient = jnp.exp(jnp.minimum(capped - rows.load(lse_ref)[:, None], 0.0)) * rows.load(d_lse_ref)[:, None]
     is_label = rows.load(label_ref)[:, None] == columns.number[None, :]
     gradient -= jnp.where(is_label, rows.load(d_loss_ref)[:, None], 0.0)
     if softcap is not None:

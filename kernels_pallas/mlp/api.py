@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 from jaxtyping import Array, Float
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cost, mosaic_gpu, reference, triton
 from .blocks import PASSES, candidates
@@ -53,12 +54,14 @@ def gated_mlp(
     has the dtype of `x`. Beside the inputs, only the pre-activations are kept for the backward, in the dtype of `x`.
 
     Raises:
-      ValueError: the shapes do not fit together, or `activation` or `implementation` is unknown.
+      ValueError: the shapes do not fit together, an array is not of a floating-point dtype, or `activation` or
+        `implementation` is unknown.
       NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: arXiv 2002.05202, equation 6.
     """
-    D = x.shape[-1]
+    x, w_gate_up, w_down = arguments.floats("gated_mlp", x=x, w_gate_up=w_gate_up, w_down=w_down)
+    D = _width("gated_mlp", x)
     if w_gate_up.ndim != 3 or w_gate_up.shape[:2] != (D, 2) or w_down.shape != (w_gate_up.shape[2], D):
         raise ValueError(
             f"gated_mlp: x {x.shape}, w_gate_up {w_gate_up.shape} and w_down {w_down.shape} do not fit; give x as "
@@ -87,12 +90,16 @@ def dense_mlp(
     for the backward, in the dtype of `x`.
 
     Raises:
-      ValueError: the shapes do not fit together, or `activation` or `implementation` is unknown.
+      ValueError: the shapes do not fit together, an array is not of a floating-point dtype, or `activation` or
+        `implementation` is unknown.
       NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: arXiv 1706.03762, equation 2, with GELU (arXiv 1606.08415).
     """
-    D, F = x.shape[-1], w_up.shape[-1]
+    name = "dense_mlp"
+    x, w_up, b_up = arguments.floats(name, x=x, w_up=w_up, b_up=b_up)
+    w_down, b_down = arguments.floats(name, w_down=w_down, b_down=b_down)
+    D, F = _width(name, x), w_up.shape[-1] if w_up.ndim else 0
     if not (w_up.shape == (D, F) and b_up.shape == (F,) and w_down.shape == (F, D) and b_down.shape == (D,)):
         raise ValueError(
             f"dense_mlp: x {x.shape}, w_up {w_up.shape}, b_up {b_up.shape}, w_down {w_down.shape} and b_down "
@@ -101,6 +108,13 @@ def dense_mlp(
     _check("dense_mlp", activation)
     arrays = (x.reshape(-1, D), w_up, b_up, w_down, b_down)
     return DENSE_MLP(*arrays, activation=activation, implementation=implementation).reshape(x.shape)
+
+
+def _width(name: str, x) -> int:
+    """D of x (..., D)."""
+    if x.ndim == 0:
+        raise ValueError(f"{name}: x must be (..., D), got a scalar.")
+    return x.shape[-1]
 
 
 def _check(name: str, activation: str) -> None:

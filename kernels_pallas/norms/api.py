@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 from jaxtyping import Array, Float
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cost, reference, triton
 from .cases import NORM_CASES, RESIDUAL_CASES
@@ -48,14 +49,18 @@ def modulated_norm(
     or summand is left out. Statistics are over D, in float32; `y` has the dtype of `x`. Each gradient has the dtype of
     its input, so float32 `scale` and `shift` have float32 gradients even if `x` is bfloat16.
 
+    NaN in a token stays in it, but for the gradients of what tokens share. `eps` is a number known before jit.
+
     Raises:
-      ValueError: the shapes do not fit together, or `kind` or `implementation` is unknown.
+      ValueError: the shapes or dtypes do not fit together, `eps` is no number of 0 or more, or `kind` or
+        `implementation` is unknown.
       NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: Peebles and Xie, arXiv 2212.09748, section 3.2; LayerNorm arXiv 1607.06450, equation 3; RMSNorm
     arXiv 1910.07467, equation 4.
     """
-    _check("modulated_norm", kind, x, weight=weight, scale=scale, shift=shift)
+    [x] = arguments.floats("modulated_norm", x=x)
+    weight, eps = _check("modulated_norm", kind, eps, x, weight=weight, scale=scale, shift=shift)
     return MODULATED_NORM(x, scale, shift, weight, kind=kind, eps=eps, implementation=implementation)
 
 
@@ -79,23 +84,31 @@ def gated_residual_norm(
     One pass over memory instead of three. `x_new` is rounded to the dtype of `x` before it is normalised. Each of
     `gate`, `scale` and `shift` is (B, D) or (B, T, D).
 
+    NaN in a token stays in it, but for the gradients of what tokens share. `eps` is a number known before jit.
+
     Raises:
-      ValueError: the shapes do not fit together, or `kind` or `implementation` is unknown.
+      ValueError: the shapes or dtypes do not fit together, `eps` is no number of 0 or more, or `kind` or
+        `implementation` is unknown.
       NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: adaLN-Zero, arXiv 2212.09748, section 3.2.
     """
+    x, branch, gate = arguments.floats("gated_residual_norm", x=x, branch=branch, gate=gate)
     if branch.shape != x.shape or branch.dtype != x.dtype:
         raise ValueError(
             f"gated_residual_norm: branch {branch.shape} {branch.dtype} does not fit x {x.shape} {x.dtype}; "
             "give both with the same shape and dtype."
         )
-    _check("gated_residual_norm", kind, x, weight=weight, gate=gate, scale=scale, shift=shift)
+    weight, eps = _check("gated_residual_norm", kind, eps, x, weight=weight, gate=gate, scale=scale, shift=shift)
     arrays = (x, branch, gate, scale, shift, weight)
     return GATED_RESIDUAL_NORM(*arrays, kind=kind, eps=eps, implementation=implementation)
 
 
-def _check(name, kind, x, *, weight, **modulation) -> None:
+def _check(name, kind, eps, x, *, weight, **modulation):
+    """(weight, eps), checked like the others; raises ValueError if the arguments do not fit together."""
+    [weight] = arguments.floats(name, optional=("weight",), weight=weight)
+    arguments.floats(name, optional=("scale", "shift"), **modulation)
+    eps = arguments.number(name, "eps", eps, "a learned eps is not supported", low=0)
     if kind not in get_args(Kind):
         raise ValueError(f"{name}: no {kind=}; choose from {', '.join(get_args(Kind))}.")
     if x.ndim != 3:
@@ -109,3 +122,4 @@ def _check(name, kind, x, *, weight, **modulation) -> None:
             )
     if weight is not None and weight.shape != (D,):
         raise ValueError(f"{name}: weight {weight.shape} does not fit x {x.shape}; give it as (D,) = {(D,)}.")
+    return weight, eps

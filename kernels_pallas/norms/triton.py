@@ -25,6 +25,7 @@ from . import cost
 
 
 MAX_WIDTH = 8192
+DTYPES = ("bfloat16", "float16", "float32")
 # Rows per program of the backward. Writing and reading partial sums takes 16 bytes per column and program; a row of
 # bfloat16 takes 6. With 32 rows that adds 8 %, and 8,192 rows still make 256 programs for the 132 SMs of an H200.
 ROWS_PER_PROGRAM = 32
@@ -53,7 +54,10 @@ def tile_for(tokens: int, width: int, elements: int, most_warps: int) -> Tile:
 
 def unsupported(x, *arrays, kind, eps) -> str | None:
     """The reason why these arguments cannot run here, or None."""
-    del arrays, kind, eps
+    del kind, eps
+    for array in (x, *arrays):
+        if array is not None and array.dtype.name not in DTYPES:
+            return f"needs dtypes among {', '.join(DTYPES)}, got {array.dtype}"
     if x.shape[-1] > MAX_WIDTH:
         return f"a row must fit in registers, D <= {MAX_WIDTH}, got {x.shape[-1]}"
     return backend.why_not_triton()

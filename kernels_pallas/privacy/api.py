@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cost, reference, triton
 from .blocks import CANDIDATES
@@ -78,16 +79,8 @@ def ghost_norm_sq(
 
     Source: Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679, section 4.
     """
-    wrong = _misfit(a, g)
-    if wrong is None and groups is not None:
-        if groups.shape != a.shape[:2]:
-            wrong = f"groups must be one number per row, (B, T) = {a.shape[:2]}, got {groups.shape}"
-        elif not jnp.issubdtype(groups.dtype, jnp.integer):
-            wrong = f"groups must be integers, got {groups.dtype}; cast them to int32"
-        else:
-            groups = groups.astype(jnp.int32)
-    if wrong:
-        raise ValueError(f"ghost_norm_sq: {wrong}.")
+    a, g, groups = _checked(a, g, groups)
+    bias = arguments.flag("ghost_norm_sq", "bias", bias)
     return GHOST_NORM_SQ(a, g, groups, bias=bias, implementation=implementation)
 
 
@@ -114,12 +107,41 @@ def clip_reduce(
 
     Source: Bu et al., arXiv 2210.00038, section 2.
     """
+    a, g = _floats("clip_reduce", a=a, g=g)
+    [c] = arguments.floats("clip_reduce", c=c)
     wrong = _misfit(a, g)
     if wrong is None and c.shape != a.shape[:1]:
         wrong = f"c must be one number per example, (B,) = {a.shape[:1]}, got {c.shape}"
     if wrong:
         raise ValueError(f"clip_reduce: {wrong}.")
     return CLIP_REDUCE(a, g, c.astype(jnp.float32), implementation=implementation)
+
+
+def _checked(a, g, groups):
+    """The arrays of `ghost_norm_sq`, groups as int32 or None; raises ValueError if they do not fit together."""
+    name, most = "ghost_norm_sq", arguments.LARGEST
+    a, g = _floats(name, a=a, g=g)
+    [groups] = arguments.arrays(name, optional=("groups",), groups=groups)
+    wrong = _misfit(a, g)
+    if wrong is None and groups is not None:
+        if groups.shape != a.shape[:2]:
+            wrong = f"groups must be one number per row, (B, T) = {a.shape[:2]}, got {groups.shape}"
+        elif not jnp.issubdtype(groups.dtype, jnp.integer):
+            wrong = f"groups must be integers, got {groups.dtype}; cast them to int32"
+        else:
+            groups = arguments.int32(name, "groups", groups, -most, most, outside=-1)
+    if wrong:
+        raise ValueError(f"{name}: {wrong}.")
+    return a, g, groups
+
+
+def _floats(name: str, **named):
+    """The arrays, of a floating-point dtype; `_misfit` says what else is wrong with them."""
+    found = arguments.arrays(name, **named)
+    for called, x in zip(named, found, strict=True):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: {called} must be of a floating-point dtype, got {x.dtype}; cast it.")
+    return found
 
 
 def _misfit(a, g) -> str | None:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, UInt32
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cost, ffi, reference
 from .cases import SECURE_NORMAL as CASES
@@ -40,21 +41,32 @@ def secure_normal(
       x: a shard of an array, with at least one dim.
       key: the secret key, 256 bits.
       nonce: 96 bits; a nonce may be used for only one array per key.
-      start: the index in the whole array at which the shard begins, in each dim; None: 0. The shard must lie inside.
+      stddev: a number known before jit, 0 or more.
+      start: the index in the whole array at which the shard begins, one number per dim; None: 0. The shard must lie
+        inside. If it does not, and `start` is not known, under jit, the result is NaN: other places' noise is never
+        used twice.
       whole: the shape of the whole array; None: that of x. It may take at most 2^32 blocks of eight numbers, where each
         row starts a new block.
       implementation: a name in SECURE_NORMAL.kernels, or "xla"; if None, the fastest one known that runs here.
 
     Raises:
-      ValueError: a shape or dtype is wrong, the whole array is too large, or `implementation` is unknown.
+      ValueError: a shape, dtype or option is wrong, the shard is known not to lie inside, the whole array is too large,
+        or `implementation` is unknown.
       NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: Nir and Langley, RFC 8439, section 2.3, for the bits.
     """
-    whole = whole or x.shape
+    name = "secure_normal"
+    x, key, nonce = arguments.arrays(name, x=x, key=key, nonce=nonce)
+    stddev = arguments.number(name, "stddev", stddev, "multiply x and the result", low=0)
+    whole = x.shape if whole is None else arguments.shape(name, "whole", whole)
     if wrong := _misfit(x, key, nonce, whole):
-        raise ValueError(f"secure_normal: {wrong}.")
-    start = jnp.zeros(x.ndim, jnp.int32) if start is None else start.astype(jnp.int32)
+        raise ValueError(f"{name}: {wrong}.")
+    if x.size == 0:
+        return x
+    start, inside = arguments.start(name, start, x.shape, whole)
+    if inside is not None:
+        x = jnp.where(inside, x, jnp.nan)
     return SECURE_NORMAL(x, key, nonce, start, stddev=stddev, whole=whole, implementation=implementation)
 
 

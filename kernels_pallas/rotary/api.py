@@ -1,7 +1,9 @@
 """The public function `qk_norm_rope` and the table of its implementations."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .. import arguments
 from ..op import Kernel, Op
 from . import cost, reference, triton
 from .cases import CASES
@@ -38,12 +40,17 @@ def qk_norm_rope(
     no normalisation; without a rotation there is no RoPE. The computation is in float32; q, k and v have the dtype of
     `qkv`. The rotation has no gradient.
 
+    `eps` is a number known before jit.
+
     Raises:
-      ValueError: the shapes do not fit together, or `implementation` is unknown.
+      ValueError: the shapes or dtypes do not fit together, `eps` is no number of 0 or more, or `implementation` is
+        unknown.
       NotImplementedError: `implementation` cannot run these arguments here.
 
     Source: QK-norm arXiv 2302.05442, section 2; RoPE arXiv 2104.09864, equation 34. `Rotation` has the angles.
     """
+    checked = _checked(qkv, q_weight, k_weight, rotation, interleaved, eps)
+    qkv, q_weight, k_weight, rotation, interleaved, eps = checked
     B, T, _, M, H = qkv.shape if qkv.ndim == 5 else (0,) * 5
     if M < 3 or H % 2:
         raise ValueError(
@@ -60,3 +67,21 @@ def qk_norm_rope(
         )
     arrays = (qkv, q_weight, k_weight, rotation)
     return QK_NORM_ROPE(*arrays, interleaved=interleaved, eps=eps, implementation=implementation)
+
+
+def _checked(qkv, q_weight, k_weight, rotation, interleaved, eps):
+    """The arguments, each of the kind that it must be; raises ValueError."""
+    name = "qk_norm_rope"
+    [qkv] = arguments.floats(name, qkv=qkv)
+    both = ("q_weight", "k_weight")
+    q_weight, k_weight = arguments.floats(name, optional=both, q_weight=q_weight, k_weight=k_weight)
+    eps = arguments.number(name, "eps", eps, "a learned eps is not supported", low=0)
+    interleaved = arguments.flag(name, "interleaved", interleaved)
+    if rotation is not None:
+        if not isinstance(rotation, Rotation):
+            raise ValueError(
+                f"{name}: rotation must be a Rotation, got {arguments.kind_of(rotation)}; use Rotation.of."
+            )
+        cos, sin = arguments.floats(name, **{"rotation.cos": rotation.cos, "rotation.sin": rotation.sin})
+        rotation = Rotation(cos.astype(jnp.float32), sin.astype(jnp.float32))
+    return qkv, q_weight, k_weight, rotation, interleaved, eps

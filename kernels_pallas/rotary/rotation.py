@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
+from .. import arguments
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +32,17 @@ class Rotation:
         is not rotated; that is used for text and class tokens before an image.
 
         Raises:
-          ValueError: a width is odd, or the number of widths is not the number of axes.
+          ValueError: a width is odd, the number of widths is not the number of axes, or an argument is of another kind.
 
         Source: RoPE, arXiv 2104.09864, equation 15; by axes, arXiv 2403.13298, section 3.2.
         """
+        [positions], name = arguments.arrays("Rotation.of", positions=positions), "Rotation.of"
+        widths = arguments.shape(name, "widths", tuple(widths) if isinstance(widths, np.ndarray) else widths)
+        theta = arguments.number(name, "theta", theta, "a learned base is not supported", above=0)
+        if positions.ndim != 3 or positions.dtype.kind not in "iuf":
+            raise ValueError(
+                f"{name}: positions must be numbers (1 or B, T, axes), got {positions.dtype} {positions.shape}."
+            )
         if len(widths) != positions.shape[-1] or any(width % 2 for width in widths):
             raise ValueError(
                 f"Rotation: widths {tuple(widths)} do not fit positions {positions.shape}; "
@@ -53,8 +62,15 @@ class Rotation:
         are not rotated.
 
         Raises:
-          ValueError: the head width is odd or too small for the number of axes.
+          ValueError: the head width is odd or too small for the number of axes, or an argument is no such integer.
         """
+        name = "Rotation.grid"
+        sides = tuple(arguments.whole_number(name, "sides", side, 1) for side in arguments.shape(name, "sides", sides))
+        head_width = arguments.whole_number(name, "head_width", head_width, 1)
+        theta = arguments.number(name, "theta", theta, "a learned base is not supported", above=0)
+        prefix = arguments.whole_number(name, "prefix", prefix, 0)
+        if not sides:
+            raise ValueError(f"{name}: sides must have one number per axis, got ().")
         each = head_width // (2 * len(sides)) * 2
         if each == 0 or head_width % 2:
             raise ValueError(

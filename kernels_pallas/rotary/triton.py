@@ -21,6 +21,7 @@ from . import cost
 
 
 MAX_WIDTH = 512
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,10 @@ def tile_for(tokens: int, width: int) -> Tile:
 
 def unsupported(qkv, q_weight, k_weight, rotation, *, interleaved, eps) -> str | None:
     """The reason why these arguments cannot run here, or None."""
-    del q_weight, k_weight, rotation, interleaved, eps
+    del rotation, interleaved, eps
+    for array in (qkv, q_weight, k_weight):
+        if array is not None and array.dtype.name not in DTYPES:
+            return f"needs dtypes among {', '.join(DTYPES)}, got {array.dtype}"
     if not 8 <= qkv.shape[-1] <= MAX_WIDTH:
         return f"needs a head width of 8 to {MAX_WIDTH}, got {qkv.shape[-1]}"
     return backend.why_not_triton()

@@ -309,7 +309,7 @@ def test_cost_of_lengths_that_are_not_known_is_the_capacity(page):
 
 @EITHER
 def test_a_longer_cache_compiles_nothing_anew(page):
-    """Outside jit the lengths are known when the kernel is called; what JAX compiles must not depend on them."""
+    """Outside jit the lengths are known when the kernel is called; a later call does not even trace it."""
     *arrays, _ = random((0,), 16, 1, 1, 16, page=page)
     op, pallas_call, estimates = decode_attention if page is None else paged_decode_attention, pl.pallas_call, []
 
@@ -318,10 +318,10 @@ def test_a_longer_cache_compiles_nothing_anew(page):
         return pallas_call(kernel, cost_estimate=cost_estimate, **options)
 
     with backend.interpret_mode(), mock.patch.object(pl, "pallas_call", spy):
-        for length in (1, 16):
+        for length in (1, 3, 16):  # JAX traces a first program twice
             estimates.append([])
             op(*arrays, jnp.array([length], jnp.int32), implementation="triton")
-    assert estimates[0] and estimates[0] == estimates[1]
+    assert estimates[0] and not estimates[2]
 
 
 # What is refused.

@@ -129,8 +129,8 @@ def print_memory():
         (dict(x=jnp.zeros((R, D + 1))), r"x \(6, 9\), w \(8, 20\) and labels \(6,\) do not fit; give x as \(R, D\)"),
         (dict(labels=jnp.zeros((R, 1), jnp.int32)), r"labels \(6, 1\) do not fit"),
         (dict(labels=jnp.zeros(R)), "labels are float32; give class indices as int32"),
-        (dict(z_loss=-1.0), "z_loss=-1.0 .*give a z_loss of 0 or more"),
-        (dict(logit_softcap=0.0), "logit_softcap=0.0; .*a positive soft cap or None"),
+        (dict(z_loss=-1.0), "z_loss must be a finite number of 0 or more, got -1.0"),
+        (dict(logit_softcap=0.0), "logit_softcap must be a finite number above 0, got 0.0"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(change, words, unchecked_arrays):

@@ -399,9 +399,11 @@ def test_a_stack_of_layers_is_each_layer(over, grouped):
 def sizes_in(jaxpr):
     """Elements of every array that is made, however deep, but not inside a kernel."""
     for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars)
-        if equation.primitive.name != "pallas_call":
-            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        inside = list(jax.extend.core.jaxprs_in_params(equation.params))
+        if not inside or equation.primitive.name == "pallas_call":
+            yield from (v.aval.size for v in equation.outvars)
+        else:  # a call, which may return its own arguments
+            for inner in inside:
                 yield from sizes_in(inner)
 
 
