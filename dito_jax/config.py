@@ -118,7 +118,7 @@ def check(config: TrainConfig, num_devices: int) -> None:
         ),
         **model.run_rules(axes, images=train.batch_size // part),
         **(private_rules(model, config.privacy, config.checkpoint) if private else {}),
-        **config.monitoring.problems(users=private and config.privacy.images_per_user is not None, private=private),
+        **config.monitoring.problems(private=private),
         f"canaries {config.canaries} is negative": config.canaries < 0,
         "data.max_unreadable would put another image in the place of an unreadable one, which then counts twice: set "
         "it to 0 in a private run": private and getattr(config.data, "max_unreadable", 0) > 0,

@@ -39,16 +39,14 @@ class MonitoringConfig:
     wandb_project: str | None = None
     """Weights & Biases project that metrics and sample grids are also logged to (pip install dito_jax[wandb])."""
 
-    def problems(self, *, users: bool, private: bool) -> dict[str, bool]:
-        """Rules for these fields, {message: broken}; `users`: the privacy unit is a user."""
+    def problems(self, *, private: bool) -> dict[str, bool]:
+        """Rules for these fields, {message: broken}."""
         positive = ("validation_examples", "timestep_bins", "num_samples")
         steps = ("validation_every", "samples_every")
         value = lambda name: getattr(self, name)
         return {
             **{f"monitoring.{name} is {value(name)}; it must be at least 1": value(name) < 1 for name in positive},
             **{f"monitoring.{name} is {value(name)}; wanted steps, or 0": value(name) < 0 for name in steps},
-            "monitoring.validation_every with privacy.images_per_user: held-out images belong to the users whose data "
-            "are private, and their loss has no noise; set it to 0": users and self.validation_every > 0,
             "monitoring.wandb_project with privacy.epsilon: Weights & Biases records the time of each step, which is "
             "not to be released; set it to None": private and self.wandb_project is not None,
         }
@@ -115,7 +113,7 @@ class Monitor:
 
     def _measures(self, step: int) -> bool:
         every = self.config.validation_every
-        return every > 0 and step > 0 and step % every == 0
+        return self.validation is not None and every > 0 and step > 0 and step % every == 0
 
     def _draws(self, step: int) -> bool:
         every = self.config.samples_every

@@ -6,6 +6,7 @@ from dito_jax.config import TrainConfig
 from dito_jax.evaluation.monitoring import Monitor
 from dito_jax.evaluation.sample import make_batch_sampler
 from dito_jax.evaluation.validation_loss import make_validation_loss
+from dito_jax.run.command_line import say
 from dito_jax.run.recipe import Recipe
 from dito_jax.telemetry.progress import MakeMeter
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -16,8 +17,10 @@ def make_monitor(
 ) -> Monitor:
     """The monitor of a run; nothing is compiled before its first use."""
     graph, wanted, validation = recipe.program.graph, config.monitoring, None
-    if wanted.validation_every:
-        assert recipe.validation is not None
+    users = config.privacy.epsilon is not None and config.privacy.images_per_user is not None
+    if wanted.validation_every and users:
+        say("no validation loss: held-out images belong to the users whose data are private, and it has no noise.")
+    elif wanted.validation_every and recipe.validation is not None:
         validation = make_validation_loss(
             graph, config.model, config.loss, recipe.validation,
             num_examples=wanted.validation_examples, num_bins=wanted.timestep_bins,

@@ -58,6 +58,8 @@ def test_each_is_due_at_its_own_steps_and_never_at_zero(made):
     assert [step for step in range(14) if monitor.due(step)] == [4, 6, 8, 12]
     off = Monitor(MonitoringConfig(), made[0], drawn, None, 10, 0)
     assert not any(map(off.due, range(14))) and not off.missed(0)
+    without_split = Monitor(MonitoringConfig(validation_every=1), made[0], drawn, None, 10, 0)
+    assert not any(map(without_split.due, range(14)))
 
 
 def test_loss_and_grid_are_written_and_repeated_only_if_missing(made):
@@ -87,16 +89,15 @@ def test_a_stop_signal_ends_it_between_batches_and_nothing_is_written(made):
 
 
 @pytest.mark.parametrize(
-    ("config", "users", "private", "words"),
+    ("config", "private", "words"),
     [
-        (MonitoringConfig(validation_every=5), True, True, "held-out images belong to the users"),
-        (MonitoringConfig(wandb_project="p"), False, True, "records the time of each step"),
-        (MonitoringConfig(timestep_bins=0), False, False, "timestep_bins is 0; it must be at least 1"),
-        (MonitoringConfig(samples_every=-1), False, False, "samples_every is -1; wanted"),
-        (MonitoringConfig(validation_every=5, samples_every=5), False, True, None),
-        (MonitoringConfig(validation_every=5, wandb_project="p"), False, False, None),
+        (MonitoringConfig(wandb_project="p"), True, "records the time of each step"),
+        (MonitoringConfig(timestep_bins=0), False, "timestep_bins is 0; it must be at least 1"),
+        (MonitoringConfig(samples_every=-1), False, "samples_every is -1; wanted"),
+        (MonitoringConfig(validation_every=5, samples_every=5), True, None),
+        (MonitoringConfig(validation_every=5, wandb_project="p"), False, None),
     ],
 )
-def test_what_must_not_be_is_said(config, users, private, words):
-    broken = [text for text, is_broken in config.problems(users=users, private=private).items() if is_broken]
+def test_what_must_not_be_is_said(config, private, words):
+    broken = [text for text, is_broken in config.problems(private=private).items() if is_broken]
     assert [words in text for text in broken] == ([True] if words else [])
