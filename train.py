@@ -25,7 +25,7 @@ from dito_jax.checkpointing.identity import keep, owner_of
 from dito_jax.checkpointing.retention import SaveClock
 from dito_jax.config import TrainConfig, check, resolved, to_json
 from dito_jax.data import class_names
-from dito_jax.distributed import agree, index, join
+from dito_jax.distributed import agree, connect, index, join
 from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.final_evaluation import final_evaluation
@@ -40,6 +40,7 @@ from dito_jax.run.initialization import initial_state
 from dito_jax.run.loaded_run import CLASSES
 from dito_jax.run.monitor import make_monitor
 from dito_jax.run.recipe import Recipe, make_recipe
+from dito_jax.run.same_start import check_same_start
 from dito_jax.run.saved_run import sampled_ema
 from dito_jax.sharding import make_mesh
 from dito_jax.telemetry.logger import MetricsLogger
@@ -56,9 +57,11 @@ def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
     config, run = arguments
     join()
     config = resolved(config)
+    check_same_start(to_json(config), run.checkpoints)
     check(config, jax.device_count())
     enable_compilation_cache(command_line.cache_directory())
     mesh = make_mesh(config.mesh)
+    connect(mesh)
     run = run if index() == 0 else FollowedDirectory(run.path)
     with run.hold(), jax.set_mesh(mesh), run_services(run, config.watchdog, config.faults) as services:
         recipe = make_recipe(config, run, mesh)
@@ -73,7 +76,7 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     ledger, events, faults = services.ledger, services.events, services.faults
 
     # ----------------------------------------------------------------------------------------------- state, or restore
-    tell = functools.partial(events.record, "checkpoint")
+    tell = lambda line: events.record("checkpoint", line)
     owner = owner_of(run, to_json(config), tell=tell)
     checkpoints = Checkpoints(
         run.checkpoints, config.checkpoint, owner=owner, tell=tell,
@@ -105,15 +108,10 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     # --------------------------------------------------------------------------------------------------------- compile
     with ledger.phase("compile"), meter("compiling the train step", expected=last_compile_seconds(run)):
         step, compiled = compile_step(program.step, program.state, program.batch)
-        agree(True)  # a process that had it in its cache waits here, and not in its first step
+        agree(True, "the first step")  # a process that had it in its cache waits here, and not in a collective
     command_line.say(compiled.line())
     logger = make_logger(config, run, first, compiled)
     monitor = make_monitor(config, run, recipe, meter, lambda: services.preemption.asked)
-
-    def watch_quality(number: int) -> None:
-        with ledger.phase("eval"):
-            monitor(number, sampled_ema(state, config), logger)
-        ledger.flush()
 
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
@@ -121,14 +119,16 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
 
     def save(number: int) -> None:
         with ledger.phase("save"):
-            faults.before_save(number)
-            checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": logger.released})
+            if guard.compare_processes(number, state):
+                faults.before_save(number)
+                checkpoints.save(number, state, metadata={"config": to_json(config), "metrics": logger.released})
         clock.saved()
         ledger.flush()
 
     with logger, services.preemption.deferred():
         if monitor.missed(first):
-            watch_quality(first)
+            with ledger.phase("eval"):
+                monitor(first, sampled_ema(state, config), logger)
         while number < config.train.steps:
             number += 1
             ledger.step(number)
@@ -153,9 +153,10 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 logger.log(number)
             if clock.due(number) or last or stop:
                 save(number)
-            if stop and not last:
+            if stop and (guard.diverged or not last):
                 checkpoints.close()
-                raise Preempted(f"asked to stop: step {number} is saved; the same command goes on from there.")
+                done = (checkpoints.latest() or 0) if guard.diverged else number
+                raise Preempted(f"asked to stop: step {done} is saved; the same command goes on from there.")
             if guard.burst():
                 del state  # before another takes its place
                 with ledger.phase("restore"):
@@ -164,7 +165,9 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 logger.rewind(number)
                 stream = batches_after(number)
             elif monitor.due(number):
-                watch_quality(number)
+                with ledger.phase("eval"):
+                    monitor(number, sampled_ema(state, config), logger)
+                ledger.flush()
         with ledger.phase("save"):
             checkpoints.close()
     return state

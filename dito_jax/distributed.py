@@ -4,9 +4,14 @@ The key-value store is kept by process 0. Each process can publish texts in it a
 are blocked in a collective. A single process uses a local dict instead. The store has no authentication: any program
 that reaches its port can read and write it, so nothing secret belongs there. It listens on all interfaces, or on the
 loopback interface only if JAX_COORDINATOR_ADDRESS is a loopback address.
+
+Barriers use the store, not a collective. CPU devices of several processes communicate by Gloo, which gives all
+processes 30 s to reach the first collective of a group of devices. `connect` has those first collectives at the start,
+behind a barrier; later ones wait as long as it takes.
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -26,8 +31,12 @@ GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 DETECTED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # Slurm and Open MPI; JAX reads their other variables itself
 HEARTBEAT_SECONDS = 30  # without a heartbeat for so long, JAX treats a process as dead and ends the others
+BARRIER_SECONDS = 7200.0  # longer than a phase may take by default (watchdog.phase_timeout_seconds)
+REPORT_EVERY = 60.0  # seconds between the lines of a process that waits at a barrier
+LEFT = "left"  # prefix in the key-value store: exit codes of the processes that have ended
 
 _own: dict[str, str] = {}
+_gathers = itertools.count()  # all processes call `gather` in the same order
 
 
 def join() -> None:
@@ -37,17 +46,19 @@ def join() -> None:
     Slurm or Open MPI. Returns when all processes have joined.
 
     Raises:
-      UserError: some of the three variables are missing or invalid.
+      UserError: some of the three variables are missing or invalid, or JAX's preemption service is switched off.
     """
     if any(name in os.environ for name in GIVEN):
         address, count, index = _given(os.environ)
         if count > 1:
+            _check_service()
             here = address.rpartition(":")[0] in LOOPBACK  # then other hosts cannot reach the key-value store
             jax.distributed.initialize(
                 address, count, index,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS, coordinator_bind_address=address if here else None,
             )  # fmt: skip
     elif any(os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1 for name in DETECTED):
+        _check_service()
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
@@ -61,19 +72,89 @@ def index() -> int:
     return distributed.global_state.process_id
 
 
-def agree(value: bool) -> bool:
-    """Logical and of `value` over all processes; a collective that is also a barrier."""
-    if jax.process_count() == 1:
-        return value
-    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+def agree(value: bool, what: str = "a barrier", *, seconds: float = BARRIER_SECONDS) -> bool:
+    """Logical and of `value` over all processes; all of them must call it, and each waits for the last.
+
+    Raises: the errors of `gather`.
+    """
+    return all(text == "1" for text in gather("1" if value else "0", what, seconds=seconds))
+
+
+def gather(value: str, what: str = "a barrier", *, seconds: float = BARRIER_SECONDS) -> list[str]:
+    """The texts of all processes in order; all of them must call it, and each waits for the last.
+
+    Uses the key-value store only. A process that waits long says on stderr what it waits for.
+
+    Raises:
+      TimeoutError: a process did not come within `seconds`.
+      RuntimeError: a process has ended, or raised by JAX if the processes are no longer connected.
+    """
+    if count() == 1:
+        return [value]
+    number = next(_gathers)
+    # Two places suffice: a process at number n + 2 has read all texts of n + 1, and their writers had read all of n.
+    place, mark = f"gather/{number % 2}", f"{number} "
+    began = reported = time.monotonic()
+    pause = 0.001
+    _persistently(lambda: publish(f"{place}/{index()}", mark + value), began + seconds)
+    while True:
+        found = _persistently(lambda: published(place), began + seconds)
+        here = {int(key): text.removeprefix(mark) for key, text in found.items() if text.startswith(mark)}
+        missing = sorted(set(range(count())) - here.keys())
+        if not missing:
+            return [here[process] for process in range(count())]
+        now = time.monotonic()
+        if pause > 0.05:
+            _check_present(missing, what)
+        names = f"process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing[:8]))}"
+        if now > began + seconds:
+            raise TimeoutError(f"{names} did not come to {what} within {seconds:g} s")
+        if now > reported + REPORT_EVERY:
+            reported = now
+            print(f"process {index()}: at {what}, waiting for {names} since {now - began:.0f} s", file=sys.stderr)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def same(value: bytes) -> bool:
     """Whether `value`, which has the same length in all processes, is the same in all of them; a collective."""
-    if jax.process_count() == 1:
-        return True
-    values = multihost_utils.process_allgather(np.frombuffer(value, np.uint8))
+    values = collected(np.frombuffer(value, np.uint8))
     return bool(np.all(values == values[0]))
+
+
+def collected(values: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, which have one shape, stacked along a new first dim; a collective behind a barrier.
+
+    It does not use the key-value store, in which other programs could read and replace the values.
+    """
+    if jax.process_count() == 1:
+        return values[None]
+    agree(True, "a comparison")
+    return multihost_utils.process_allgather(values)
+
+
+def connect(mesh: jax.sharding.Mesh) -> None:
+    """Connects the CPU devices of all processes along every set of mesh axes; all processes must call it.
+
+    Does nothing on GPUs: NCCL has no such time limit, and a communicator takes memory.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
+    spread = jax.NamedSharding(mesh, jax.P(tuple(axes)))
+    ones = jax.make_array_from_callback((mesh.size,), spread, lambda at: np.ones(mesh.size, np.float32)[at])
+    # One after the other, because CPU devices of one process may deadlock in several collectives at a time.
+    for group in groups:
+        total = jax.shard_map(
+            lambda x, group=group: jax.lax.psum(x, group), mesh=mesh, in_specs=spread.spec, out_specs=jax.P(),
+            check_vma=False,
+        )  # fmt: skip
+        compiled = jax.jit(total).lower(ones).compile()
+        agree(True, "the first collective")
+        compiled(ones).block_until_ready()
+    agree(True, "the first collective")
+    multihost_utils.process_allgather(np.array(True))
 
 
 def publish(key: str, value: str, *, seconds: float = 5.0) -> None:
@@ -111,13 +192,41 @@ def leave(code: int, *, seconds: float = 20.0) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     with contextlib.suppress(TimeoutError, RuntimeError):
-        if index() != 0:
-            publish(f"left/{index()}", str(code))
+        if count() > 1:
+            publish(f"{LEFT}/{index()}", str(code))
         deadline = time.monotonic() + seconds
-        while index() == 0 and len(published("left")) < count() - 1 and time.monotonic() < deadline:
+        while index() == 0 and len(published(LEFT).keys() - {"0"}) < count() - 1 and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(0.1 if index() == 0 and count() > 1 else 0)  # the others publish just before they end
     os._exit(code)
+
+
+def _check_service() -> None:
+    if not jax.config.jax_enable_preemption_service:
+        raise UserError(
+            "JAX_ENABLE_PREEMPTION_SERVICE is off, and without JAX's preemption service several processes cannot save "
+            "and stop after the same step: unset it."
+        )
+
+
+def _check_present(missing: list[int], what: str) -> None:
+    """Raises RuntimeError if one of the processes that are waited for has ended."""
+    with contextlib.suppress(TimeoutError):
+        left = published(LEFT)
+        for process in missing:
+            if str(process) in left:
+                code = left[str(process)]
+                raise RuntimeError(f"process {process} has ended with exit code {code}, and did not come to {what}")
+
+
+def _persistently[T](ask: Callable[[], T], until: float) -> T:
+    """Returns `ask()`; repeats it until a time if process 0 does not answer."""
+    while True:
+        try:
+            return ask()
+        except TimeoutError:
+            if time.monotonic() > until:
+                raise
 
 
 def _given(environment: Mapping[str, str]) -> tuple[str, int, int]:

@@ -96,7 +96,7 @@ def _training(parsers: Parsers) -> None:
     supervise.add_argument("config", help="a config file, or the name of a built-in config; then fields, as for train")
     supervise.add_argument("--processes", type=int, default=1, help="number of processes on this machine")
     supervise.add_argument("--hosts", nargs="+", default=[], help="machines that run one process each")
-    supervise.add_argument("--remote-shell", default="ssh", help="command that runs a command on a host; default: ssh")
+    supervise.add_argument("--remote-shell", default="ssh", help="runs a command on a host, with stdin; default: ssh")
     supervise.add_argument("--run-dir", help="run directory; default: runs/CONFIG")
 
 

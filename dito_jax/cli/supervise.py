@@ -8,7 +8,8 @@ from dito_jax import bundled
 from dito_jax.config import load, resolved
 from dito_jax.errors import UserError
 from dito_jax.overrides import override
-from dito_jax.resilience.supervisor import Supervisor, make_workers
+from dito_jax.resilience.supervisor import Patience, Supervisor
+from dito_jax.resilience.workers import make_workers
 from dito_jax.run.elastic import shrunk
 from dito_jax.telemetry.events import read_events
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -30,4 +31,6 @@ def main(options: argparse.Namespace) -> None:
         return shrunk(resolved(config), devices_each=each, before=len(where), left=left)
 
     command = [sys.executable, str(bundled.TRAIN), options.config, *options.overrides, "--run-dir", str(run.path)]
-    sys.exit(Supervisor(command, run, where, shrink, remote_shell=options.remote_shell).supervise())
+    patience = Patience(stop=config.watchdog.grace_seconds + 60)
+    supervisor = Supervisor(command, run, where, shrink, remote_shell=options.remote_shell, patience=patience)
+    sys.exit(supervisor.supervise())

@@ -140,8 +140,9 @@ class PrivateRun:
         libraries = {name: version(name) for name in ("dp-accounting", "jax-privacy")}
         notes = {"versions": libraries, "after": step, "data": self._data}
         steps = self._loop.steps - step
-        shortage = ledger.shortage(self.name, self.release, steps) if self._starts == 1 else None
         restart = ledger.start(self.name, self.release, steps, **notes)
+        # After the start, so that of two runs that start at the same time one at least sees the plan of the other.
+        shortage = ledger.shortage(self.name, self.release, steps) if self._starts == 1 else None
         self._kept["ledger"] = write_head(self._run, ledger)
         self._run.write_json(PLAN, self._kept)  # from here on the run is private
         if shortage is not None:

@@ -7,13 +7,15 @@ and skips the batches since then (skips.py).
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from dito_jax.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
-from dito_jax.distributed import agree
+from dito_jax.checkpointing.checksums import array_checksums
+from dito_jax.distributed import agree, collected, count, same
 from dito_jax.errors import UserError
 from dito_jax.resilience.replicas import differing, odd_devices
 from dito_jax.resilience.skips import position, roll_back_to, skips
@@ -39,7 +41,8 @@ class Guard:
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._bad: list[int] = []  # the latest bad steps
         self._last_equal = first  # the last step after which all replicas were equal
-        self._diverged = False  # replicas were found to differ after a later step
+        self._last_same = first  # the last step after which all processes had the same values
+        self._equal_until: int | None = None  # replicas were found to differ; they were equal after this step
 
     def watch(self, number: int, measured: dict[str, jax.Array]) -> None:
         """Adds the metrics of a queued step; waits for the step LAG before it."""
@@ -52,9 +55,14 @@ class Guard:
         while self._waiting:
             self._settle()
 
+    @property
+    def diverged(self) -> bool:
+        """Whether replicas were found to differ, so that the state must not be saved."""
+        return self._equal_until is not None
+
     def burst(self) -> bool:
         """Whether the run should roll back: after `guard.burst` bad steps, or when replicas differ."""
-        return self._diverged or len(self._bad) >= self.config.burst
+        return self.diverged or len(self._bad) >= self.config.burst
 
     def is_bad(self, measured: dict[str, jax.Array]) -> bool:
         """Whether a step was bad; waits for it."""
@@ -72,7 +80,7 @@ class Guard:
     def compare_replicas(self, number: int, state: TrainState) -> None:
         """Compares the replicas of the state; if some differ, logs it and requests a rollback."""
         self.settle()
-        leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+        leaves = _by_name(state)
         diverged = differing(leaves)
         if not diverged:
             self._last_equal = number
@@ -84,7 +92,34 @@ class Guard:
             f"{', '.join(devices) or 'none'}. Check the hardware."
         )
         self._events.record("divergence", said, step=number, devices=devices)
-        self._diverged = True
+        self._equal_until = self._last_equal
+
+    def compare_processes(self, number: int, state: TrainState) -> bool:
+        """Whether the state may be saved: all processes have the same values. All must call it.
+
+        If some differ, logs it and requests a rollback. Costs one read of the state; nothing in a single process.
+        """
+        if count() == 1 or self.diverged:
+            return not self.diverged
+        sums = array_checksums(_by_name(state))
+        values = b"".join(map(bytes.fromhex, sums.values()))
+        if same(hashlib.sha256(values).digest()):
+            self._last_same = number
+            return True
+        found = collected(np.frombuffer(values, np.uint8).reshape(len(sums), -1))  # process, array, byte
+        differ = np.any(found != found[0], axis=(0, 2))
+        names = [name for name, differs in zip(sums, differ, strict=True) if differs]
+        of_first = [each[list(sums).index(names[0])].tobytes() for each in found]
+        usual = collections.Counter(of_first).most_common(1)[0][0]
+        odd = ", ".join(str(process) for process, each in enumerate(of_first) if each != usual)
+        said = (
+            f"step {number}: the processes differ in {names[0]} and {len(names) - 1} more arrays (process {odd} "
+            f"from the others); they were equal after step {self._last_same}. The step is not saved. Check the "
+            "hardware, and that all processes run the same program."
+        )
+        self._events.record("divergence", said, step=number, processes=odd)
+        self._equal_until = self._last_same
+        return False
 
     def roll_back[Tree](
         self, number: int, checkpoints: Checkpoints, like: Tree, on_damage: Callable[[int, DamagedCheckpoint], None]
@@ -97,8 +132,8 @@ class Guard:
         self.settle()
         first, cure = self._bad[0] if self._bad else number, "lower optimizer.learning_rate, or check the data"
         trouble = f"{len(self._bad)} of the steps {first} to {number} were bad (listed in {self._run.events.name})"
-        if self._diverged:
-            first, cure = self._last_equal + 1, f"remove the device named in {self._run.events.name}"
+        if self._equal_until is not None:
+            first, cure = self._equal_until + 1, f"remove the device or process named in {self._run.events.name}"
             trouble = f"replicas diverged in one of the steps {first} to {number}"
         checkpoints.wait()
         damaged: list[tuple[int, DamagedCheckpoint]] = []
@@ -124,7 +159,7 @@ class Guard:
             self._run, checkpoints, self._events, number=number, target=target, batches=batches, because=said
         )  # fmt: skip
         self._bad.clear()
-        self._last_equal, self._diverged = target, False
+        self._last_equal, self._last_same, self._equal_until = target, target, None
         return target, state
 
     def _settle(self) -> None:
@@ -136,6 +171,10 @@ class Guard:
             said = f"step {number} skipped: {WORDS[bad].format(**values)}."
             self._events.record("bad_step", said, step=number, **{k: repr(v) for k, v in values.items()})
             self._bad.append(number)
+
+
+def _by_name(state: TrainState) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
 
 def step_back(state: TrainState) -> TrainState:

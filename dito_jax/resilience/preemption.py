@@ -1,4 +1,4 @@
-"""Preemption: graceful stop after SIGTERM or SIGUSR1 (Slurm, cloud) or SIGINT (Ctrl-C), with a checkpoint.
+"""Preemption: graceful stop after SIGTERM or SIGUSR1 (Slurm, cloud), SIGINT (Ctrl-C) or SIGHUP, with a checkpoint.
 
 Inside the training loop a signal sets a flag, and the loop checks after each step whether to save and stop. Outside
 the loop, where nothing needs saving, `Preempted` is raised in the main thread at once. A second signal ends the
@@ -7,7 +7,7 @@ process immediately.
 Several processes stop after the same step, which JAX determines: the first signal in any process is passed to JAX's
 preemption service, and `reached_preemption_sync_point` returns True in all processes one step after the furthest.
 JAX (jaxlib 0.11.2) handles SIGTERM only: its C handler sets a flag, which a thread polls once a second, and ignores
-every later SIGTERM. The handlers here replace it for all three signals and call it once. If JAX cannot find a common
+every later SIGTERM. The handlers here replace it for all these signals and call it once. If JAX cannot find a common
 step, because a process is not in the loop, that process exits and informs the others.
 
 Python runs signal handlers only when the main thread returns from C code, so never while it hangs in a collective.
@@ -32,7 +32,7 @@ from dito_jax import distributed
 from dito_jax.errors import PREEMPTED, Preempted
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 NUDGE = signal.SIGURG  # sent to the main thread to interrupt a sleep; ignored by default
 TOGETHER = 0.2  # seconds in which signals count as one request: the terminal and a supervisor may both send one
 STOPS = "stops"  # prefix in the key-value store: how each process reacts to a stop request
@@ -86,7 +86,9 @@ class Preemption:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._before: dict[int, Any] = {n: signal.signal(n, self._on_signal) for n in (*SIGNALS, NUDGE)}
+        # nohup ignores SIGHUP, and that is kept.
+        handled = [n for n in (*SIGNALS, NUDGE) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before: dict[int, Any] = {n: signal.signal(n, self._on_signal) for n in handled}
         os.register_at_fork(after_in_child=self._restore)  # a forked child must not use the parent's pipe
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
         self._entered.set()
@@ -226,7 +228,8 @@ class Preemption:
 
     def _say(self, line: str) -> None:
         who = f"process {distributed.index()}: " if self._several else ""
-        print(who + line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal is closed
+            print(who + line, file=sys.stderr, flush=True)
 
 
 def _take_c_handler(number: int) -> int | None:

@@ -3,8 +3,8 @@
 It does not restart after exit code 0 (finished) and exit code 2 (usage error: the same command would fail again), nor
 after 75 (preempted) if the supervisor itself was asked to stop; if only a process was, it restarts at once. After every
 other end (a crash, a signal, the watchdog's 86) it restarts after a pause, from the last good checkpoint. A worker that
-fails repeatedly is lost, and the run continues with fewer workers (elastic downscaling). The supervisor gives up after
-several failures in a row at one step.
+causes failures repeatedly (blame.py) is lost, and the run continues with fewer workers (elastic downscaling). The
+supervisor gives up after several failures in a row at one step, and if a process does not end after SIGKILL.
 """
 
 import contextlib
@@ -17,13 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dito_jax.errors import DONE, HUNG, PREEMPTED, USER_MISTAKE, UserError
-from dito_jax.resilience.attempt import Attempt, End, Worker
+from dito_jax.resilience.attempt import Attempt, End, Limits
+from dito_jax.resilience.blame import Evidence, Verdict, verdict
+from dito_jax.resilience.workers import Worker
 from dito_jax.telemetry.events import Events
 from dito_jax.telemetry.heartbeat import Beat, read_beat
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# The signals that are passed on, and what the processes get: a closed terminal is a request to stop and save.
+FORWARDED = {
+    signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGINT,
+    signal.SIGHUP: signal.SIGTERM,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +37,28 @@ class Patience:
     """Limits and pauses of the supervisor."""
 
     grace: float = 15.0  # seconds from the failure of one process until the others are killed
+    stop: float = 120.0  # seconds from a stop signal until processes are killed; more than watchdog.grace_seconds
+    kill: float = 30.0  # seconds from SIGKILL until a process that has not ended is given up
     pause: float = 1.0  # seconds before a restart, doubled after each failure without progress
     longest_pause: float = 60.0  # upper limit of the pause in seconds
     loop: int = 3  # number of failures in a row at one step after which the supervisor gives up
-    lost: int = 2  # number of failures in a row of one worker, without progress, after which the worker is lost
+    lost: int = 2  # number of failures in a row caused by one worker, without progress, after which it is lost
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
     """What ended an attempt."""
 
-    worker: Worker  # the worker that failed first
+    worker: Worker  # of the process that `end` is about: the cause, if it has ended itself, else the first to end
     step: int  # the step it had reached
     end: End
+    cause: Worker | None  # the worker that caused the failure, as far as known
+    because: str  # a clause that says what was found, if that is not `end`
 
     def words(self) -> str:
-        """One clause for messages: process, worker, host, step and exit code."""
-        where = f"worker {self.worker.slot}" + (f" on {self.worker.host}" if self.worker.host else "")
-        return f"process {self.end.process} ({where}) ended at step {self.step} by {self.end.words()}"
+        """One clause for messages: process, worker, host, step, exit code, and the cause."""
+        ended = f"process {self.end.process} ({self.worker.words()}) ended at step {self.step} by {self.end.words()}"
+        return f"{ended}; {self.because}" if self.because else ended
 
 
 class Supervisor:
@@ -73,6 +83,7 @@ class Supervisor:
         self._events = Events(run)
         self._failures: list[Failure] = []
         self._attempt: Attempt | None = None
+        self._at_failure: list[Beat | None] = []  # heartbeats when the first process of the attempt had failed
         self._stop_requested = False
         self._held: list[int] = []  # signals received while no process was running
         self._writing = threading.Lock()
@@ -89,6 +100,8 @@ class Supervisor:
                 failed = [end for end in ends if end.code]
                 if not failed:
                     return DONE
+                if stuck := [end for end in ends if end.stuck]:
+                    return self._leave_behind(stuck)
                 if any(end.code == USER_MISTAKE for end in failed):
                     return USER_MISTAKE
                 if self._stop_requested:
@@ -98,7 +111,7 @@ class Supervisor:
                         "restart", f"process {failed[0].process} was preempted, but the supervisor was not: restarting."
                     )
                     continue
-                failure = self._failure(failed, began)
+                failure = self._failure(ends, began)
                 progress = not self._failures or failure.step > self._failures[-1].step
                 pause = self._patience.pause if progress else min(2 * pause, self._patience.longest_pause)
                 self._failures.append(failure)
@@ -113,7 +126,8 @@ class Supervisor:
     def _start(self, command: list[str], used: int, number: int) -> Attempt:
         attempt = Attempt(
             command, self._places[:used], number,
-            remote_shell=self._remote_shell, on_line=self._on_line, grace=self._patience.grace,
+            remote_shell=self._remote_shell, on_line=self._on_line, on_failure=self._note_beats,
+            limits=Limits(self._patience.grace, self._patience.stop, self._patience.kill),
         )  # fmt: skip
         self._attempt = attempt
         while self._held:
@@ -127,13 +141,33 @@ class Supervisor:
         while not self._stop_requested and time.monotonic() < until:
             time.sleep(0.02)
 
-    def _failure(self, failed: list[End], began: float) -> Failure:
-        """The failure that ended the attempt: of the first process to fail, or of the hung process furthest behind."""
-        beats = {end.process: self._beat(end.process, began) for end in failed}
-        first = failed[0]
-        if first.code == HUNG:
-            first = min(failed, key=lambda end: beats[end.process].step)
-        return Failure(self._places[first.process], beats[first.process].step, first)
+    def _note_beats(self) -> None:
+        self._at_failure = [read_beat(self._run.heartbeats / str(index)) for index in range(len(self._places))]
+
+    def _failure(self, ends: list[End], began: float) -> Failure:
+        """The failure that ended the attempt, and the worker that caused it."""
+        found = [self._evidence(end, began) for end in ends]
+        cause: Verdict = verdict(found)
+        first = next(each for each in found if each.end.code)
+        of_cause = next((each for each in found if each.end.process == cause.process), first)
+        told = first if of_cause.end.killed else of_cause
+        return Failure(
+            self._places[told.end.process], told.step, told.end,
+            cause=None if cause.process is None else self._places[cause.process],
+            because="" if cause.process == told.end.process else cause.because,
+        )  # fmt: skip
+
+    def _evidence(self, end: End, began: float) -> Evidence:
+        """What is known of a process at the end of an attempt that began at the time `began`."""
+        beat, before = self._beat(end.process, began), self._at_failure[end.process]
+        alive = None
+        if end.state in ("T", "t"):
+            alive = False
+        elif self._places[end.process].host is not None:
+            alive = end.state is not None  # by the launcher on its host: heartbeat files of other hosts arrive late
+        elif beat.phase != "init" or beat.alive > began:
+            alive = before is None or beat.alive != before.alive
+        return Evidence(end, beat.step, beat.phase, alive)
 
     def _beat(self, process: int, began: float) -> Beat:
         """The last heartbeat of a process in this attempt."""
@@ -150,13 +184,15 @@ class Supervisor:
         return (
             len(self._places) > 1
             and len(latest) == self._patience.lost
-            and len({failure.worker for failure in latest}) == 1
+            and latest[0].cause is not None
+            and len({failure.cause for failure in latest}) == 1
             and latest[-1].step <= latest[0].step
         )
 
     def _without(self, failure: Failure) -> tuple[int, list[str]]:
         """Removes the lost worker; returns the number of processes to use and the options to add."""
-        lost, before = failure.worker, len(self._places)
+        lost, before = failure.cause, len(self._places)
+        assert lost is not None
         self._places.remove(lost)
         try:
             used, added = self._shrink(len(self._places))
@@ -176,10 +212,21 @@ class Supervisor:
         self._say("gave_up", said, code=failure.end.code)
         return _code(failure.end)
 
+    def _leave_behind(self, stuck: list[End]) -> int:
+        """Gives up: a process that does not end may hold the devices and the lock of the run."""
+        of = ", ".join(f"process {end.process} ({self._places[end.process].words()})" for end in stuck)
+        said = (
+            f"{of} did not end within {self._patience.kill:g} s after SIGKILL: it waits for a device or a file system "
+            "(state D in ps). The run is not restarted while it is there: check that host, then run the same command."
+        )
+        self._say("gave_up", said, code=HUNG)
+        return HUNG
+
     def _on_line(self, line: str) -> None:
         """Writes a line of a process's output to the terminal and to supervise.log."""
         with self._writing:
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal is closed
+                print(line, file=sys.stderr, flush=True)
             self._log(line)
 
     def _say(self, event: str, said: str, **values: Any) -> None:
@@ -197,13 +244,16 @@ class Supervisor:
         """Forwards signals to the processes; after the first signal nothing is restarted."""
 
         def forward(number: int, _: Any) -> None:
+            number = signal.Signals(number)
             self._stop_requested = True
             if self._attempt is None:
-                self._held.append(number)
+                self._held.append(FORWARDED[number])
             else:
-                self._attempt.signal(number)
+                self._attempt.signal(FORWARDED[number])
 
-        before = {number: signal.signal(number, forward) for number in FORWARDED}
+        # nohup ignores SIGHUP, and that is kept.
+        numbers = [n for n in FORWARDED if (n, signal.getsignal(n)) != (signal.SIGHUP, signal.SIG_IGN)]
+        before = {number: signal.signal(number, forward) for number in numbers}
         try:
             yield
         finally:
@@ -214,16 +264,3 @@ class Supervisor:
 def _code(end: End) -> int:
     """The exit code as a shell reports it: 128 + signal number for a signal."""
     return end.code if end.code >= 0 else 128 - end.code
-
-
-def make_workers(processes: int, hosts: Sequence[str]) -> list[Worker]:
-    """One worker for each of `processes` on this host, or one on each of `hosts`; a host may be named repeatedly.
-
-    Raises:
-      UserError: both are given, or less than one process.
-    """
-    if hosts and processes != 1:
-        raise UserError("supervise: give --processes for this machine, or --hosts, not both.")
-    if processes < 1:
-        raise UserError(f"supervise: --processes {processes}: wanted at least 1.")
-    return [Worker(slot, host) for slot, host in enumerate(hosts or [None] * processes)]

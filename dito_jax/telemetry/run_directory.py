@@ -6,11 +6,15 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dito_jax.errors import UserError
+
+
+RESTART_SECONDS = 120.0  # longer than NFS keeps the locks of a host that does not answer (90 s)
 
 
 class RunDirectory:
@@ -37,6 +41,9 @@ class RunDirectory:
     def hold(self) -> Iterator[None]:
         """Locks the directory for training until the block or the process ends.
 
+        A process that `dito supervise` has started again waits RESTART_SECONDS for the lock: one of the last start may
+        still be saving, or be on a host that does not answer, whose lock the file server has to take away.
+
         Raises:
           UserError: another process holds the lock; the message names its pid and host.
         """
@@ -45,7 +52,7 @@ class RunDirectory:
             # A POSIX record lock, unlike flock, is not inherited by a forked data worker, which may outlive a killed
             # training process.
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 raise UserError(
@@ -115,6 +122,19 @@ class FollowedDirectory(RunDirectory):
 
     def append(self, path: Path, text: str) -> None:
         """Does nothing."""
+
+
+def _lock(file: IO[str]) -> None:
+    again = int(os.environ.get("DITO_ATTEMPT", "1")) > 1
+    deadline = time.monotonic() + (RESTART_SECONDS if again else 0.0)
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

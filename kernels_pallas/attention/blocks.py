@@ -47,7 +47,7 @@ def untuned(kernel: str, width: int, dtype, masked: bool) -> Blocks:
     """
     if jnp.dtype(dtype).itemsize == 4:
         # Full float32 products run on the CUDA cores, and larger tiles spill; so do more warps with narrow heads.
-        narrow = {"forward": 32, "dkv": 64}.get(kernel, 0)
+        narrow = {"forward": 32, "dkv": 32 if masked else 64}.get(kernel, 0)
         return Blocks(16, 16, 4 if width <= narrow else 8, 2)
     bucket = next(w for w in (64, 96, 128, 256) if width <= w)
     capability = backend.target().capability

@@ -71,21 +71,18 @@ def zeros(block: int, ref) -> tuple[jax.Array, ...]:
     return tuple(jnp.zeros((block, size), jnp.float32) for _, size in pieces(ref.shape[3]))
 
 
-def contained(values, seen):
-    """(values without NaN and inf, NaN where a visible row of them had one): 0 times NaN is NaN in a product.
+def contained(values):
+    """(values without the rows that have NaN or inf, 0 or NaN for each row): 0 times NaN is NaN in a product.
 
     Args:
-      values: pieces (columns of the tile, width), which a tile multiplies by weights that are 0 where it is hidden.
-      seen: the visible scores of the tile.
+      values: pieces (rows of the tile, width), which a tile multiplies by weights that are 0 where it is hidden.
 
     Returns:
-      The pieces, and what to add to each row of the product, (rows of the tile, 1): 0, or NaN.
+      The pieces, and what to add to the weights of the visible rows, (rows of the tile,), so that these give NaN.
     """
-    exist = [jnp.abs(x.astype(jnp.float32)) < jnp.inf for x in values]
-    bad = functools.reduce(jnp.maximum, [jnp.max(jnp.where(e, 0.0, 1.0), axis=1) for e in exist])
-    hit = jnp.max(jnp.where(seen, bad[None, :], 0.0), axis=1)
-    clean = [jnp.where(e, x, jnp.zeros((), x.dtype)) for e, x in zip(exist, values, strict=True)]
-    return clean, jnp.where(hit > 0.0, jnp.nan, 0.0)[:, None]
+    poison = functools.reduce(jnp.add, [jnp.sum(x.astype(jnp.float32) * 0.0, axis=1) for x in values])
+    clean = [jnp.where((poison == 0.0)[:, None], x, jnp.zeros((), x.dtype)) for x in values]
+    return clean, poison
 
 
 def product(a, b) -> jax.Array:

@@ -109,17 +109,14 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, sinks_ref, out_ref, lse_re
         acc, top, total = carry
         start_k = tile * blocks.block_k
         score, _ = scores(product(q, load(k_ref, batch, kv_head, start_k, blocks.block_k)))
-        v, nan = load(v_ref, batch, kv_head, start_k, blocks.block_k), 0.0
+        v = load(v_ref, batch, kv_head, start_k, blocks.block_k)
         if masked:
-            seen = seen_in(mask, batch, start_q, start_k, blocks)
-            score = jnp.where(seen, score, -jnp.inf)
-            v, nan = contained(v, seen)
+            v, poison = contained(v)
+            score = jnp.where(seen_in(mask, batch, start_q, start_k, blocks), score + poison[None, :], -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(score, axis=1))
         weights = jnp.exp2(score - new_top[:, None])
         decay = jnp.exp2(top - new_top)
-        narrow = weights.astype(v_ref.dtype)
-        acc = tuple(a * decay[:, None] + dot(narrow, x) for a, x in zip(acc, v, strict=True))
-        acc = tuple(a + nan for a in acc) if masked else acc
+        acc = tuple(a * decay[:, None] + dot(weights.astype(v_ref.dtype), x) for a, x in zip(acc, v, strict=True))
         return acc, new_top, total * decay + jnp.sum(weights, axis=1)
 
     # A sink is a key with this score and no value: the sum starts with it. Without sinks the score is -inf.
@@ -156,9 +153,8 @@ def _dq_kernel(
         d_weights = product(d_out, load(v_ref, batch, kv_head, start_k, blocks.block_k))
         d_scores = scores.through(weights * (d_weights - delta[:, None]), tanh)
         if masked:
-            seen = seen_in(mask, batch, start_q, start_k, blocks)
-            d_scores = jnp.where(seen, d_scores, 0.0)
-            k, _ = contained(k, seen)  # a visible one makes d_scores NaN
+            d_scores = jnp.where(seen_in(mask, batch, start_q, start_k, blocks), d_scores, 0.0)
+            k, _ = contained(k)  # a visible one has made d_scores NaN
         d_scores = d_scores.astype(k_ref.dtype)
         return tuple(d + dot(d_scores, x) for d, x in zip(d_q, k, strict=True))
 
@@ -190,11 +186,11 @@ def _dkv_kernel(q_ref, k_ref, v_ref, mask, lists, d_out_ref, lse_ref, delta_ref,
         delta = load_row(delta_ref, batch, head, start=start_q, block=blocks.block_q)
         d_scores = scores.through(weights * (product(v, d_out) - delta[None, :]), tanh)
         if masked:
+            q, _ = contained(q)  # a visible one has made d_scores NaN
+            d_out, poison = contained(d_out)
             seen = seen_in(mask, batch, start_q, start_k, blocks, transposed=True)
-            weights, d_scores = jnp.where(seen, weights, 0.0), jnp.where(seen, d_scores, 0.0)
-            q, _ = contained(q, seen)  # a visible one makes d_scores NaN
-            d_out, nan = contained(d_out, seen)
-            d_v = tuple(d + nan for d in d_v)
+            weights = jnp.where(seen, weights + poison[None, :], 0.0)
+            d_scores = jnp.where(seen, d_scores, 0.0)
         narrow, d_scores = weights.astype(v_ref.dtype), d_scores.astype(q_ref.dtype)
         d_v = tuple(d + dot(narrow, x) for d, x in zip(d_v, d_out, strict=True))
         d_k = tuple(d + dot(d_scores, x) for d, x in zip(d_k, q, strict=True))

@@ -73,10 +73,10 @@ def _tangent_kernel(
         v = load(v_ref, batch, kv_head, start_k, blocks.block_k)
         t_v = load(t_v_ref, batch, kv_head, start_k, blocks.block_k)
         if masked:
+            (v, poison), (t_v, t_poison) = contained(v), contained(t_v)
             seen = seen_in(mask, batch, start_q, start_k, blocks)
-            weights, t_weights = jnp.where(seen, weights, 0.0), jnp.where(seen, t_weights, 0.0)
-            (v, nan), (t_v, t_nan) = contained(v, seen), contained(t_v, seen)
-            acc = tuple(a + (nan + t_nan) for a in acc)
+            weights = jnp.where(seen, weights + t_poison[None, :], 0.0)
+            t_weights = jnp.where(seen, t_weights + poison[None, :], 0.0)
         narrow, t_narrow = weights.astype(v_ref.dtype), t_weights.astype(v_ref.dtype)
         acc = tuple(a + dot(t_narrow, x) + dot(narrow, y) for a, x, y in zip(acc, v, t_v, strict=True))
         return acc, mean + jnp.sum(t_weights, axis=1)

@@ -46,7 +46,7 @@ def blocks_for(kernel: str, a, g, grouped: bool = False) -> Blocks:
 def untuned(kernel: str, dtype, B: int, T: int, D: int, F: int) -> Blocks:
     """The default block sizes: none spills at the cases' shapes on sm_90a and sm_80."""
     if jnp.dtype(dtype).itemsize == 4:  # full float32 products run on the CUDA cores
-        return Blocks(64, 64, 16, 4 if kernel == "clip" else 8, 2)
+        return Blocks(64, 64, 16, 8 if kernel == "matrix" else 4, 2)
     capability = backend.target().capability
     depth, stages = (32, 4) if capability is not None and capability < 9.0 else (64, 3)
     if kernel == "pairs":

@@ -10,7 +10,8 @@ import pytest
 from dito_jax.cli import main as cli
 from dito_jax.errors import UserError
 from dito_jax.resilience import attempt
-from dito_jax.resilience.supervisor import Patience, Supervisor, Worker
+from dito_jax.resilience.supervisor import Patience, Supervisor
+from dito_jax.resilience.workers import Worker
 from dito_jax.telemetry.events import Events, read_events
 from dito_jax.telemetry.run_directory import RunDirectory
 from kernels_pallas import backend

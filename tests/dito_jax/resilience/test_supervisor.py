@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from dito_jax.errors import UserError
-from dito_jax.resilience.supervisor import Patience, Supervisor, Worker, make_workers
+from dito_jax.resilience.launcher import MARK
+from dito_jax.resilience.supervisor import Patience, Supervisor
+from dito_jax.resilience.workers import LAUNCHER, Worker, forwarded, make_workers
 from dito_jax.telemetry.events import read_events
 from dito_jax.telemetry.run_directory import RunDirectory
 
@@ -21,7 +24,7 @@ QUICK = Patience(grace=0.5, pause=0.05, longest_pause=0.15)
 
 # Does what the table says for its attempt and worker: beats at a step, then ends by a code or a signal, or stays.
 TRAINER = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
 from dito_jax.telemetry.heartbeat import Heartbeat
 run, table = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
@@ -37,12 +40,17 @@ for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
 heart = Heartbeat(run / "heartbeats" / process)
 if "step" in what:
     heart.beat(what["step"], "step")
+if what.get("ticks"):
+    threading.Thread(target=lambda: [(heart.alive(), time.sleep(0.05)) for _ in range(1000)], daemon=True).start()
 print(f"worker {worker} was here")
 time.sleep(what.get("after", 0))
 while "asked" in what and len(signals) < what["asked"]:
     time.sleep(0.01)
 if signals:
     print("signals", *signals)
+    (run / f"signals-{worker}").write_text(" ".join(map(str, signals)))
+if what.get("freezes"):
+    os.kill(os.getpid(), signal.SIGSTOP)
 if what.get("stays"):
     time.sleep(60)
 code = what["code"]
@@ -206,18 +214,20 @@ def test_where_the_mesh_cannot_shrink_it_says_so(supervisor):
 SUPERVISES = """
 import sys
 from dito_jax.telemetry.run_directory import RunDirectory
-from dito_jax.resilience.supervisor import Patience, Worker, Supervisor
-run, num, pause, *command = sys.argv[1:]
-make_workers = [Worker(slot) for slot in range(int(num))]
+from dito_jax.resilience.supervisor import Patience, Supervisor
+from dito_jax.resilience.workers import Worker
+run, num, pause, host, shell, *command = sys.argv[1:]
+workers = [Worker(slot, host or None) for slot in range(int(num))]
 patience = Patience(grace=5, pause=float(pause))
-sys.exit(Supervisor(command, RunDirectory(run), make_workers, lambda left: (left, []), patience=patience).supervise())
+made = Supervisor(command, RunDirectory(run), workers, lambda left: (left, []), patience=patience, remote_shell=shell)
+sys.exit(made.supervise())
 """
 
 
-def as_a_process(supervisor, table, num, pause) -> subprocess.Popen:
+def as_a_process(supervisor, table, num, pause, host=None, shell: str | Path = "ssh") -> subprocess.Popen:
     made = supervisor(table)
     return subprocess.Popen(
-        [sys.executable, "-c", SUPERVISES, made.run.path, str(num), str(pause), *made._command],
+        [sys.executable, "-c", SUPERVISES, made.run.path, str(num), str(pause), host or "", shell, *made._command],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -228,13 +238,15 @@ def wait_for_starts(tmp_path, num):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_every_process_and_nothing_is_started_again(supervisor, tmp_path, number):
+    """SIGHUP, which would end a process without a save, arrives as SIGTERM."""
     process = as_a_process(supervisor, {"else": {"step": 5, "asked": 1, "code": 75}}, num=2, pause=0.01)
     wait_for_starts(tmp_path, 2)
     process.send_signal(number)
     said = process.communicate(timeout=30)[1]
-    assert process.returncode == 75 and said.count(f"signals {int(number)}") == 2
+    arrives = signal.SIGTERM if number == signal.SIGHUP else number
+    assert process.returncode == 75 and said.count(f"signals {int(arrives)}") == 2
     assert (tmp_path / "run/supervise.log").read_text().count("was here") == 2
 
 
@@ -269,21 +281,100 @@ def test_all_that_is_said_is_in_one_log(supervisor, capfd):
     assert sorted(capfd.readouterr().err.splitlines()) == sorted(lines)
 
 
-def test_hosts_are_reached_by_a_shell_that_is_given_everything(supervisor, tmp_path, monkeypatch):
-    shell = tmp_path / "shell"
-    shell.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/hosts\ncd /\nexec env -i PATH="$PATH" sh -c "$2"\n')
+def remote_shell(folder: Path) -> Path:
+    """Like ssh: the command has its own session and environment, and no signal to the shell reaches it."""
+    shell = folder / "shell"
+    shell.write_text(
+        f'#!/bin/sh\necho "$1" >> {folder}/hosts\ncd /\nexec setsid --wait env -i PATH="$PATH" sh -c "$2"\n'
+    )
     shell.chmod(0o755)
+    return shell
+
+
+@pytest.mark.parametrize("host", [None, "far"])
+def test_when_the_supervisor_is_killed_the_processes_are_asked_to_stop(supervisor, tmp_path, host):
+    process = as_a_process(supervisor, {"else": {"asked": 1, "code": 75}}, 2, 0.01, host, remote_shell(tmp_path))
+    wait_for_starts(tmp_path, 2)
+    process.kill()
+    process.communicate()
+    deadline, files = time.monotonic() + 20, [tmp_path / f"run/signals-{worker}" for worker in (0, 1)]
+    while not all(file.exists() and file.read_text() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [file.read_text() for file in files] == ["15", "15"]
+
+
+def test_a_signal_reaches_the_process_on_another_host(supervisor, tmp_path):
+    process = as_a_process(supervisor, {"else": {"asked": 1, "code": 75}}, 1, 0.01, "far", remote_shell(tmp_path))
+    wait_for_starts(tmp_path, 1)
+    process.send_signal(signal.SIGTERM)
+    assert "signals 15" in process.communicate(timeout=30)[1] and process.returncode == 75
+
+
+@pytest.mark.parametrize("host", [None, "far"])
+def test_a_frozen_process_is_the_cause_and_not_the_one_that_jax_ends(supervisor, tmp_path, host):
+    frozen, ended = {"step": 9, "ticks": 1, "freezes": 1, "code": 0}, {"step": 9, "ticks": 1, "code": -6, "after": 1}
+    table = {f"{attempt}.{worker}": (frozen, ended)[worker] for attempt in (1, 2) for worker in (0, 1)}
+    made = supervisor(
+        table | {"else": {"code": 0}}, shrink=lambda left: (left, []), patience=Patience(grace=1.0, pause=0.05),
+        where=[Worker(0, host), Worker(1, host)], remote_shell=str(remote_shell(tmp_path)),
+    )  # fmt: skip
+    assert made.supervise() == 0
+    assert "worker 0 is lost" in told(made, "worker_lost")[0] and seen(made)[-1][:2] == [3, 1]
+    assert "ended at step 9 by SIGABRT; process 0 gave no sign of life" in told(made, "restart")[0]
+
+
+def test_a_process_that_does_not_end_after_sigkill_is_given_up(supervisor):
+    """As one in state D. Here it is the launcher that does not react."""
+    script = '[ "$DITO_WORKER" = 0 ] || { sleep 0.5; exit 1; }; kill -STOP $PPID; exec sleep 60'
+    made = supervisor({}, num=2, patience=Patience(grace=0.2, kill=0.3))
+    made._command = ["sh", "-c", script]
+    began = time.monotonic()
+    assert made.supervise() == 86 and time.monotonic() - began < 20
+    (said,) = told(made, "gave_up")
+    assert "process 0 (worker 0) did not end within 0.3 s after SIGKILL" in said
+
+
+def test_a_stop_signal_has_an_end(supervisor):
+    made = supervisor({"else": {"step": 5, "asked": 9, "code": 75}}, patience=Patience(stop=0.5))
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert made.supervise() == 128 + 9
+
+
+def test_a_remote_shell_without_standard_input_does_not_stop_the_command():
+    command = [sys.executable, "-I", str(LAUNCHER), "sh", "-c", "sleep 0.3; printf done; exit 3"]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    told, *rest = ended.stdout.split("\n")
+    assert "passes no standard input" in told and rest == ["done", f"{MARK}exit 3", ""] and ended.returncode == 3
+
+
+def test_hosts_are_reached_by_a_shell_that_is_given_everything(supervisor, tmp_path, monkeypatch):
+    shell = remote_shell(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", "--a 'b c' $HOME")
     monkeypatch.setenv("JAX_X", str(ROOT))
     where = make_workers(1, ["one", "me@two", "one"])
     made = supervisor({"else": {"code": 0}}, where=where, remote_shell=f"{shell}")
-    monkeypatch.setattr("dito_jax.resilience.attempt.PASSED_ON", ("DITO_", "JAX_", "XLA_", "PYTHONPATH"))
+
     made._command += ["it's", "$HOME"]
     assert made.supervise() == 0
     assert sorted((tmp_path / "hosts").read_text().split()) == ["me@two", "one", "one"]
     assert sorted(row[1] for row in seen(made)) == [0, 1, 2]
     assert {tuple(row[2]) for row in seen(made)} == {("it's", "$HOME")}
     assert {row[3][0].split(":")[0] for row in seen(made)} == {"one"}
+
+
+def test_only_what_is_listed_is_passed_to_other_hosts():
+    allowed = {"DITO_SECRETS": "/s", "NCCL_DEBUG": "INFO", "XLA_FLAGS": "-x", "TF_CPP_MIN_LOG_LEVEL": "1"}
+    secret = {
+        "TF_API_TOKEN": "x", "TF_VAR_password": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_SESSION_TOKEN": "x",
+        "HOME": "/", "GOOGLE_APPLICATION_CREDENTIALS": "x", "HF_TOKEN": "x", "WANDB_API_KEY": "x", "DITO_API_KEY": "x",
+    }  # fmt: skip
+    assert forwarded(allowed | secret) == allowed
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=x", "me@-oProxyCommand=x", "", "me@", "a b", "a\n"])
+def test_a_host_name_that_is_none_is_refused(host):
+    with pytest.raises(UserError, match="wanted a host name"):
+        make_workers(1, ["a", host])
 
 
 def test_workers_are_counted_or_named():

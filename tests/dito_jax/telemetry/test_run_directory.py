@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def test_lock_goes_with_the_process_that_held_it(tmp_path, holder, end):
             text=True,
         )
         assert second.returncode != 0, "and it keeps others out again"
+
+
+def test_a_process_that_is_started_again_waits_for_the_lock(tmp_path, holder, monkeypatch):
+    """The process of the start before may still be saving."""
+    monkeypatch.setenv("DITO_ATTEMPT", "2")
+    threading.Timer(0.5, holder.kill).start()
+    with RunDirectory(tmp_path).hold():
+        assert holder.poll() is not None or holder.wait(5) is not None
 
 
 FORKS = """
