@@ -15,6 +15,7 @@ Exit code 0: done. 2: the user's mistake, in one line. 75: asked to stop (SIGTER
 Anything else is a bug.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from dito_jax.distributed import agree, connect, index, join
 from dito_jax.errors import Preempted
 from dito_jax.evaluation.expert_load import make_load_meter
 from dito_jax.evaluation.final_evaluation import final_evaluation
-from dito_jax.evaluation.sample import make_sampler
+from dito_jax.evaluation.sample import make_batch_sampler
 from dito_jax.resilience.data_errors import BatchReader
 from dito_jax.resilience.data_position import EXAMPLES, DataPosition
 from dito_jax.resilience.guard import Guard, step_back
@@ -39,16 +40,19 @@ from dito_jax.run import command_line
 from dito_jax.run.arguments import train_arguments
 from dito_jax.run.initialization import initial_state
 from dito_jax.run.loaded_run import CLASSES
+from dito_jax.run.monitor import make_monitor
 from dito_jax.run.recipe import Recipe, make_recipe
 from dito_jax.run.resume import check_first_step, compare_data, recorder
 from dito_jax.run.same_start import check_same_start
 from dito_jax.run.saved_run import sampled_ema
 from dito_jax.sharding import make_mesh
 from dito_jax.telemetry.logger import MetricsLogger
+from dito_jax.telemetry.metrics import last_compile_seconds
+from dito_jax.telemetry.progress import MakeMeter, ProgressMeter
 from dito_jax.telemetry.run_directory import FollowedDirectory, RunDirectory
 from dito_jax.telemetry.throughput import Throughput
 from dito_jax.training.compilation_cache import enable_compilation_cache
-from dito_jax.training.compiling import compile_step
+from dito_jax.training.compiling import CompileReport, compile_step
 from dito_jax.training.optimizer import learning_rate
 from dito_jax.training.state import TrainState
 
@@ -65,15 +69,15 @@ def main(arguments: tuple[TrainConfig, RunDirectory]) -> None:
     run = run if index() == 0 else FollowedDirectory(run.path)
     with run.hold(), jax.set_mesh(mesh), run_services(run, config.watchdog, config.faults) as services:
         recipe = make_recipe(config, run, mesh)
-        state = train(config, run, recipe, services)
+        meter = functools.partial(ProgressMeter, shown=run.writes, beat=services.ledger.progress)
+        state = train(config, run, recipe, services, meter)
         with services.ledger.phase("eval"):
-            finish(config, run, recipe, state)
+            finish(config, run, recipe, state, meter)
 
 
-def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Services) -> TrainState:
+def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Services, meter: MakeMeter) -> TrainState:
     program, source, batches_from = recipe.program, recipe.source, recipe.batches_from
     ledger, events, faults = services.ledger, services.events, services.faults
-
     # ----------------------------------------------------------------------------------------------- state, or restore
     checkpoints = open_checkpoints(config, run, services)
 
@@ -104,18 +108,12 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
     )
 
     # --------------------------------------------------------------------------------------------------------- compile
-    with ledger.phase("compile"):
+    with ledger.phase("compile"), meter("compiling the train step", expected=last_compile_seconds(run)):
         step, compiled = compile_step(program.step, program.state, program.batch)
         agree(True, "the first step")  # a process that had it in its cache waits here, and not in a collective
     command_line.say(compiled.line())
-    throughput = Throughput(
-        images_per_step=config.train.batch_size, dtype=config.train.compute_dtype,
-        flops_per_step=3 * config.model.flops() * config.train.batch_size,  # the backward is two forwards
-    )  # fmt: skip
-    logger = MetricsLogger(
-        run, total=config.train.steps, first=first, throughput=throughput,
-        rate=learning_rate(config.optimizer, config.train.steps), compiled=compiled.asdict(),
-    )  # fmt: skip
+    logger = make_logger(config, run, first, compiled)
+    monitor = make_monitor(config, run, recipe, meter, lambda: services.preemption.asked)
 
     # ------------------------------------------------------------------------------------------------------------ loop
     guard, clock = Guard(config.guard, run, events, first=first), SaveClock(config.checkpoint, config.train.log_every)
@@ -132,6 +130,9 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
         ledger.flush()
 
     with logger, services.preemption.deferred():
+        if monitor.missed(first):
+            with ledger.phase("eval"):
+                monitor(first, sampled_ema(state, config), logger)
         while number < config.train.steps:
             number += 1
             ledger.step(number)
@@ -158,8 +159,8 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 save(number)
             if stop and (guard.diverged or not last):
                 checkpoints.close()
-                done = (checkpoints.latest() or 0) if guard.diverged else number
-                raise Preempted(f"asked to stop: step {done} is saved; the same command goes on from there.")
+                saved = checkpoints.latest() or 0  # an earlier step, if the processes diverged
+                raise Preempted(f"asked to stop: step {saved} is saved; the same command goes on from there.")
             if guard.burst():
                 del state  # before another takes its place
                 with ledger.phase("restore"):
@@ -167,6 +168,10 @@ def train(config: TrainConfig, run: RunDirectory, recipe: Recipe, services: Serv
                 ledger.resumed(number)
                 logger.rewind(number)
                 stream = batches_from(position)
+            elif monitor.due(number):
+                with ledger.phase("eval"):
+                    monitor(number, sampled_ema(state, config), logger)
+                ledger.flush()
         with ledger.phase("save"):
             checkpoints.close()
     return state
@@ -188,15 +193,29 @@ def open_checkpoints(config: TrainConfig, run: RunDirectory, services: Services)
     )  # fmt: skip
 
 
-def finish(config: TrainConfig, run: RunDirectory, recipe: Recipe, state: TrainState) -> None:
+def make_logger(config: TrainConfig, run: RunDirectory, first: int, compiled: CompileReport) -> MetricsLogger:
+    throughput = Throughput(
+        images_per_step=config.train.batch_size,
+        flops_per_step=3 * config.model.flops() * config.train.batch_size,  # the backward is two forwards
+        dtype=config.train.compute_dtype,
+    )
+    return MetricsLogger(
+        run, total=config.train.steps, first=first, throughput=throughput,
+        rate=learning_rate(config.optimizer, config.train.steps), compiled=compiled.asdict(),
+        wandb_project=config.monitoring.wandb_project,
+    )  # fmt: skip
+
+
+def finish(config: TrainConfig, run: RunDirectory, recipe: Recipe, state: TrainState, meter: MakeMeter) -> None:
     # --------------------------------------------------------------------------------------------- samples, evaluation
     graph = recipe.program.graph
-    draw = make_sampler(graph, config.model, config.sample, config.loss.prediction)
+    draw = make_batch_sampler(graph, config.model, config.sample, config.loss.prediction)
     figures = final_evaluation(
-        run, draw, sampled_ema(state, config), config.data.open("train"), recipe.validation,
+        run, draw, sampled_ema(state, config), config.data.open("train"),
+        recipe.validation if config.evaluation.num_samples else None,
         sample=config.sample, evaluation=config.evaluation, seed=config.train.seed,
         load=make_load_meter(graph, config.model, seed=config.train.seed),
-        private=config.privacy.epsilon is not None,
+        private=config.privacy.epsilon is not None, meter=meter,
     )  # fmt: skip
     if figures is not None:
         agreement, of_validation = figures["class_agreement"], figures["class_agreement_of_validation"]

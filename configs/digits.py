@@ -7,6 +7,7 @@ Hardware: two CPU cores, about two minutes of training. Result: docs/digits/, as
 
 from dito_jax.config import TrainConfig
 from dito_jax.data import DigitsData
+from dito_jax.evaluation.monitoring import MonitoringConfig
 from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.training.optimizer import OptimizerConfig
@@ -25,4 +26,5 @@ def config() -> TrainConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         sample=SampleConfig(steps=25, guidance_scale=1.5, ema_decay=0.995, batch_size=250),
+        monitoring=MonitoringConfig(validation_every=250, samples_every=500),
     )

@@ -17,6 +17,7 @@ from dito_jax.checkpointing.retention import CheckpointConfig
 from dito_jax.config import TrainConfig
 from dito_jax.data import ImageFolderData
 from dito_jax.evaluation.evaluate import EvaluationConfig
+from dito_jax.evaluation.monitoring import MonitoringConfig
 from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.training.optimizer import OptimizerConfig
@@ -33,4 +34,5 @@ def config() -> TrainConfig:
         checkpoint=CheckpointConfig(every=500, every_seconds=600),
         sample=SampleConfig(steps=25, guidance_scale=2.0, batch_size=64),
         evaluation=EvaluationConfig(num_samples=200, max_reference=1000, grid=64),
+        monitoring=MonitoringConfig(validation_every=500, samples_every=500),
     )

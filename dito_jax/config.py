@@ -17,6 +17,7 @@ from dito_jax.data import DigitsData, ImageFolderData, LatentsData, ParquetData,
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
 from dito_jax.evaluation.evaluate import EvaluationConfig
+from dito_jax.evaluation.monitoring import MonitoringConfig
 from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.kernels import KernelsConfig
@@ -51,8 +52,9 @@ class TrainConfig:
     privacy: PrivacyConfig = PrivacyConfig()
     sample: SampleConfig = SampleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    # Warm start: the run directory whose EMA parameters this run starts from. The experts of a MoE-DiT can start from
-    # the MLPs of a dense DiT (sparse upcycling).
+    monitoring: MonitoringConfig = MonitoringConfig()
+    # Warm start: the run directory whose EMA parameters this run starts from. The number of classes and the image size
+    # may differ. The experts of a MoE-DiT can start from the MLPs of a dense DiT (sparse upcycling).
     init_from: str | None = None
     # Number of canaries: random images, each added to the training data with probability 1/2, for `dito privacy audit`.
     canaries: int = 0
@@ -117,6 +119,7 @@ def check(config: TrainConfig, num_devices: int) -> None:
         ),
         **model.run_rules(axes, images=train.batch_size // part),
         **(private_rules(model, config.privacy, config.checkpoint) if private else {}),
+        **config.monitoring.problems(private=private),
         f"canaries {config.canaries} is negative": config.canaries < 0,
         "data.max_unreadable would put another image in the place of an unreadable one, which then counts twice: set "
         "it to 0 in a private run": private and getattr(config.data, "max_unreadable", 0) > 0,
@@ -225,6 +228,6 @@ _CLASSES: dict[str, Any] = {
     for cls in (
         TrainConfig, DiTConfig, MoEDiTConfig, KernelsConfig, LossConfig, OptimizerConfig, MeshConfig, LoopConfig,
         CheckpointConfig, GuardConfig, WatchdogConfig, FaultsConfig, PrivacyConfig, SampleConfig, EvaluationConfig,
-        DigitsData, StrokesData, ImageFolderData, WebDatasetData, ParquetData, LatentsData,
+        MonitoringConfig, DigitsData, StrokesData, ImageFolderData, WebDatasetData, ParquetData, LatentsData,
     )
 }  # fmt: skip

@@ -97,6 +97,27 @@ def test_a_run_leaves_everything_a_person_looks_at(finished):
     assert figures["class_agreement_of_validation"] > 0.97
 
 
+def test_monitoring_changes_no_bit_and_a_stopped_run_makes_up_for_what_it_missed(finished, tmp_path, call):
+    """Stopped right after it saved step 20, before the validation loss and the samples of that step."""
+    run = tmp_path / "monitored"
+    words = ["train", "configs/digits.py", *SMALL, *STEPS, "--run-dir", run, "--monitoring.validation_every", "10",
+             "--monitoring.samples_every", "20", "--monitoring.num_samples", "16"]  # fmt: skip
+
+    def rows(path, name):
+        return [row for line in (path / "metrics.jsonl").read_text().splitlines() if name in (row := json.loads(line))]
+
+    call(*words, "--faults.inject", "term@20", code=75)
+    assert [row["step"] for row in rows(run, "validation_loss")] == [10] and not (run / "samples").exists()
+    call(*words)
+    measured = rows(run, "validation_loss")
+    assert [row["step"] for row in measured] == [10, 20, 30, 40]
+    assert measured[-1]["validation_loss"] < measured[0]["validation_loss"]
+    assert len([name for name in measured[0] if name.startswith("validation_loss/t_")]) == 10
+    assert {path.name for path in (run / "samples").iterdir()} == {"step_20.png", "step_40.png", "final.png"}
+    assert [row["loss"] for row in rows(run, "loss")] == [row["loss"] for row in rows(finished, "loss")]
+    assert call("digest", run).stdout.splitlines()[-1] == call("digest", finished).stdout.splitlines()[-1]
+
+
 EXPERTS = [*SMALL, "--train.log_every", "1", "--model.expert_hidden", "None", "--model.shared_hidden", "0"]
 
 

@@ -138,7 +138,9 @@ def _sample(parsers: Parsers) -> None:
     add("--steps", type=int, help="sampler steps; default: the config's")
     add("--sampler", choices=("euler", "heun"), help="ODE solver; default: the config's")
     add("--ema-decay", type=float, help="which EMA of the parameters, by its decay; default: the config's")
-    add("--out", metavar="DIR|FILE.png", help="where to write; default: RUN/samples")
+    add("--no-ema", action="store_true", help="sample from the parameters themselves, not from their EMA")
+    add("--npz", action="store_true", help="write the .npz for FID evaluators: arr_0 uint8 (N, h, w, 3), arr_1 labels")
+    add("--out", metavar="DIR|FILE.png|FILE.npz", help="where to write; default: RUN/samples")
 
 
 def _export(parsers: Parsers) -> None:

@@ -12,8 +12,8 @@ from flax import nnx
 from dito_jax.config import TrainConfig
 from dito_jax.data import Source, drawn
 from dito_jax.errors import UserError
-from dito_jax.evaluation.final_evaluation import visible
 from dito_jax.evaluation.metrics import closest_pairs
+from dito_jax.evaluation.pixels import visible
 from dito_jax.evaluation.plots import image_grid, roc_curves
 from dito_jax.evaluation.sample import balanced_labels, make_sampler
 from dito_jax.privacy.audit import attacked, findings, make_scorers, report

@@ -45,6 +45,10 @@ class LatentsData:
         """
         return Latents(self, split)
 
+    def unscaled(self, latents: Float[np.ndarray, "B h w c"]) -> Float[np.ndarray, "B h w c"]:
+        """Latents of the model, such as samples, as the autoencoder's decoder takes them: without the factor."""
+        return latents / np.float32(self.scaling_factor)
+
 
 class Latents:
     """One split of the latents; `image` of an example is scaling_factor * latent."""

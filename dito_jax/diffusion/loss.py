@@ -39,6 +39,14 @@ class LossConfig:
             t = time.logit_normal(key, num, mean=self.time_mean, std=self.time_std)
         return time.shift_time(t, self.time_shift)
 
+    def time_density(self, t: Float[Array, " num"]) -> Float[Array, " num"]:
+        """The probability density of `draw_times` at t in (0, 1)."""
+        unshifted = time.unshift_time(t, self.time_shift)
+        slope = self.time_shift / jnp.square(1 + (self.time_shift - 1) * t)
+        if self.timestep_sampling == "uniform":
+            return slope
+        return slope * time.logit_normal_density(unshifted, mean=self.time_mean, std=self.time_std)
+
 
 def flow_matching_loss(
     network: Callable[..., Float[Array, "B h w c_out"]],

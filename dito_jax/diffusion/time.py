@@ -15,9 +15,19 @@ def logit_normal(key: Key[Array, ""], num: int, *, mean: float, std: float) -> F
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, (num,)))
 
 
+def logit_normal_density(t: Float[Array, " num"], *, mean: float, std: float) -> Float[Array, " num"]:
+    """The probability density of `logit_normal` at t in (0, 1)."""
+    return jax.scipy.stats.norm.pdf(jax.scipy.special.logit(t), mean, std) / (t * (1 - t))
+
+
 def shift_time(t: Float[Array, "*num"], shift: float) -> Float[Array, "*num"]:
     """Timestep shift t / (t + shift (1 - t)): shift > 1 favours noisy timesteps, for large images (SD3 eq. 23)."""
     return t / (t + shift * (1 - t))
+
+
+def unshift_time(t: Float[Array, "*num"], shift: float) -> Float[Array, "*num"]:
+    """The inverse of `shift_time`: shift t / (1 + (shift - 1) t), with the derivative shift / (1 + (shift - 1) t)^2."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def schedule(steps: int, *, shift: float = 1.0) -> Float[Array, " times"]:

@@ -5,11 +5,12 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_curve
 
+from dito_jax.evaluation.pixels import as_pixels
 from dito_jax.telemetry.run_directory import atomic_path
 
 
@@ -17,8 +18,10 @@ SIDE = 64  # approximate side in pixels to which small images are enlarged
 GAP = 2  # pixels between images
 
 
-def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *, columns: int | None = None) -> None:
-    """Draws images in [-1, 1], grey or RGB, as a grid with `columns` columns (default: a square grid) on white.
+def grid_pixels(
+    images: Float[np.ndarray, "B h w c"], *, columns: int | None = None
+) -> UInt8[np.ndarray, "height width c"]:
+    """A grid of images in [-1, 1], grey or RGB, with `columns` columns (default: a square grid) on white.
 
     Small images are enlarged by an integer factor without interpolation.
 
@@ -28,9 +31,8 @@ def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *,
     count, height, width, channels = images.shape
     if channels not in (1, 3):
         raise ValueError(f"images with {channels} channels cannot be drawn; decode them to 1 (grey) or 3 (RGB).")
-    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
     zoom = max(1, SIDE // max(height, width))
-    pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    pixels = as_pixels(images).repeat(zoom, axis=1).repeat(zoom, axis=2)
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     down, across = height * zoom + GAP, width * zoom + GAP
@@ -39,8 +41,18 @@ def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *,
         row, column = divmod(number, columns)
         top, left = GAP + row * down, GAP + column * across
         canvas[top : top + height * zoom, left : left + width * zoom] = image
+    return canvas
+
+
+def image_grid(images: Float[np.ndarray, "B h w c"], path: str | os.PathLike, *, columns: int | None = None) -> None:
+    """Writes `grid_pixels` of the images as a PNG file."""
+    save_png(grid_pixels(images, columns=columns), path)
+
+
+def save_png(canvas: UInt8[np.ndarray, "height width c"], path: str | os.PathLike) -> None:
+    """Writes an image, grey or RGB, as a PNG file."""
     with atomic_path(path) as partial:
-        Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas).save(partial, "PNG")
+        Image.fromarray(canvas[:, :, 0] if canvas.shape[-1] == 1 else canvas).save(partial, "PNG")
 
 
 def loss_curve(steps: Sequence[int], losses: Sequence[float], path: str | os.PathLike) -> None:

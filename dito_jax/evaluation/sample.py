@@ -1,7 +1,7 @@
 """Class-conditional sampling from a network; the result does not depend on the batch size."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -35,7 +35,7 @@ class SampleConfig:
     ema_decay: float | None = None
     """Decay rate of the EMA parameters to sample from; None: the first of train.ema_decays."""
     batch_size: int = 100
-    """Images per sampling batch, rounded up so that every device gets the same number."""
+    """Maximum number of images per sampling batch, rounded up so that every device gets the same number."""
 
 
 def make_draw(
@@ -69,27 +69,36 @@ def make_draw(
     return draw
 
 
-def make_sampler(
+def make_batch_sampler(
     graph: nnx.GraphDef, model: DiTConfig, sample: SampleConfig, prediction: Quantity
-) -> Callable[[nnx.State, Sequence[int], int], np.ndarray]:
-    """Returns `draw(params, labels, seed) -> images (len(labels), h, w, c)`, float32.
+) -> Callable[[nnx.State, Sequence[int], int], Iterator[np.ndarray]]:
+    """Returns `draw(params, labels, seed)`, an iterator of batches of images (B, h, w, c), float32.
 
-    Image i depends on its label, the seed and i only, not on the other images (unless model.pool > 1).
+    Image i depends on its label, the seed and i only, not on the other images (unless model.pool > 1). Memory is that
+    of one batch, however many labels there are.
     """
     draw_batch = jax.jit(make_draw(graph, model, sample, prediction))
 
     def draw(params, labels, seed):
         label, index = np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32)
-        size, batches = whole_batch(sample.batch_size, model.together), []
+        # Few labels make a smaller batch, of a power of two images, so that few shapes are compiled.
+        size = whole_batch(min(sample.batch_size, 1 << (len(labels) - 1).bit_length()), model.together)
         for start in range(0, len(labels), size):
             chosen = np.minimum(
                 start + np.arange(size), len(labels) - 1
             )  # pad the last batch, to compile one shape only
             images = draw_batch(params, label[chosen], jax.random.key(seed), index[chosen])
-            batches.append(np.asarray(images)[: len(labels) - start])
-        return np.concatenate(batches)
+            yield np.asarray(images)[: len(labels) - start]
 
     return draw
+
+
+def make_sampler(
+    graph: nnx.GraphDef, model: DiTConfig, sample: SampleConfig, prediction: Quantity
+) -> Callable[[nnx.State, Sequence[int], int], np.ndarray]:
+    """Returns `draw(params, labels, seed) -> images (len(labels), h, w, c)`: all batches of `make_batch_sampler`."""
+    draw_batches = make_batch_sampler(graph, model, sample, prediction)
+    return lambda params, labels, seed: np.concatenate(list(draw_batches(params, labels, seed)))
 
 
 def sample(

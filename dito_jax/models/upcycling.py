@@ -25,7 +25,7 @@ def differences(old: DiTConfig, model: DiTConfig, *, but: Collection[str] = ()) 
 
 def check_upcycling(dense: DiTConfig, model: MoEDiTConfig) -> None:
     """Raises UserError, in one line, unless every expert of `model` can be a copy of an MLP of `dense`."""
-    differ = differences(dense, model)
+    differ = differences(dense, model, but=("num_classes", "image_shape"))
     rules = {
         "the dense model's MLPs are not swiglu": dense.mlp != "swiglu",
         f"model.expert_hidden is {model.hidden}, the dense model's MLPs have {dense.hidden}": model.hidden

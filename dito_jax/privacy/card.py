@@ -22,6 +22,7 @@ from dito_jax.privacy.ledger import Ledger, ledger_path
 from dito_jax.privacy.ledger_head import check_ledger
 from dito_jax.privacy.run import PLAN, release_of
 from dito_jax.privacy.settings import PrivacyConfig, StepPlan
+from dito_jax.telemetry.metrics import read_metrics
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.trainable import Names
 
@@ -29,6 +30,11 @@ from dito_jax.training.trainable import Names
 RELEASED = (
     "the parameters and EMA parameters of all checkpoints",
     "the learning rate and the norm of the noised gradient of each step, in metrics.jsonl and tensorboard/",
+    "samples/: drawn from these parameters and a public seed",
+)
+VALIDATION_LOSS = (
+    "validation_loss, in metrics.jsonl and tensorboard/: computed from these parameters on the validation split, which "
+    "is not part of the private data set; examples of that split have no privacy guarantee"
 )
 NOT_RELEASED = (
     "eval.json, report.md, comparisons of samples with real images: computed on the data without noise",
@@ -88,11 +94,16 @@ def card(
         "canaries": canaries,
         "backend": privacy.backend,
         "ledger": {"entries": ledger.number, "head": ledger.head},
-        "released": RELEASED,
+        "released": _released(run),
         "not_released": NOT_RELEASED,
         "limits": LIMITS,
         "audit": {name: json.loads(audit.read_text())[name] for name in FOR_THE_CARD} if audit.exists() else None,
     }
+
+
+def _released(run: RunDirectory) -> tuple[str, ...]:
+    validated = any("validation_loss" in row for row in read_metrics(run))
+    return (*RELEASED, VALIDATION_LOSS) if validated else RELEASED
 
 
 def _spent(ledger: Ledger, kept: dict[str, Any], privacy: PrivacyConfig) -> dict[str, Any]:

@@ -56,6 +56,11 @@ class Preemption:
         self._mine: str | None = None  # how this process reacts: "saves" or "leaves"
         self._entered, self._news = threading.Event(), threading.Event()
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process knows of a stop signal; processes may learn of it at different times."""
+        return self._asked
+
     def requested(self, step: int) -> bool:
         """Whether to save and stop after `step`; a collective: all processes must call it after every step."""
         if not self._several:

@@ -9,8 +9,9 @@ import jax
 
 from dito_jax.config import TrainConfig
 from dito_jax.errors import UserError
-from dito_jax.models.fine_tuning import check_start, started
+from dito_jax.models.fine_tuning import changes, check_start, check_trained, started
 from dito_jax.privacy.ledger import same_data
+from dito_jax.run.command_line import say
 from dito_jax.run.saved_run import opened, restored, sampled_ema
 from dito_jax.telemetry.run_directory import RunDirectory
 from dito_jax.training.program import Program
@@ -20,19 +21,24 @@ from dito_jax.training.state import TrainState, warm_started
 def initial_state(config: TrainConfig, program: Program, mesh: jax.sharding.Mesh) -> TrainState:
     """The state at step 0. A warm start takes the EMA parameters that the other run is sampled from.
 
+    One line says what differs: another number of classes, another image size.
+
     Raises:
-      UserError: there is no such run, its model does not fit this one, or this run is private and the other one was
-        trained on its data without privacy, or under another privacy budget.
+      UserError: there is no such run, its model does not fit this one, a new class embedding is not trained, or this
+        run is private and the other one was trained on its data without privacy, or under another privacy budget.
     """
     state = program.init()
     if config.init_from is None:
         return state
     run, of_start = opened(config.init_from)
     check_start(of_start.model, config.model)
+    check_trained(of_start.model, config.model, config.train.trainable)
     if config.privacy.epsilon is not None:
         _check_ancestors(config)
     _, trained, _ = restored(run, of_start, mesh)
     average = sampled_ema(trained, of_start)
+    if differs := changes(of_start.model, config.model):
+        say(f"init_from {run.path}: {differs}.")
     return warm_started(started(of_start.model, average, config.model, state.params), state, program.state)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from dito_jax.config import TrainConfig
 from dito_jax.data import LatentsData
 from dito_jax.diffusion.path import Quantity
 from dito_jax.errors import UserError
-from dito_jax.evaluation.sample import SampleConfig, make_sampler
+from dito_jax.evaluation.sample import SampleConfig, make_batch_sampler
 from dito_jax.models.dit import DiT, DiTConfig
 from dito_jax.run import saved_run
 from dito_jax.telemetry.run_directory import RunDirectory
@@ -64,15 +64,35 @@ class Run:
         What is None is as in the config of the run.
 
         Returns:
-          Images in [-1, 1]; of a model of latents, the scaled latents as they are.
+          Images in [-1, 1]; of a model of latents, latents as the autoencoder's decoder takes them: divided by
+          data.scaling_factor.
 
         Raises:
           UserError: the model has no such class, or a setting is out of range.
         """
+        return np.concatenate(
+            list(self.sample_batches(labels, guidance=guidance, steps=steps, sampler=sampler, seed=seed))
+        )
+
+    def sample_batches(
+        self,
+        labels: Sequence[int | str],
+        *,
+        guidance: float | None = None,
+        steps: int | None = None,
+        sampler: Literal["euler", "heun"] | None = None,
+        seed: int = 0,
+    ) -> Iterator[Float[np.ndarray, "B h w c"]]:
+        """The images of `sample` in batches of sample.batch_size, for more of them than fit into memory."""
         settings = sample_settings(self.config, guidance=guidance, steps=steps, sampler=sampler)
         draw = _sampler(self.graph, self.config.model, settings, self.config.loss.prediction)
-        images = draw(self.params, [self.label(name) for name in labels], seed)
-        return images if isinstance(self.config.data, LatentsData) else np.clip(images, -1, 1)
+        batches = draw(self.params, [self.label(name) for name in labels], seed)
+        return map(self._of_data, batches)
+
+    def _of_data(self, images: Float[np.ndarray, "B h w c"]) -> Float[np.ndarray, "B h w c"]:
+        """Samples as the data are: latents without their scale, images clipped to [-1, 1]."""
+        data = self.config.data
+        return data.unscaled(images) if isinstance(data, LatentsData) else np.clip(images, -1, 1)
 
     def label(self, name: int | str) -> int:
         """The number of a class, given by its name or its number.
@@ -100,10 +120,12 @@ def load_run(path: str | Path, *, step: int | None = None, ema_decay: float | No
       ema: False takes the parameters themselves.
 
     Raises:
-      UserError: there is no run, no such checkpoint, or no EMA of that decay.
+      UserError: there is no run, no such checkpoint, or no EMA of that decay; or ema_decay is given with ema False.
     """
     directory, config = saved_run.opened(str(path))
     decays = config.train.ema_decays
+    if ema_decay is not None and not ema:
+        raise UserError(f"EMA decay {ema_decay:g} and no EMA: choose one of the two.")
     if ema_decay is not None and ema_decay not in decays:
         raise UserError(f"{path}: no EMA of decay {ema_decay:g}; choose from {', '.join(map(str, decays))}.")
     if ema_decay is not None:
@@ -137,7 +159,7 @@ def class_names_of(run: RunDirectory, config: TrainConfig) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=8)
 def _sampler(graph: nnx.GraphDef, model: DiTConfig, settings: SampleConfig, prediction: Quantity) -> Callable:
     """Compiled once for each of the settings."""
-    return make_sampler(graph, model, settings, prediction)
+    return make_batch_sampler(graph, model, settings, prediction)
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from dito_jax.config import TrainConfig
-from dito_jax.data import Source, batches, notes
+from dito_jax.data import DataError, Source, batches, notes
 from dito_jax.errors import UserError
 from dito_jax.privacy.canaries import planted
 from dito_jax.privacy.gradient_check import check_gradients
@@ -28,7 +28,7 @@ from dito_jax.training.program import Program, make_program
 class Recipe:
     """`batches_from(position)` yields this process's rows of the batches from a position in the data on.
 
-    `validation` is None where the config asks for no evaluation.
+    `validation` is None where the config asks for no evaluation and no validation loss, or the data have no such split.
     """
 
     source: Source
@@ -49,7 +49,7 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
     for line in notes(source):
         say(line)
     # Opened before training, so that a validation split that is missing is reported now.
-    validation = config.data.open("validation") if config.evaluation.num_samples else None
+    validation = open_validation(config)
     source = planted(source, config.canaries, run) if config.canaries else source
     common = (config.model, config.loss, config.optimizer, config.train, mesh, config.guard)
     if config.privacy.epsilon is not None:
@@ -80,6 +80,24 @@ def make_recipe(config: TrainConfig, run: RunDirectory, mesh: jax.sharding.Mesh)
         return itertools.chain(opened, further) if later else opened
 
     return Recipe(source, validation, program, batches_from)
+
+
+def open_validation(config: TrainConfig) -> Source | None:
+    """The validation split, if the config asks for an evaluation or a validation loss.
+
+    A split that is missing is no error if only the validation loss needs it: one line says so.
+
+    Raises:
+      UserError: the evaluation needs the split, and it cannot be opened.
+    """
+    if config.evaluation.num_samples:
+        return config.data.open("validation")
+    if config.monitoring.validation_every:
+        try:
+            return config.data.open("validation")
+        except DataError as error:
+            say(f"no validation loss: {error}")
+    return None
 
 
 def _private_ancestors(config: TrainConfig, run: RunDirectory) -> list[str]:

@@ -57,6 +57,10 @@ class Phases:
         self._number = step
         self._beat()
 
+    def progress(self) -> None:
+        """Records progress within the current phase, so that a long one does not count as hung."""
+        self._beat()
+
     def flush(self) -> None:
         """Writes a row with the time since the last row.
 

@@ -58,9 +58,13 @@ class Heartbeat:
         return dataclasses.replace(self.recent[-1], alive=self._alive)
 
     def beat(self, step: int, phase: str) -> None:
-        """Records progress to a step and phase."""
+        """Records progress to a step and phase, or within them."""
         self._alive = now = self._clock()
-        self.recent.append(Beat(step, phase, now, now, self._monotonic()))
+        beat = Beat(step, phase, now, now, self._monotonic())
+        if self.recent and (self.recent[-1].step, self.recent[-1].phase) == (step, phase):
+            self.recent[-1] = beat  # a long phase with much progress does not push the steps out
+        else:
+            self.recent.append(beat)
         self._write(RECORD.pack(step, PHASES.index(phase), now, now), 0)
 
     def alive(self) -> None:

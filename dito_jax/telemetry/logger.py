@@ -1,4 +1,4 @@
-"""Logs metrics every train.log_every steps: metrics.jsonl, TensorBoard and a progress line."""
+"""Logs metrics every train.log_every steps: metrics.jsonl, TensorBoard, Weights & Biases and a progress line."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from dito_jax.telemetry.metrics import MetricsWriter, NoMetrics
 from dito_jax.telemetry.progress import Progress
@@ -26,12 +27,15 @@ class MetricsLogger:
         throughput: Throughput,
         rate: Callable[[int], Any],
         compiled: Mapping[str, float | int | bool | None],
+        wandb_project: str | None = None,
     ):
         self.means: dict[str, float] = {}  # of the last log interval
         self._throughput, self._rate = throughput, rate
         self._writes = run.writes
         self._pending: list[dict[str, jax.Array]] = []  # still on the device: the host does not wait for the steps
-        self._metrics = (MetricsWriter if run.writes else NoMetrics)(run, after=first if first else None)
+        self._metrics = (MetricsWriter if run.writes else NoMetrics)(
+            run, after=first if first else None, wandb_project=wandb_project
+        )
         self._progress = Progress(total, step=first)
         if first < total:
             self._metrics.write(first + 1, compiled)
@@ -56,10 +60,21 @@ class MetricsLogger:
         if self._writes:
             self._progress.show(number, {name: value for name, value in shown.items() if value is not None})
 
+    def write(self, number: int, values: Mapping[str, float]) -> None:
+        """Logs values of another source than the train step, such as the validation loss, and shows the first."""
+        self._metrics.write(number, values)
+        if self._writes:
+            self._progress.show(number, dict(list(values.items())[:1]))
+
+    def image(self, number: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
+        """Logs an image."""
+        self._metrics.image(number, name, image)
+
     def rewind(self, step: int) -> None:
         """Removes the logged metrics of steps beyond `step`, which will be repeated after a rollback."""
         self._pending = []
         self._metrics.rewind(step)
+        self._progress.rewind(step)
 
     def close(self) -> None:
         """Closes the files and the progress bar."""

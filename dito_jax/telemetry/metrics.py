@@ -1,4 +1,4 @@
-"""Metrics files of a run: metrics.jsonl and TensorBoard event files."""
+"""Metrics of a run: metrics.jsonl, TensorBoard event files and, on request, Weights & Biases."""
 
 import contextlib
 import json
@@ -9,18 +9,23 @@ from jaxtyping import UInt8
 
 from dito_jax.telemetry.run_directory import RunDirectory, explained, json_lines
 from dito_jax.telemetry.tensorboard import TensorBoard
+from dito_jax.telemetry.weights_and_biases import WeightsAndBiases
 
 
 class MetricsWriter:
     """Writes the metrics of the steps after step `after`, the restored one; None for a new run.
+
+    With `wandb_project` they are also logged to Weights & Biases.
 
     metrics.jsonl has one JSON object per line, `{"step": 20, "loss": 0.31}`, flushed at once. Lines of steps beyond
     `after` from an earlier start, and an unfinished last line, are removed, so that no step appears twice. NaN and
     infinities are written in the form that Python's json module writes and reads.
     """
 
-    def __init__(self, run: RunDirectory, *, after: int | None = None):
+    def __init__(self, run: RunDirectory, *, after: int | None = None, wandb_project: str | None = None):
         self._run = run
+        # First: if it cannot start, no file has been changed.
+        self._wandb = WeightsAndBiases(run, wandb_project) if wandb_project is not None and run.writes else None
         self._open(0 if after is None else after + 1)
 
     def _open(self, first: int) -> None:
@@ -44,18 +49,27 @@ class MetricsWriter:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 scalars[name] = value
         self._board.scalars(step, scalars)
+        if self._wandb is not None:
+            self._wandb.scalars(step, scalars)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
-        """Writes an image to TensorBoard."""
+        """Writes an image to TensorBoard and Weights & Biases."""
         self._board.image(step, name, image)
+        if self._wandb is not None:
+            self._wandb.image(step, name, image)
 
     def rewind(self, step: int) -> None:
         """Removes the metrics of steps beyond `step`, which will be repeated after a rollback."""
-        self.close()
+        self._close_files()
         self._open(step + 1)
 
     def close(self) -> None:
-        """Closes both files."""
+        """Closes the files, and ends the run of Weights & Biases."""
+        self._close_files()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _close_files(self) -> None:
         with contextlib.closing(self._board), explained(self._path):
             self._lines.close()
 
@@ -78,6 +92,9 @@ class NoMetrics(MetricsWriter):
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:
         """Does nothing."""
 
+    def rewind(self, step: int) -> None:
+        """Does nothing."""
+
     def close(self) -> None:
         """Does nothing."""
 
@@ -85,3 +102,10 @@ class NoMetrics(MetricsWriter):
 def read_metrics(run: RunDirectory) -> list[dict]:
     """All rows of metrics.jsonl that have a step, in order."""
     return json_lines(run.metrics, step=int)
+
+
+def last_compile_seconds(run: RunDirectory) -> float | None:
+    """How long the last compilation of this run's train step took that was not read from a cache; None if none was."""
+    parts = dict.fromkeys(("trace_seconds", "lower_seconds", "compile_seconds"), float)
+    rows = [row for row in json_lines(run.metrics, **parts) if not row.get("cache_hit")]
+    return sum(rows[-1][part] for part in parts) if rows else None

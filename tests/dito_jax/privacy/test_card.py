@@ -156,3 +156,16 @@ def test_a_run_without_a_note_of_its_last_entry_is_held_to_its_plan(begun):
     rewrite(noise=400.0)
     with pytest.raises(UserError, match=r"this run with noise 400 and .*, but the plan of .*run has noise \d"):
         of(path)
+
+
+def test_a_validation_loss_is_released_where_there_is_one(begun):
+    run, path = begun("run")
+    take(run, 2)
+    samples = "samples/: drawn from these parameters"
+    said = " ".join(of(path)["released"])
+    assert samples in said and "validation_loss" not in said
+    path.append(path.metrics, '{"step": 2, "validation_loss": 0.5}\n')
+    said = " ".join(of(path)["released"])
+    assert (
+        samples in said and "validation_loss" in said and "validation split, which is not part of the private" in said
+    )

@@ -124,6 +124,20 @@ def test_one_that_is_frozen_is_named_by_the_other(frozen, said, tmp_path, start,
     assert said in finish(both[1 - frozen], HUNG)[1]
 
 
+def test_progress_within_a_phase_counts_and_leaves_the_steps_in_memory(tmp_path):
+    now = [0.0]
+    heartbeat = Heartbeat(tmp_path / "0", clock=lambda: now[0])
+    watchdog = Watchdog(heartbeat, run := RunDirectory(tmp_path), Events(run), WatchdogConfig(20.0, 10.0, 500.0))
+    heartbeat.beat(1, "step")
+    now[0] = 7.0
+    for _ in range(1000):
+        heartbeat.beat(1, "eval")
+        now[0] += 1.0
+    assert heartbeat.recent[-1].since == 1006.0 and watchdog.deadline() == 500
+    heartbeat.beat(2, "step")
+    assert watchdog.deadline() == 70
+
+
 def test_the_slowest_of_the_last_hundred_steps_sets_the_deadline(tmp_path):
     now = [0.0]
     jumps = random.Random(0)  # the time of day may be set while the process runs

@@ -45,7 +45,9 @@ def a_run(path, config):
     return str(path)
 
 
-def test_a_run_begins_with_the_average_of_another(tmp_path):
+@pytest.mark.parametrize("num_classes", [10, 7])
+def test_a_run_begins_with_the_average_of_another(num_classes, tmp_path, capsys):
+    """Private, with adapters; with other classes the class embedding is that of its own initialization."""
     mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
     path = a_run(tmp_path / "old", CONFIG)
     with jax.set_mesh(mesh):
@@ -59,12 +61,17 @@ def test_a_run_begins_with_the_average_of_another(tmp_path):
         checkpoints.close()
         config = dataclasses.replace(
             CONFIG, init_from=path, privacy=PRIVATE, data=DigitsData(),
-            model=dataclasses.replace(CONFIG.model, adapter_rank=2),
-            train=dataclasses.replace(CONFIG.train, trainable=("lora_a", "lora_b"), seed=1),
+            model=dataclasses.replace(CONFIG.model, adapter_rank=2, num_classes=num_classes),
+            train=dataclasses.replace(CONFIG.train, trainable=("lora_a", "lora_b", "label"), seed=1),
         )  # fmt: skip
         state = initial_state(config, made(config, mesh), mesh)
+        fresh = made(config, mesh).init().params
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("init_from")]
+    assert len(said) == (num_classes != 10) and all("7 classes instead of 10, so the class" in line for line in said)
+    table = trained.params["label"]["table"][...] + 1 if num_classes == 10 else fresh["label"]["table"][...]
     for found in (state.params, state.ema["0.5"], state.ema["0.9"]):
-        np.testing.assert_array_equal(found["label"]["table"][...], trained.params["label"]["table"][...] + 1)
+        np.testing.assert_array_equal(found["label"]["table"][...], table)
+        np.testing.assert_array_equal(found["patches"]["kernel"][...], trained.params["patches"]["kernel"][...] + 1)
         assert not np.any(found["blocks"]["attention"]["qkv"]["lora_b"][...])
         assert np.any(found["blocks"]["attention"]["qkv"]["lora_a"][...])
     assert int(state.step) == 0

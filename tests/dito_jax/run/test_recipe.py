@@ -1,5 +1,7 @@
 """What a run is told before it trains."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from dito_jax.errors import UserError
 from dito_jax.overrides import override
 from dito_jax.privacy.budget import Budget
 from dito_jax.privacy.ledger import Ledger, ledger_path
+from dito_jax.privacy.settings import PrivacyConfig
 from dito_jax.resilience.data_position import DataPosition
 from dito_jax.run import recipe
+from dito_jax.run.monitor import make_monitor
 from dito_jax.sharding import MeshConfig, make_mesh
+from dito_jax.telemetry.progress import ProgressMeter
 from dito_jax.telemetry.run_directory import RunDirectory
 
 
@@ -41,12 +46,13 @@ def test_a_validation_split_that_is_missing_is_reported_before_anything_is_made(
     assert not made
 
 
-def test_without_an_evaluation_no_validation_split_is_needed(folder, tmp_path):
+def test_without_an_evaluation_no_validation_split_is_needed(folder, tmp_path, capsys):
     mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
     with jax.set_mesh(mesh):
         made = recipe.make_recipe(
             config_of(folder, "--evaluation.num_samples", "0"), RunDirectory(tmp_path / "run"), mesh
         )
+    assert "no validation loss: " in capsys.readouterr().err
     assert made.validation is None and class_names(made.source) == ["ant", "owl"]
 
 
@@ -55,8 +61,11 @@ def test_the_shape_and_the_classes_are_those_of_the_folder(folder):
     assert model.image_shape == (8, 8, 3) and model.num_classes == 2
 
 
-def test_a_private_run_of_users_is_charged_by_user(folder, tmp_path, monkeypatch):
-    """The owner of an image is the first letter of its folder, and both classes have images of both owners."""
+def test_a_private_run_of_users_is_charged_by_user(folder, tmp_path, monkeypatch, capsys):
+    """The owner of an image is the first letter of its folder, and both classes have images of both owners.
+
+    There is no validation loss, which would be that of the users' own images.
+    """
     monkeypatch.setenv("DITO_LEDGERS", str(tmp_path / "ledgers"))
     monkeypatch.setenv("DITO_SECRETS", str(tmp_path / "secrets"))
     monkeypatch.setattr(recipe, "check_gradients", lambda *_: None)  # which compiles, and has its own tests
@@ -71,6 +80,12 @@ def test_a_private_run_of_users_is_charged_by_user(folder, tmp_path, monkeypatch
     mesh = make_mesh(MeshConfig(), np.array(jax.devices()[:1]))
     with jax.set_mesh(mesh):
         made = recipe.make_recipe(config, RunDirectory(tmp_path / "run"), mesh)
+    given = dataclasses.replace(made, validation=made.source)
+    monitor = lambda config: make_monitor(config, RunDirectory(tmp_path / "run"), given, ProgressMeter, lambda: False)
+    assert (
+        monitor(config).validation is None and "no validation loss: held-out images belong" in capsys.readouterr().err
+    )
+    assert monitor(dataclasses.replace(config, privacy=PrivacyConfig())).validation is not None
     batch = next(made.batches_from(DataPosition(RunDirectory(tmp_path / "run"), config.train.batch_size)))
     assert batch["image"].shape == (2, 3, 8, 8, 3), "both users, and three of the images of each"
     assert (~batch["padding"]).sum(axis=1).tolist() in ([2, 3], [3, 2]), "a user of two images, one of four"
