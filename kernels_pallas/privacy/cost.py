@@ -28,7 +28,9 @@ def pairs_are_fewer(T: int, D: int, F: int) -> bool:
 
 
 def ghost_norm_sq(a, g, groups, *, bias) -> Cost:
-    """The pairs t <= s, each 2 (D + F) flops, or the matrix, 2 T D F, if fewer. Reads each array, writes 2 B numbers.
+    """The pairs t <= s, each 2 (D + F) flops, or the matrix, 2 T D F, if fewer; and the lengths of the rows.
+
+    Reads each array, writes 2 B numbers.
 
     If the values of the groups are known, only pairs within a group are counted; else all rows count as one group.
     """
@@ -36,7 +38,8 @@ def ghost_norm_sq(a, g, groups, *, bias) -> Cost:
     (B, T, D), F = a.shape, g.shape[2]
     rows, pairs = _rows_and_pairs(groups, B, T)
     matrix = 2 * rows * D * F
-    return Cost(min(2 * pairs * (D + F), matrix), _size(a, g) + _size(*([] if groups is None else [groups])) + 8 * B)
+    lengths = 2 * rows * (D + F)
+    return Cost(min(2 * pairs * (D + F), matrix) + lengths, _size(a, g) + _size(*([] if groups is None else [groups])) + 8 * B)
 
 
 def clip_reduce(a, g, c) -> Cost:

@@ -433,11 +433,11 @@ def test_cost_counts_the_pairs_of_a_group_where_it_knows_them():
     known, unknown, none = (
         cost.ghost_norm_sq(a, g, x, bias=False) for x in (groups, jax.ShapeDtypeStruct((2, 4), jnp.int32), None)
     )
-    assert known.flops == 2 * (3 + 1 + 6) * (64 + 32)
-    assert unknown.flops == none.flops == 2 * 2 * 10 * (64 + 32)
+    assert known.flops == 2 * (3 + 1 + 6 + 6) * (64 + 32)  # pairs of the groups, and rows
+    assert unknown.flops == none.flops == 2 * 2 * (10 + 4) * (64 + 32)
     assert known.bytes == unknown.bytes == none.bytes + 4 * 8 == 4 * 8 * (64 + 32) + 8 * 2 + 4 * 8
     tall = [jax.ShapeDtypeStruct((2, 512, 8), jnp.float32)] * 2
-    assert cost.ghost_norm_sq(*tall, None, bias=False).flops == 2 * 2 * 512 * 8 * 8
+    assert cost.ghost_norm_sq(*tall, None, bias=False).flops == 2 * 2 * 512 * (8 * 8 + 8 + 8)
 
 
 def test_tiles_are_no_larger_than_the_matrix():
