@@ -39,7 +39,8 @@ def ghost_norm_sq(a, g, groups, *, bias) -> Cost:
     rows, pairs = _rows_and_pairs(groups, B, T)
     matrix = 2 * rows * D * F
     lengths = 2 * rows * (D + F)
-    return Cost(min(2 * pairs * (D + F), matrix) + lengths, _size(a, g) + _size(*([] if groups is None else [groups])) + 8 * B)
+    moved = _size(a, g) + _size(*([] if groups is None else [groups])) + 8 * B
+    return Cost(min(2 * pairs * (D + F), matrix) + lengths, moved)
 
 
 def clip_reduce(a, g, c) -> Cost:
