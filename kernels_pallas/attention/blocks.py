@@ -52,7 +52,7 @@ def untuned(kernel: str, width: int, dtype, masked: bool) -> Blocks:
     bucket = next(w for w in (64, 96, 128, 256) if width <= w)
     capability = backend.target().capability
     if capability is not None and capability < 9.0:
-        return _AMPERE[kernel, bucket]
+        return (_AMPERE_MASKED if masked else {}).get((kernel, bucket), _AMPERE[kernel, bucket])
     if kernel == "dkv" and masked and 64 < width <= 128:
         return _DKV_MASKED
     return _HOPPER[kernel, bucket]
@@ -109,3 +109,4 @@ _AMPERE = {  # 163 KiB of shared memory (Hopper: 227), and both operands of a pr
     ("tangent", 128): Blocks(128, 32, 8, 2),
     ("tangent", 256): Blocks(64, 32, 8, 2),
 }
+_AMPERE_MASKED = {("dkv", 128): Blocks(32, 64, 8, 2), ("tangent", 96): Blocks(64, 32, 4, 2)}

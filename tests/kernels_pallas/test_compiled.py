@@ -26,7 +26,8 @@ ROOT = Path(kernels_pallas.__file__).parents[1]
 OPS = {op.name: op for op in kernels_pallas.OPS}
 FAMILIES = compiled.families(kernels_pallas.OPS)
 MATRIX_UNIT = {"h200": ("wgmma", "mma_sync"), "a100": ("mma_sync", "wgmma")}  # its own, and what it must not fall to
-NOT_OF_THE_CODE = {"measured.py", "__init__.py"}  # which implementation is chosen; names alone
+# Which implementation is chosen; names alone; checks of arguments before an implementation is called.
+NOT_OF_THE_CODE = {"measured.py", "__init__.py", "arguments.py"}
 
 pytestmark = pytest.mark.deviceless
 
