@@ -53,7 +53,7 @@ FAMILY_MAY_IMPORT = {  # inside a kernel family
     # These use Triton kernels for the passes that they do not have themselves.
     **{kernel: {"cost"} | PARTS | KERNELS for kernel in IMPLEMENTATIONS["mosaic_gpu"] | {"cutlass"}},
     **{part: PARTS - {part} for part in PARTS},
-    "reference": {"rounding"} | DATA,
+    "reference": {"cost", "rounding"} | DATA,
     "cost": DATA,
     "cases": {"reference"} | DATA,
     "routers": {"routing"},

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from . import rounding
+from . import cost, rounding
 
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -19,10 +19,10 @@ def ghost_norm_sq(
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """sum_e ||sum_{t of e} a_t g_t^T||_F^2 of each example, plus ||sum_{t of e} g_t||^2 with a bias; and its bound.
 
-    It computes the matrices if they take no more memory than a and g, that is if D F <= T (D + F). Else it computes the
-    products of all pairs of rows, sum_{t,s} <a_t, a_s> <g_t, g_s>; then T^2 is less than T (D + F) / 2. Groups are a
-    mask of the pairs. Rounding can make a sum over pairs negative, so it is clipped at 0. The bound, an upper one that
-    includes rounding (rounding.py), is not differentiated.
+    It computes the products of all pairs of rows, sum_{t,s} <a_t, a_s> <g_t, g_s>, if they are fewer flops than the
+    matrices (cost.py); T^2 is then less than T (D + F). Groups are a mask of the pairs. Rounding can make a sum over
+    pairs negative, so it is clipped at 0. The bound, an upper one that includes rounding (rounding.py), is not
+    differentiated.
     """
     T, D, F = sizes = a.shape[1], a.shape[2], g.shape[2]
     a32, g32 = a.astype(jnp.float32), g.astype(jnp.float32)
@@ -34,7 +34,7 @@ def ghost_norm_sq(
         return squares, _bound(squares, rounding.gamma(D + F + 4) * squares, jnp.sqrt(squares), T)
     lengths = rounding.lengths(a32, True, ones=bias), rounding.lengths(g32, True)
     spread = jnp.sum(lengths[0] * lengths[1], axis=1)
-    if groups is None and D * F <= T * (D + F):
+    if groups is None and not cost.pairs_are_fewer(T, D, F):
         d_w = jnp.einsum("btd,btf->bdf", a32, g32, precision=HIGHEST)
         squares = jnp.sum(jnp.square(d_w), axis=(1, 2))
         squares = squares + jnp.sum(jnp.square(jnp.sum(g32, axis=1)), axis=1) if bias else squares
