@@ -7,7 +7,7 @@ Hardware: two CPU cores, about two minutes of training. Result: docs/digits/, as
 
 from dito_jax.config import TrainConfig
 from dito_jax.data import DigitsData
-from dito_jax.evaluation.monitoring import MonitoringConfig
+from dito_jax.evaluation.monitoring_config import MonitoringConfig
 from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.training.optimizer import OptimizerConfig

@@ -17,7 +17,7 @@ from dito_jax.checkpointing.retention import CheckpointConfig
 from dito_jax.config import TrainConfig
 from dito_jax.data import ImageFolderData
 from dito_jax.evaluation.evaluate import EvaluationConfig
-from dito_jax.evaluation.monitoring import MonitoringConfig
+from dito_jax.evaluation.monitoring_config import MonitoringConfig
 from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.training.optimizer import OptimizerConfig

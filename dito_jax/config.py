@@ -17,7 +17,7 @@ from dito_jax.data import DigitsData, ImageFolderData, LatentsData, ParquetData,
 from dito_jax.diffusion.loss import LossConfig
 from dito_jax.errors import UserError
 from dito_jax.evaluation.evaluate import EvaluationConfig
-from dito_jax.evaluation.monitoring import MonitoringConfig
+from dito_jax.evaluation.monitoring_config import MonitoringConfig
 from dito_jax.evaluation.sample import SampleConfig
 from dito_jax.models.dit import DiTConfig
 from dito_jax.models.kernels import KernelsConfig
