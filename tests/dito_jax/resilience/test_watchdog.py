@@ -126,7 +126,7 @@ def test_one_that_is_frozen_is_named_by_the_other(frozen, said, tmp_path, start,
 
 def test_progress_within_a_phase_counts_and_leaves_the_steps_in_memory(tmp_path):
     now = [0.0]
-    heartbeat = Heartbeat(tmp_path / "0", clock=lambda: now[0])
+    heartbeat = Heartbeat(tmp_path / "0", clock=lambda: now[0], monotonic=lambda: now[0])
     watchdog = Watchdog(heartbeat, run := RunDirectory(tmp_path), Events(run), WatchdogConfig(20.0, 10.0, 500.0))
     heartbeat.beat(1, "step")
     now[0] = 7.0
