@@ -215,7 +215,7 @@ def step_seconds(beats: Sequence[Beat]) -> list[float]:
     """Durations of the phases of the last 100 steps, without the current one."""
     first = beats[-1].step - STEPS
     return [
-        after.moved - before.moved
+        after.began - before.began
         for before, after in itertools.pairwise(beats)
         if before.phase in STEP and before.step >= first
     ]

@@ -30,7 +30,7 @@ class Beat:
     phase: str  # one of PHASES
     since: float  # time of the last progress to another step or phase
     alive: float  # time when the process was last alive
-    moved: float = dataclasses.field(default=0.0, compare=False)  # `since` by time.monotonic; not in the file
+    began: float = dataclasses.field(default=0.0, compare=False)  # time.monotonic of the phase's begin; not in the file
 
 
 class Heartbeat:
@@ -60,11 +60,12 @@ class Heartbeat:
     def beat(self, step: int, phase: str) -> None:
         """Records progress to a step and phase, or within them."""
         self._alive = now = self._clock()
-        beat = Beat(step, phase, now, now, self._monotonic())
-        if self.recent and (self.recent[-1].step, self.recent[-1].phase) == (step, phase):
-            self.recent[-1] = beat  # a long phase with much progress does not push the steps out
+        last = self.recent[-1] if self.recent else None
+        if last and (last.step, last.phase) == (step, phase):
+            # A long phase with much progress does not push the steps out of memory.
+            self.recent[-1] = Beat(step, phase, now, now, last.began)
         else:
-            self.recent.append(beat)
+            self.recent.append(Beat(step, phase, now, now, self._monotonic()))
         self._write(RECORD.pack(step, PHASES.index(phase), now, now), 0)
 
     def alive(self) -> None:
