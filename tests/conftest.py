@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import jaxtyping
@@ -34,6 +35,7 @@ if importlib.util.find_spec("beartype"):  # a GPU host need not have it
 # test asks for it. Python's collector would look through all that JAX keeps some hundred times a minute.
 FULLY_OPTIMIZED = ("optimized", "deviceless", "gpu")
 gc.set_threshold(50_000, 20, 20)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and the processes of tests would inherit that
 
 
 def pytest_addoption(parser):
