@@ -275,8 +275,8 @@ def test_a_kernel_by_name_changes_neither_the_image_nor_a_gradient(part, make):
     for pass_ in ("forward", "backward"):
         assert {name for name in set().union(*kernels.values()) if f"{name}_{pass_}" in lowered} == kernels[part]
     for mine, theirs in zip(got, want, strict=True):
-        # Roundings of float32, which attention without QK-norm amplifies: 1.03e-4 was measured.
-        assert np.linalg.norm(mine - theirs) <= 2e-4 * np.linalg.norm(theirs)
+        # Rounding alone: parameters of the original network that move by 2^-24 move its gradients by 9e-5 to 9e-4.
+        assert np.linalg.norm(mine - theirs) <= (2e-4 if make is ORIGINAL else 1e-4) * np.linalg.norm(theirs)
 
 
 def mean_flow_gradient(config: DiTConfig, graph, params):
