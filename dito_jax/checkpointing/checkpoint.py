@@ -107,6 +107,7 @@ class Checkpoints:
                 if self._saving[1] > self._free():
                     raise self._refused("not enough free space")
             response = ocp.save_checkpointables_async(str(self.path(step)), {"state": leaves, "record": record})
+        self._written = self._identity(step)
         self._pending = self._background.submit(self._finish, step, response)
 
     def wait(self) -> None:
@@ -218,6 +219,14 @@ class Checkpoints:
         there = next(path for path in (self.directory, *self.directory.parents) if path.exists())
         return shutil.disk_usage(there).free
 
+    def _identity(self, step: int) -> tuple[int, int] | None:
+        """Device and inode of the directory that `step` is written into, which Orbax may make again under its name."""
+        for path in (self.directory / f"{step}{UNFINISHED}", self.path(step)):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                return status.st_dev, status.st_ino
+        return None
+
     def _remove_unfinished(self) -> None:
         for path in self.directory.glob(f"*{UNFINISHED}"):
             shutil.rmtree(path)
@@ -233,7 +242,7 @@ class Checkpoints:
             raise
         except Exception as error:
             step = self._saving[0]
-            lost = begun and not any(self.directory.glob(f"{step}{UNFINISHED}")) and not self.path(step).exists()
+            lost = begun and self._written is not None and self._identity(step) != self._written
             with contextlib.suppress(OSError):
                 self._remove_unfinished()
             if reason := refusal(error):

@@ -172,11 +172,11 @@ def test_a_traced_number_is_one_line(function, name):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("function, name", NUMBERS)
+@pytest.mark.parametrize(
+    "function, name", [each for each in NUMBERS if isinstance(CALLS[each.values[0]][each.values[1]], float)]
+)
 def test_a_known_number_may_be_an_array(function, name):
     call = CALLS[function]
-    if isinstance(call[name], int):
-        pytest.skip("an index and no scale")
     for array in (jnp.float32(call[name]), np.float64(call[name]), np.array([call[name]])):
         want = function(**call | {name: float(np.asarray(array).item())})
         jax.tree.map(np.testing.assert_array_equal, function(**call | {name: array}), want)

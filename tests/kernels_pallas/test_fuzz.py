@@ -224,8 +224,6 @@ def test_random_problems(data):
     check(data, ["xla"])
 
 
-@pytest.mark.slow("2,000 random problems: only with --everything")
-def test_many_random_problems(request):
-    if not request.config.getoption("everything"):
-        pytest.skip("2,000 random problems: --everything runs them")
+@pytest.mark.exhaustive("2,000 random problems")
+def test_many_random_problems():
     settings(max_examples=2000, **OPTIONS)(given(data=st.data())(lambda data: check(data, ["xla", "xla", "triton"])))()

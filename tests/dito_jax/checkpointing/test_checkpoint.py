@@ -450,11 +450,14 @@ def test_a_step_set_aside_stays_so_after_a_power_loss(tmp_path, synced):
     assert synced == {str(tmp_path)}
 
 
-def test_a_directory_removed_while_a_step_is_written_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("again", [False, True], ids=["", "Orbax makes it again"])
+def test_a_directory_removed_while_a_step_is_written_is_one_line(tmp_path, monkeypatch, again):
     checkpoints, held = Checkpoints(tmp_path / "checkpoints"), HeldBack(monkeypatch)
     checkpoints.save(7, make_big(), metadata={})
     assert held.started.wait(20)
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    if again:
+        (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     held.release.set()
     with pytest.raises(CheckpointError) as error:
         checkpoints.close()
