@@ -1,33 +1,23 @@
 """Parquet and Arrow files in the layout of Hugging Face data sets: what was written comes back by row number."""
 
-import io
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dito_jax.data import DataError, ParquetData, arrays
+
+from .conftest import as_uint8, png
 
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 IMAGES = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 3, 45)
 NAMES = ["cat", "ant", "bee"]  # in the order of a ClassLabel, which is not alphabetical
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DITO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "data"
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def table(rows=range(45), label=None, names=None, **columns):
@@ -37,10 +27,6 @@ def table(rows=range(45), label=None, names=None, **columns):
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"} if names else {}}
     told = json.dumps({"info": {"features": features}})
     return made.replace_schema_metadata({"huggingface": told})
-
-
-def as_uint8(images):
-    return np.rint((images.astype(np.float64) + 1) * 127.5)
 
 
 def test_rows_of_several_files_and_row_groups_come_back(tmp_path):

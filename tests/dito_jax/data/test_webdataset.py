@@ -6,26 +6,17 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dito_jax.data import DataError, WebDatasetData, arrays, tar_index
 
+from .conftest import as_uint8, png
+
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 5, 40)
 NAMES = ("ant", "bee", "cat", "dog", "elk")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DITO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "data"
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def write(path, samples, mode="w"):
@@ -42,10 +33,6 @@ def write(path, samples, mode="w"):
 def sample(number, folder="", **more):
     key = f"{folder}{number:06d}"
     return {f"{key}.png": png(IMAGES[number]), f"{key}.cls": b"%d\n" % LABELS[number]} | more
-
-
-def as_uint8(images):
-    return np.rint((images.astype(np.float64) + 1) * 127.5)
 
 
 def test_examples_of_several_shards_come_back(tmp_path):
